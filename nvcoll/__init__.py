@@ -1,0 +1,1 @@
+"""Collectives with mpi4py's API on symmetric memory."""
