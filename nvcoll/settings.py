@@ -1,0 +1,190 @@
+"""Every environment variable nvcoll reads, in one table. The documentation and ``nvcoll info`` derive from it."""
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvcoll.errors import ArgumentError
+
+BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable.
+
+    Attributes
+    ----------
+    name
+        The variable, ``NVCOLL_...``.
+    field
+        The attribute of `Settings` that holds its value.
+    kind
+        What a value looks like: a key of `KINDS`.
+    default
+        The text that stands for an unset variable; None where unset means "nothing".
+    doc
+        One sentence for the tables.
+    internal
+        Set by ``nvcoll run`` for its ranks, not by users.
+    """
+
+    name: str
+    field: str
+    kind: str
+    default: str | None
+    doc: str
+    internal: bool = False
+
+
+TABLE: tuple[Variable, ...] = (
+    Variable("NVCOLL_BOOTSTRAP", "bootstrap", "bootstrap", "auto", "How the ranks find each other."),
+    Variable("NVCOLL_TIMEOUT", "timeout", "seconds", "600", "Seconds a call waits for the other ranks before it raises."),
+    Variable("NVCOLL_RULES", "rules", "path", None, "A rules file (`nvcoll tune` writes it) to use instead of the package's."),
+    Variable("NVCOLL_RANKS_PER_NODE", "ranks_per_node", "count", None, "Split each host's ranks into virtual nodes of so many."),
+    Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
+    Variable("NVCOLL_HEAP", "heap", "bytes or auto", "auto", "Address space reserved per rank; auto is the physical memory."),
+    Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
+    Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
+    Variable("NVCOLL_RANK", "rank", "index", None, "This process's rank.", internal=True),
+    Variable("NVCOLL_SIZE", "size", "count", None, "The number of ranks.", internal=True),
+    Variable("NVCOLL_RENDEZVOUS", "rendezvous", "host:port", None, "Where the ranks meet.", internal=True),
+    Variable("NVCOLL_KEY", "key", "hex", None, "The secret that the ranks prove to know.", internal=True),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The values in force, one field for each row of `TABLE`."""
+
+    bootstrap: str
+    timeout: float
+    rules: Path | None
+    ranks_per_node: int | None
+    scratch: int
+    heap: int | None
+    cache_dir: Path
+    spin: float | None
+    rank: int | None
+    size: int | None
+    rendezvous: str | None
+    key: bytes | None
+
+
+def _bootstrap(text: str) -> str:
+    if text not in BOOTSTRAPS:
+        raise ValueError(text)
+    return text
+
+
+def _number(text: str, *, zero: bool) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(text)
+    return value
+
+
+def _whole(text: str, *, least: int) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < least:
+        raise ValueError(text)
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9]{1,18})([KMG]?)(?:i?B)?", text, re.IGNORECASE)
+    if found is None or int(found[1]) == 0:
+        raise ValueError(text)
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]
+
+
+def _address(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon) or not 0 < _whole(port, least=1) < 65536:
+        raise ValueError(text)
+    return text
+
+
+def _or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text.lower() == "auto" else parse(text)
+
+
+def _microseconds(text: str) -> float:
+    return _number(text, zero=True)
+
+
+KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "bootstrap": ("one of " + ", ".join(BOOTSTRAPS), _bootstrap),
+    "seconds": ("a number of seconds above 0", lambda text: _number(text, zero=False)),
+    "microseconds or auto": ("a number of microseconds, or auto", _or_auto(_microseconds)),
+    "bytes": ("a number of bytes, with K, M or G for powers of 1024", _bytes),
+    "bytes or auto": ("a number of bytes, with K, M or G for powers of 1024, or auto", _or_auto(_bytes)),
+    "count": ("a whole number of 1 or more", lambda text: _whole(text, least=1)),
+    "index": ("a whole number of 0 or more", lambda text: _whole(text, least=0)),
+    "path": ("a path", lambda text: Path(text).expanduser()),
+    "host:port": ("host:port", _address),
+    "hex": ("hexadecimal digits, two a byte", bytes.fromhex),
+}
+"""Kind of value -> (what is accepted, in words; the parser, which raises ValueError)."""
+
+
+def default_text(variable: Variable, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the text used when `variable` is unset, with ``$XDG_CACHE_HOME`` filled in."""
+    if variable.default is None:
+        return None
+    return variable.default.replace("$XDG_CACHE_HOME", environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+def _value(variable: Variable, environ: Mapping[str, str]) -> Any:
+    given = environ.get(variable.name, "").strip()
+    text = given or default_text(variable, environ)
+    if text is None:
+        return None
+    accepted, parse = KINDS[variable.kind]
+    try:
+        return parse(text)
+    except ValueError:
+        raise ArgumentError(f"{variable.name}: expected {accepted}, got {given!r}; change or unset it") from None
+
+
+def _warn_unknown(environ: Mapping[str, str]) -> None:
+    known = {variable.name for variable in TABLE}
+    for name in sorted(environ):
+        if not name.startswith("NVCOLL_") or name in known:
+            continue
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {close[0]}?" if close else "`nvcoll info` lists those there are"
+        warnings.warn(f"{name} is no setting of nvcoll; {hint}", RuntimeWarning, stacklevel=3)
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings from the environment.
+
+    Parameters
+    ----------
+    environ
+        The variables; an empty value counts as unset.
+
+    Returns
+    -------
+    Settings
+        Typed and checked.
+
+    Raises
+    ------
+    ArgumentError
+        A variable's value is not accepted; the message names the variable, what is accepted, and what came.
+
+    Warns
+    -----
+    RuntimeWarning
+        A variable that starts with ``NVCOLL_`` is unknown.
+    """
+    _warn_unknown(environ)
+    return Settings(**{variable.field: _value(variable, environ) for variable in TABLE})
