@@ -1,10 +1,12 @@
 """What every test shares: a clean environment, real ranks, and a watch on what a run leaves behind."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
@@ -15,32 +17,23 @@ import pytest
 
 SHM = Path("/dev/shm")
 PREFIX = "nvcoll-"
-MARK = f"PYTEST_NVCOLL_RUN={uuid.uuid4().hex}"  # every process of this run inherits it, orphans too
+MARK, RUN = "PYTEST_NVCOLL_RUN", uuid.uuid4().hex  # every process of this run inherits the variable, orphans too
 
 # Variables by which a launcher speaks to its ranks: a test run under one must not pass them on.
-LAUNCHER_PREFIXES = (
-    "NVCOLL_",
-    "PMI_",
-    "PMIX_",
-    "HYDI_",
-    "HYDRA_",
-    "MPI_LOCAL",
-    "OMPI_",
-    "PRTE_",
-    "SLURM_",
-    "TORCHELASTIC_",
-)
+LAUNCHER_PREFIXES = ("NVCOLL_", "PMI_", "PMIX_", "HYDI_", "HYDRA_", "MPI_LOCAL", "OMPI_", "PRTE_", "SLURM_", "TORCHE")
 LAUNCHER_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # Runs a program as __main__ with its standard output in a file of its own rank.
 RANK_MAIN = """
 import os, runpy, sys
-rank = next(os.environ[v] for v in ("NVCOLL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK") if v in os.environ)
+names = "NVCOLL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "RANK"
+rank = next(os.environ[name] for name in names if name in os.environ)
 folder, program = sys.argv[1:3]
 out = os.open(f"{folder}/stdout.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 os.dup2(out, 1)
 os.close(out)
 sys.argv = sys.argv[2:]
+sys.path[0] = os.path.dirname(program)
 runpy.run_path(program, run_name="__main__")
 """
 
@@ -49,10 +42,7 @@ def pytest_configure(config):
     """Give the run an environment without launchers and a kernel cache of its own."""
     for name in clean_names(os.environ):
         del os.environ[name]
-    name, value = MARK.split("=")
-    os.environ[name] = value
-    import tempfile
-
+    os.environ[MARK] = RUN
     config.nvcoll_cache = tempfile.mkdtemp(prefix="nvcoll-cache-")
     os.environ["NVCOLL_CACHE_DIR"] = config.nvcoll_cache
 
@@ -98,19 +88,29 @@ def mpiexec():
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
-def processes():
-    """Processes of this run other than pytest itself: {pid: command line}."""
-    found = {}
+def processes(run=RUN):
+    """Processes that inherited the mark `run`; for the whole run, this process's children too: {pid: command line}."""
+    found, mark, me = {}, f"{MARK}={run}".encode(), os.getpid()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+        if not entry.name.isdigit() or int(entry.name) == me:
             continue
         try:
             environ, command = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # it ended meanwhile, or is another user's
             continue
-        if MARK.encode() in environ.split(b"\0") and b"multiprocessing.resource_tracker" not in command:
+        # A forked child shows the environment that pytest itself was started with, so it is known by its parent.
+        ours = mark in environ or (run == RUN and parent == me)
+        if ours and command and b"multiprocessing.resource_tracker" not in command:
             found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
     return found
+
+
+def kill(pids):
+    """Kill processes that may end by themselves meanwhile."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def segments():
@@ -141,8 +141,7 @@ def nothing_remains():
     before = segments()
     yield
     left = wait_until_empty(processes)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
+    kill(left)
     assert not left, f"the tests left processes running: {left}"
     left = wait_until_empty(lambda: segments() - before)
     assert not left, f"the tests left segments in {SHM}: {sorted(left)}"
@@ -175,10 +174,10 @@ class Ranks:
 def run_ranks(tmp_path):
     """Run a program on several real processes.
 
-    ``run_ranks(program, n, *args, timeout=60, env=None, launcher="nvcoll", options=(), check=True)``: `program` is source
-    text or a Path, `launcher` "nvcoll" (``nvcoll run``) or "mpiexec", `options` go to the launcher, `env` adds variables.
-    Returns Ranks. With check=True (default) a non-zero exit status fails the test; a run over `timeout` seconds always
-    does, after its whole process group has been killed.
+    ``run_ranks(program, n, *args, timeout=60, env=None, launcher="nvcoll", options=(), check=True)``: `program` is
+    source text or a Path, `launcher` "nvcoll" (``nvcoll run``) or "mpiexec", `options` go to the launcher, `env` adds
+    variables. Returns Ranks. With check=True (default) a non-zero exit status fails the test; a run over `timeout`
+    seconds always does, after all its processes have been killed.
     """
     runs = 0
 
@@ -210,12 +209,12 @@ def launch_command(launcher, n, options=()):
 
 
 def run_group(command, timeout, env=None, cwd=None):
-    """Run `command` in a process group of its own; return (exit status or None if it was killed, its output)."""
-    environ = {**os.environ, **(env or {})}
+    """Run `command` in a session of its own; return (exit status or None if it was killed, its output)."""
+    run = f"{RUN}-{uuid.uuid4().hex}"
     with subprocess.Popen(
         command,
         cwd=cwd,
-        env=environ,
+        env={**os.environ, **(env or {}), MARK: run},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -226,9 +225,7 @@ def run_group(command, timeout, env=None, cwd=None):
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            for pid in processes():  # ranks that made a process group of their own
-                os.kill(pid, signal.SIGKILL)
+            kill([process.pid, *processes(run)])  # a launcher may give its ranks process groups of their own
             output, _ = process.communicate()
             return None, output
     return process.returncode, output
@@ -236,7 +233,7 @@ def run_group(command, timeout, env=None, cwd=None):
 
 @pytest.fixture
 def run_command():
-    """Run a command line in a process group of its own: ``run_command(command, timeout=60, env=None, cwd=None)``.
+    """Run a command line in a session of its own: ``run_command(command, timeout=60, env=None, cwd=None)``.
 
     Returns (exit status or None if it took longer than `timeout` seconds and was killed, standard output and error).
     """
