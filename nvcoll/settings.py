@@ -44,11 +44,11 @@ class Variable:
 
 TABLE: tuple[Variable, ...] = (
     Variable("NVCOLL_BOOTSTRAP", "bootstrap", "bootstrap", "auto", "How the ranks find each other."),
-    Variable("NVCOLL_TIMEOUT", "timeout", "seconds", "600", "Seconds a call waits for the other ranks before it raises."),
-    Variable("NVCOLL_RULES", "rules", "path", None, "A rules file (`nvcoll tune` writes it) to use instead of the package's."),
-    Variable("NVCOLL_RANKS_PER_NODE", "ranks_per_node", "count", None, "Split each host's ranks into virtual nodes of so many."),
+    Variable("NVCOLL_TIMEOUT", "timeout", "seconds", "600", "Seconds a call waits for the other ranks; then it raises."),
+    Variable("NVCOLL_RULES", "rules", "path", None, "A rules file to use instead of the one in the package."),
+    Variable("NVCOLL_RANKS_PER_NODE", "ranks_per_node", "count", None, "Split the ranks of a host into nodes of so many."),
     Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
-    Variable("NVCOLL_HEAP", "heap", "bytes or auto", "auto", "Address space reserved per rank; auto is the physical memory."),
+    Variable("NVCOLL_HEAP", "heap", "bytes or auto", "auto", "Address space reserved per rank; auto: the physical memory."),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
     Variable("NVCOLL_RANK", "rank", "index", None, "This process's rank.", internal=True),

@@ -1,1 +1,133 @@
-# cython: language_level=3
+# cython: language_level=3, boundscheck=False, wraparound=True
+"""Who am I: the exchange of bytes between ranks, memory they share, and the sign that a rank lives."""
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t, uint64_t
+
+import atexit
+import builtins
+import hmac
+import itertools
+import os
+import secrets
+import selectors
+import socket
+import struct
+import sys
+import threading
+import time
+
+from nvcoll.errors import BootstrapError, PeerLostError, StateError, TimeoutError
+
+include "segment.pxi"
+include "rendezvous.pxi"
+include "launchers.pxi"
+
+
+class Exchange:
+    """Bytes between all ranks, for set-up and collective allocation; slow, and simple.
+
+    Attributes
+    ----------
+    rank, size
+        Which rank this is, and of how many.
+    kind
+        How the ranks found each other: "run", "torchrun", "mpi" or "single".
+    mpi_comm
+        A duplicate of mpi4py's ``COMM_WORLD`` for kind "mpi", else None.
+    """
+
+    def __init__(self, kind, rank, size, channel, timeout, mpi_comm=None):
+        self.kind, self.rank, self.size, self.mpi_comm = kind, rank, size, mpi_comm
+        self._channel, self._timeout = channel, timeout
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def allgather(self, data: bytes) -> list:
+        """Give `data` and return what every rank gave, by rank. Collective.
+
+        Parameters
+        ----------
+        data
+            At most 16 MiB.
+
+        Raises
+        ------
+        TimeoutError
+            Ranks, which the message names, did not arrive within ``NVCOLL_TIMEOUT`` seconds.
+        PeerLostError
+            A rank has ended, or has left. The exchange cannot be used any more.
+        StateError
+            The exchange is closed, or this process is a fork of the rank.
+        ValueError
+            `data` is too long.
+        """
+        data = bytes(data)
+        if len(data) > LARGEST:
+            raise ValueError(f"allgather: {len(data)} bytes were given, at most {LARGEST} are carried")
+        if self._pid != os.getpid():
+            raise StateError(_forked("allgather", self.rank))
+        with self._lock:
+            if self._channel is None:
+                raise StateError("allgather: the exchange is closed; connect anew")
+            return self._channel.allgather(data, self._timeout)
+
+    def close(self):
+        """Leave. Every rank may do so when it likes; a second call does nothing."""
+        with self._lock:
+            channel, self._channel, self.mpi_comm = self._channel, None, None
+        if channel is not None:
+            channel.close(self._pid == os.getpid())
+
+    def __repr__(self):
+        return f"<Exchange {self.kind}: rank {self.rank} of {self.size}>"
+
+
+class _Alone:
+    """The channel of one rank."""
+
+    def allgather(self, data, timeout):
+        return [data]
+
+    def close(self, says_bye=True):
+        pass
+
+
+def _forked(verb, rank):
+    return (
+        f"{verb}: this process was forked from rank {rank} and is no rank itself; only the ranks that the launcher "
+        "started may communicate (a child that wants to work alone sets NVCOLL_BOOTSTRAP=single)"
+    )
+
+
+cdef object _first = None  # (pid, rank) of the process that first connected to others
+
+
+def connect(settings) -> Exchange:
+    """Find the other ranks, in the way that `choose` tells. Collective.
+
+    Parameters
+    ----------
+    settings
+        What `nvcoll.settings.read` returned.
+
+    Returns
+    -------
+    Exchange
+
+    Raises
+    ------
+    BootstrapError
+        The ranks could not find each other, or a launcher's variables contradict themselves.
+    StateError
+        This process is a forked child of a rank.
+    """
+    global _first
+    kind, _ = choose(settings)
+    if kind == "single":
+        return Exchange("single", 0, 1, _Alone(), settings.timeout)
+    if _first is not None and _first[0] != os.getpid():
+        raise StateError(_forked("connect", _first[1]))
+    rank, size, channel, mpi_comm = {"run": _from_run, "torchrun": _from_torchrun, "mpi": _from_mpi}[kind](settings)
+    _first = os.getpid(), rank
+    return Exchange(kind, rank, size, channel, settings.timeout, mpi_comm)
