@@ -1,0 +1,335 @@
+"""Operators and datatypes: the two registries from which names, checks and tables derive.
+
+mpi4py's handles (``MPI.SUM``, ``MPI.FLOAT``) mean the same as the constants here and are accepted
+wherever these are. mpi4py is never imported for that: a handle can only exist once somebody has.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import DatatypeError
+
+
+@dataclass(frozen=True, slots=True)
+class Datatype:
+    """The type of one element.
+
+    Attributes
+    ----------
+    name : str
+        NumPy's name of the type, such as ``"float32"``; the key in `DATATYPES`.
+    itemsize : int
+        Bytes of one element.
+    kind : str
+        ``"bool"``, ``"int"``, ``"uint"``, ``"float"`` or ``"complex"``.
+    accumulate : str
+        Name of the type in which sums and products are kept while ranks are combined:
+        ``"float32"`` for the 16-bit floats, which are rounded once at the end, else `name`.
+    """
+
+    name: str
+    itemsize: int
+    kind: str
+    accumulate: str
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The NumPy dtype, in native byte order; for bfloat16 that of ml_dtypes."""
+        if self.name == "bfloat16":
+            import ml_dtypes  # here, because `import nvcoll` needs NumPy only
+
+            return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(self.name)
+
+    def Get_size(self) -> int:
+        """Return the bytes of one element, as mpi4py's method of that name does."""
+        return self.itemsize
+
+    def Get_name(self) -> str:
+        """Return `name`, for code written against mpi4py's handles."""
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"<nvcoll datatype {self.name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _datatype_named, (self.name,)  # one object per name, also after pickle and copy
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An operator that combines the elements of all ranks.
+
+    Attributes
+    ----------
+    name : str
+        MPI's name, such as ``"SUM"``; the key in `OPS`. ``"AVG"`` has no counterpart in MPI.
+    kind : str
+        ``"arithmetic"``, ``"order"``, ``"logical"`` or ``"bitwise"``.
+    commutative : bool
+        Whether operands may change places; all built-in operators allow it.
+    """
+
+    name: str
+    kind: str
+    commutative: bool = True
+
+    def supports(self, datatype: Datatype) -> str | None:
+        """Say why `datatype` cannot be combined by this operator, or None where it can.
+
+        Parameters
+        ----------
+        datatype
+            Type of the elements.
+
+        Returns
+        -------
+        str or None
+            A reason with its cure, ready to follow ``"Allreduce: "`` in a message.
+        """
+        needed, cure = _refused(self.kind, datatype.kind)
+        if not needed:
+            return None
+        return f"{self.name} is defined for {needed}, the buffers hold {datatype.name}; {cure}"
+
+    def Is_commutative(self) -> bool:
+        """Return `commutative`, as mpi4py's method of that name does."""
+        return self.commutative
+
+    def __repr__(self) -> str:
+        return f"<nvcoll operator {self.name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _op_named, (self.name,)
+
+
+def _refused(op_kind: str, datatype_kind: str) -> tuple[str, str]:
+    """Return what the operator is defined for and the cure, or two empty strings if all is well."""
+    if op_kind == "arithmetic" and datatype_kind == "bool":
+        return "numbers", "take LOR, LAND or LXOR, or count in an integer type"
+    if op_kind == "order" and datatype_kind == "complex":
+        return "types with an order", "reduce the absolute values or the real parts"
+    if op_kind in ("logical", "bitwise") and datatype_kind in ("float", "complex"):
+        view = "convert with .astype(bool)" if op_kind == "logical" else "reduce a .view() of an unsigned integer type"
+        return "integers and bool", view
+    return "", ""
+
+
+def _table(*rows: tuple[str, int, str]) -> dict[str, Datatype]:
+    """Build the registry; 16-bit floats accumulate in float32, everything else in itself."""
+    return {
+        name: Datatype(name, itemsize, kind, "float32" if (kind, itemsize) == ("float", 2) else name)
+        for name, itemsize, kind in rows
+    }
+
+
+#: Every datatype by its name.
+DATATYPES: dict[str, Datatype] = _table(
+    ("bool", 1, "bool"),
+    ("int8", 1, "int"),
+    ("int16", 2, "int"),
+    ("int32", 4, "int"),
+    ("int64", 8, "int"),
+    ("uint8", 1, "uint"),
+    ("uint16", 2, "uint"),
+    ("uint32", 4, "uint"),
+    ("uint64", 8, "uint"),
+    ("float16", 2, "float"),
+    ("bfloat16", 2, "float"),
+    ("float32", 4, "float"),
+    ("float64", 8, "float"),
+    ("complex64", 8, "complex"),
+    ("complex128", 16, "complex"),
+)
+
+#: Every operator by its name.
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("SUM", "arithmetic"),
+        Op("PROD", "arithmetic"),
+        Op("MIN", "order"),
+        Op("MAX", "order"),
+        Op("AVG", "arithmetic"),
+        Op("LAND", "logical"),
+        Op("LOR", "logical"),
+        Op("LXOR", "logical"),
+        Op("BAND", "bitwise"),
+        Op("BOR", "bitwise"),
+        Op("BXOR", "bitwise"),
+    )
+}
+
+
+def _op_named(name: str) -> Op:
+    return OPS[name]
+
+
+def _datatype_named(name: str) -> Datatype:
+    return DATATYPES[name]
+
+
+def _c_type(code: str) -> Datatype:
+    """Return the datatype of a C type, whose width is the platform's; `code` is NumPy's character."""
+    return DATATYPES[np.dtype(code).name]
+
+
+SUM = OPS["SUM"]
+PROD = OPS["PROD"]
+MIN = OPS["MIN"]
+MAX = OPS["MAX"]
+AVG = OPS["AVG"]
+LAND = OPS["LAND"]
+LOR = OPS["LOR"]
+LXOR = OPS["LXOR"]
+BAND = OPS["BAND"]
+BOR = OPS["BOR"]
+BXOR = OPS["BXOR"]
+
+# The names are mpi4py's, and so are the widths.
+BOOL = C_BOOL = CXX_BOOL = DATATYPES["bool"]
+INT8_T = SINT8_T = SIGNED_CHAR = CHAR = INTEGER1 = DATATYPES["int8"]
+INT16_T = SINT16_T = INTEGER2 = DATATYPES["int16"]
+INT32_T = SINT32_T = INTEGER4 = DATATYPES["int32"]
+INT64_T = SINT64_T = INTEGER8 = DATATYPES["int64"]
+UINT8_T = UNSIGNED_CHAR = BYTE = DATATYPES["uint8"]
+UINT16_T = DATATYPES["uint16"]
+UINT32_T = DATATYPES["uint32"]
+UINT64_T = DATATYPES["uint64"]
+FLOAT16 = FLOAT16_T = DATATYPES["float16"]
+BFLOAT16 = BFLOAT16_T = DATATYPES["bfloat16"]
+FLOAT = FLOAT32_T = REAL4 = REAL = F_FLOAT = DATATYPES["float32"]
+DOUBLE = FLOAT64_T = REAL8 = DOUBLE_PRECISION = F_DOUBLE = DATATYPES["float64"]
+C_COMPLEX = C_FLOAT_COMPLEX = CXX_FLOAT_COMPLEX = DATATYPES["complex64"]
+COMPLEX = COMPLEX8 = F_COMPLEX = F_FLOAT_COMPLEX = DATATYPES["complex64"]
+C_DOUBLE_COMPLEX = CXX_DOUBLE_COMPLEX = DATATYPES["complex128"]
+DOUBLE_COMPLEX = COMPLEX16 = F_DOUBLE_COMPLEX = DATATYPES["complex128"]
+SHORT = SIGNED_SHORT = _c_type("h")
+INT = SIGNED_INT = INTEGER = F_INT = _c_type("i")
+LONG = SIGNED_LONG = _c_type("l")
+LONG_LONG = SIGNED_LONG_LONG = _c_type("q")
+UNSIGNED_SHORT = _c_type("H")
+UNSIGNED = UNSIGNED_INT = _c_type("I")
+UNSIGNED_LONG = _c_type("L")
+UNSIGNED_LONG_LONG = _c_type("Q")
+AINT = OFFSET = COUNT = _c_type("p")
+
+#: Every datatype by the names MPI gives it, ``"FLOAT"`` and the like.
+MPI_NAMES: dict[str, Datatype] = {name: value for name, value in globals().items() if isinstance(value, Datatype)}
+
+
+def mpi_module() -> Any:
+    """Return ``mpi4py.MPI`` if somebody has imported it, else None."""
+    return sys.modules.get("mpi4py.MPI")
+
+
+def as_op(op: object, verb: str = "as_op") -> Op:
+    """Return `op` as an `Op`.
+
+    Parameters
+    ----------
+    op
+        An operator of nvcoll, or the handle of the same operator in mpi4py.
+    verb
+        The call for which it is wanted, for the message.
+
+    Raises
+    ------
+    DatatypeError
+        For anything else: Python functions, operators created by ``MPI.Op.Create``, MINLOC and the like.
+    """
+    if isinstance(op, Op):
+        return op
+    mpi = mpi_module()
+    names = ", ".join(OPS)
+    if mpi is not None and isinstance(op, mpi.Op):
+        for name, ours in OPS.items():
+            if getattr(mpi, name, None) == op:
+                return ours
+        # A freed or null handle has no name to print, and asking MPI for one is an error there.
+        if op == mpi.OP_NULL or op.is_predefined:
+            known = [name for name in ("MINLOC", "MAXLOC", "REPLACE", "NO_OP", "OP_NULL") if getattr(mpi, name) == op]
+            raise DatatypeError(f"{verb}: op is MPI.{''.join(known)}, which nvcoll does not have; take one of {names}")
+        raise DatatypeError(
+            f"{verb}: op was created by MPI.Op.Create, and nvcoll runs built-in operators only; "
+            f"take one of {names}, or reduce with mpi4py"
+        )
+    given = f"the string {op!r}" if isinstance(op, str) else f"{_kind_of(op)}"
+    raise DatatypeError(f"{verb}: op is {given}, expected one of nvcoll's operators {names}; pass for example nvcoll.SUM")
+
+
+def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "datatype") -> Datatype:
+    """Return `datatype` as a `Datatype`.
+
+    Parameters
+    ----------
+    datatype
+        A datatype of nvcoll, a handle of mpi4py, a dtype of torch, or what ``numpy.dtype`` takes:
+        ``"f"``, ``"float32"``, ``numpy.float32``, ``float``.
+    verb, name
+        The call and the argument for which it is wanted, for the message.
+
+    Raises
+    ------
+    DatatypeError
+        For types that cannot be reduced, and for byte orders other than the machine's.
+    """
+    if isinstance(datatype, Datatype):
+        return datatype
+    if isinstance(datatype, str) and datatype in DATATYPES:
+        return DATATYPES[datatype]  # also spares an import of ml_dtypes for the name "bfloat16"
+    mpi = mpi_module()
+    if mpi is not None and isinstance(datatype, mpi.Datatype):
+        return _from_mpi(mpi, datatype, verb, name)
+    if type(datatype).__module__ == "torch":
+        return _lookup(str(datatype).removeprefix("torch."), str(datatype), verb, name)
+    try:
+        if datatype is None:
+            raise TypeError("NumPy would take None for float64")
+        dtype = np.dtype(datatype)  # type: ignore[call-overload]
+    except (TypeError, ValueError, SyntaxError):
+        given = repr(datatype) if isinstance(datatype, str) or datatype is None else _kind_of(datatype)
+        raise DatatypeError(
+            f"{verb}: {name} is {given}, expected a datatype; pass for example nvcoll.FLOAT or 'float32'"
+        ) from None
+    if not dtype.isnative:
+        raise DatatypeError(
+            f"{verb}: {name} is {dtype.str}, not in the byte order of this machine; "
+            f"convert with .astype({dtype.newbyteorder('=').name!r})"
+        )
+    return _lookup(dtype.name, str(dtype), verb, name)
+
+
+def _lookup(key: str, given: str, verb: str, name: str) -> Datatype:
+    """Return the datatype of that name, or raise with the list of those there are."""
+    found = DATATYPES.get(key)
+    if found is None:
+        cure = "convert with .astype()" if given != "object" else "Python objects have no fixed size: convert with .astype()"
+        raise DatatypeError(f"{verb}: {name} is {given}, expected one of {', '.join(DATATYPES)}; {cure}")
+    return found
+
+
+def _from_mpi(mpi: Any, handle: Any, verb: str, name: str) -> Datatype:
+    """Return the counterpart of an mpi4py handle, found by comparing it with mpi4py's constants."""
+    if handle == mpi.DATATYPE_NULL:
+        raise DatatypeError(f"{verb}: {name} is MPI.DATATYPE_NULL, expected a datatype; pass for example nvcoll.FLOAT")
+    for mpi_name, ours in MPI_NAMES.items():
+        if getattr(mpi, mpi_name, None) == handle:
+            return ours
+    if handle.is_predefined:
+        raise DatatypeError(
+            f"{verb}: {name} is {handle.Get_name()}, expected one of {', '.join(DATATYPES)}; convert the elements"
+        )
+    raise DatatypeError(
+        f"{verb}: {name} is a derived MPI datatype, and nvcoll reduces contiguous elements; "
+        "copy them to a contiguous array first"
+    )
+
+
+def _kind_of(value: object) -> str:
+    """Describe a value by the name of its type, with an article."""
+    text = type(value).__qualname__
+    return f"{'an' if text[0].lower() in 'aeiou' else 'a'} {text}"
