@@ -1,0 +1,110 @@
+"""Every program in README, tutorials and how-to pages runs, and prints what the page says.
+
+A page says how its block runs in a comment above it, which readers do not see:
+
+    <!-- run: ranks=4 -->                 under `nvcoll run -n 4` (2 ranks without a comment)
+    <!-- run: launcher=mpiexec -->        under mpiexec
+    <!-- run: fails=TimeoutError -->      ends with that error
+    <!-- run: needs=torch -->             skipped where the module is missing
+    <!-- run: env=NVCOLL_TIMEOUT=2 -->    with that variable
+
+A ```text block after it holds what the program prints, ranks in any order.
+"""
+
+import importlib.util
+import re
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("tutorials/*.md")),
+    *sorted((ROOT / "docs").glob("how-to/*.md")),
+]
+BLOCK = re.compile(
+    r"(?:^<!-- run: (?P<options>.*?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+)
+
+# What a reader types to install; the packaging tests and .ci/run try these.
+INSTALL = re.compile(r"pip install (-e )?(\"[^\"]+\"|\S+)")
+# Lines of pages that need what a test machine lacks, each with the reason.
+UNTRIED = {
+    "srun": "no Slurm",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, text, options, and the text block that follows."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    options: dict[str, str]
+    output: str | None
+
+    def __str__(self):
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page):
+    text = page.read_text()
+    found = list(BLOCK.finditer(text))
+    for match, after in zip(found, [*found[1:], None], strict=True):
+        options = dict(option.split("=", 1) for option in shlex.split(match["options"] or ""))
+        output = after["text"] if after and after["language"] == "text" else None
+        line = text.count("\n", 0, match.start("text")) + 1
+        yield Block(page, line, match["language"], match["text"], options, output)
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+PROGRAMS = [pytest.param(block, id=str(block)) for block in ALL if block.language == "python"]
+SHELL = [pytest.param(block, id=str(block)) for block in ALL if block.language == "sh"]
+
+
+@pytest.mark.parametrize("block", PROGRAMS)
+def test_program_runs(block, run_ranks):
+    options = dict(block.options)
+    needed, launcher = options.pop("needs", None), options.pop("launcher", "nvcoll")
+    if needed and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed")
+    error = options.pop("fails", None)
+    env = dict([options.pop("env").split("=")]) if "env" in options else {}
+    size = int(options.pop("ranks", 2))
+    assert not options, f"{block}: unknown options {options}"
+    ranks = run_ranks(block.text, size, launcher=launcher, env=env, check=error is None)
+    if error:
+        assert ranks.returncode, f"{block} was to fail with {error}"
+        assert error in ranks.stderr, str(ranks)
+    elif block.output is not None:
+        lines = [line for text in ranks.stdout for line in text.splitlines()]
+        assert Counter(lines) == Counter(block.output.splitlines()), str(ranks)
+
+
+@pytest.mark.parametrize("block", SHELL)
+def test_shell_lines_run(block, tmp_path, run_command):
+    """Run the lines of a shell block in a folder that holds the page's program under the name the lines use."""
+    programs = [other for other in ALL if other.page == block.page and other.language == "python"]
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for line in block.text.splitlines():
+        for command in filter(None, (part.strip() for part in line.partition("#")[0].split("&&"))):
+            if INSTALL.fullmatch(command) or command == "pytest" or command.split()[0] in UNTRIED:
+                continue
+            for program in programs:
+                name = program.text.partition("\n")[0].removeprefix("# ").strip()
+                if name.endswith(".py"):
+                    (tmp_path / name).write_text(program.text)
+            path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+            status, output = run_command(["bash", "-c", command], timeout=110, cwd=tmp_path, env={"PATH": path})
+            assert status == 0, f"{block}: {command}\n{output}"
+
+
+def test_readme_is_one_screen():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 80
