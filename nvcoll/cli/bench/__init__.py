@@ -1,0 +1,229 @@
+"""``nvcoll bench``: how long a collective takes, beside the libraries it competes with.
+
+Every line is checked before it is timed: all ranks reduce random data, and each compares what it got with a reference
+in float64. A wrong answer is never timed; its line says WRONG, and the exit status is 1. The timed calls reduce zeros:
+in place, sums of anything else double at every call and soon overflow.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvcoll import settings
+from nvcoll.cli.bench import report, run
+from nvcoll.cli.bench.contestants import BUFFERS, PEERS, Arrays, Nvcoll
+from nvcoll.cli.bench.measure import Budget, Ranks
+from nvcoll.errors import ArgumentError, Error
+from nvcoll.ops import DATATYPES, OPS
+
+VERBS = ("allreduce",)
+
+
+def size(text: str) -> int:
+    """Return ``64K`` as 65536.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        `text` is no size.
+    """
+    accepted, parse = settings.KINDS["bytes"]
+    try:
+        return int(parse(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}") from None
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add ``bench`` to the command line."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time a collective, checked, beside other libraries",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  nvcoll bench allreduce -n 2\n  nvcoll run -n 4 -- nvcoll bench allreduce --max 1M\n"
+        "  mpiexec -n 2 nvcoll bench allreduce --compare mpi --json new.json --plot new.png\n",
+    )
+    parser.set_defaults(main=main)
+    parser.add_argument("verb", choices=VERBS, help="the collective")
+    parser.add_argument("-n", type=int, metavar="RANKS", help="start so many ranks on this host, as `nvcoll run` does")
+    parser.add_argument("--min", type=size, default=8, metavar="BYTES", help="smallest size (default 8)")
+    parser.add_argument("--max", type=size, default=64 << 20, metavar="BYTES", help="largest size (default 64M)")
+    parser.add_argument("--factor", type=float, default=2, help="from one size to the next (default 2)")
+    parser.add_argument("--dtype", choices=tuple(DATATYPES), default="float32", help="datatype (default float32)")
+    parser.add_argument("--op", choices=tuple(OPS), default="SUM", help="operator (default SUM)")
+    parser.add_argument(
+        "--buffer",
+        action="append",
+        choices=BUFFERS,
+        help="symmetric: in place on the symmetric heap (default); numpy: in place on an ordinary array; out-of-place: "
+        "from one symmetric array to another; may be repeated",
+    )
+    parser.add_argument(
+        "--algorithm",
+        action="append",
+        metavar="NAME",
+        help="ring, or ring/simple, or all; one line each; may be repeated (default: what nvcoll chooses)",
+    )
+    parser.add_argument("--time", type=float, default=0.3, metavar="SECONDS", help="time for a line (default 0.3)")
+    parser.add_argument("--iters", type=int, metavar="CALLS", help="calls in a batch, whatever their time")
+    parser.add_argument(
+        "--compare", action="append", choices=tuple(PEERS), help="also time this library, by turns, on ordinary arrays"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, each batch too, to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and ratios to FILE (.png, .pdf, .svg)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run ``nvcoll bench``; every rank calls it.
+
+    Parameters
+    ----------
+    args
+        As parsed by the parser of `add_parser`.
+
+    Returns
+    -------
+    int
+        0; 1 if an answer was wrong; 2 if the benchmark could not run as asked.
+    """
+    if args.n is not None and settings.read().size is None:
+        return _launch(args.n)
+    rank = 0
+    try:
+        from nvcoll import COMM_WORLD
+
+        rank = COMM_WORLD.rank
+        return bench(COMM_WORLD, args)
+    except ArgumentError as exc:  # the same on all ranks: one of them says it
+        if rank == 0:
+            print(f"nvcoll {exc}", file=sys.stderr)
+    except Error as exc:
+        print(f"nvcoll bench: rank {rank}: {exc}", file=sys.stderr)
+    return 2
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _say) -> int:
+    """Measure what `args` asks for on `comm`; collective.
+
+    Parameters
+    ----------
+    comm
+        An nvcoll communicator.
+    args
+        As parsed by the parser of `add_parser`.
+    say
+        Called on rank 0 with each line of the output.
+
+    Returns
+    -------
+    int
+        0, or 1 if an answer was wrong.
+
+    Raises
+    ------
+    ArgumentError
+        The options cannot be used; the message says what to type.
+    """
+    workload = _workload(args)
+    _check_files(comm, args)
+    tell = say if comm.rank == 0 else _nothing
+    arrays = Arrays(comm, max(workload.counts), workload.datatype)
+    try:
+        peers = [PEERS[name](comm, arrays, workload.op) for name in dict.fromkeys(args.compare or ())]
+        algorithms = _algorithms(comm, args.verb, args.algorithm)
+        kinds = dict.fromkeys(args.buffer or BUFFERS[:1])
+        own = [Nvcoll(comm, arrays, workload.op, kind, algorithm) for kind in kinds for algorithm in algorithms]
+        versions = {peer.name: peer.version for peer in peers}
+        document = report.document(args.verb, args.op, comm, _options(args), versions)
+        for text in report.header(document):
+            tell(f"# {text}")
+        tell(report.heading([peer.name for peer in peers]))
+        rows = []
+        for row in run.rows(comm, workload, own, peers):
+            tell(report.line(row))
+            rows.append(row)
+    finally:
+        arrays.free()
+    for text in report.notes(rows):
+        tell(f"# {text}")
+    if comm.rank == 0:
+        _write(args, document, rows)
+    wrong = any(row.wrong for row in rows)
+    if wrong and comm.rank > 0:
+        print(f"nvcoll bench: rank {comm.rank}: some answers were wrong", file=sys.stderr)
+    return int(wrong)
+
+
+def _nothing(text: str) -> None:
+    """Take the place of `_say` on all ranks but one."""
+
+
+def _launch(size: int) -> int:
+    """Start this command again on `size` ranks; they find ``NVCOLL_SIZE`` set and do not come here."""
+    from nvcoll.cli import main as command_line
+
+    return int(command_line(["run", "-n", str(size), "--", *sys.argv]))
+
+
+def _workload(args: argparse.Namespace) -> run.Workload:
+    op, datatype = OPS[args.op], DATATYPES[args.dtype]
+    if reason := op.supports(datatype):
+        raise ArgumentError(f"bench: --op {op.name} --dtype {datatype.name}: {reason}")
+    if not args.time > 0:
+        raise ArgumentError(f"bench: --time is {args.time:g} seconds; give a number above 0, such as 0.3")
+    if args.iters is not None and args.iters < 1:
+        raise ArgumentError(f"bench: --iters is {args.iters}; give 1 call or more")
+    counts = run.counts(args.min, args.max, args.factor, datatype.itemsize)
+    return run.Workload(counts, datatype, op, Budget(args.time, args.iters))
+
+
+def _check_files(comm: Any, args: argparse.Namespace) -> None:
+    """Refuse files that rank 0 will not be able to write: before the measurement, not after it."""
+    reason = ""
+    if comm.rank == 0:
+        if args.plot and importlib.util.find_spec("matplotlib") is None:
+            reason = 'bench: --plot needs matplotlib; pip install "nvcoll[bench]"'
+        for path in filter(None, (args.json, args.plot)):
+            if not path.parent.is_dir():
+                reason = f"bench: there is no folder {path.parent} for {path.name}; make it first"
+    if any(Ranks(comm).largest([bool(reason)])):
+        raise ArgumentError(reason or "bench: rank 0 cannot write the files that were asked for")
+
+
+def _algorithms(comm: Any, verb: str, asked: Sequence[str] | None) -> list[str | None]:
+    if not asked:
+        return [None]
+    known = list(comm.algorithms(verb))
+    for name in asked:
+        if name != "all" and name.partition("/")[0] not in known:
+            raise ArgumentError(f"bench: --algorithm {name} is unknown; take all, or one of {', '.join(known)}")
+    return list(dict.fromkeys(name for given in asked for name in (known if given == "all" else [given])))
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if not callable(value)
+    }
+
+
+def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report.Row]) -> None:
+    if args.json:
+        whole = {**document, "rows": [row.fields() for row in rows], "geometric_means": report.means(rows)}
+        args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if args.plot:
+        from nvcoll.cli.bench import plot
+
+        host = document["machine"]
+        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {host['cpu']}, {host['cores']} cores"
+        plot.save(args.plot, rows, title)
