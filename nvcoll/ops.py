@@ -41,7 +41,8 @@ class Datatype:
         if self.name == "bfloat16":
             import ml_dtypes  # here, because `import nvcoll` needs NumPy only
 
-            return np.dtype(ml_dtypes.bfloat16)
+            name: type = ml_dtypes.bfloat16
+            return np.dtype(name)
         return np.dtype(self.name)
 
     def Get_size(self) -> int:
@@ -236,6 +237,11 @@ def as_op(op: object, verb: str = "as_op") -> Op:
     verb
         The call for which it is wanted, for the message.
 
+    Returns
+    -------
+    Op
+        One of `OPS`.
+
     Raises
     ------
     DatatypeError
@@ -244,24 +250,25 @@ def as_op(op: object, verb: str = "as_op") -> Op:
     if isinstance(op, Op):
         return op
     mpi = mpi_module()
-    names = ", ".join(OPS)
     if mpi is not None and isinstance(op, mpi.Op):
-        for name, ours in OPS.items():
-            if getattr(mpi, name, None) == op:
-                return ours
-        # A freed or null handle has no name to print, and asking MPI for one is an error there.
-        if op == mpi.OP_NULL or op.is_predefined:
-            known = [name for name in ("MINLOC", "MAXLOC", "REPLACE", "NO_OP", "OP_NULL") if getattr(mpi, name) == op]
-            raise DatatypeError(f"{verb}: op is MPI.{''.join(known)}, which nvcoll does not have; take one of {names}")
-        raise DatatypeError(
-            f"{verb}: op was created by MPI.Op.Create, and nvcoll runs built-in operators only; "
-            f"take one of {names}, or reduce with mpi4py"
-        )
-    given = f"the string {op!r}" if isinstance(op, str) else f"{_kind_of(op)}"
-    raise DatatypeError(f"{verb}: op is {given}, expected one of nvcoll's operators {names}; pass for example nvcoll.SUM")
+        return _op_from_mpi(mpi, op, verb)
+    given = repr(op) if isinstance(op, str | None) else f"of type {type(op).__name__}"
+    raise DatatypeError(f"{verb}: op is {given}, expected one of {', '.join(OPS)}; pass for example nvcoll.SUM")
 
 
-def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "datatype") -> Datatype:
+def _op_from_mpi(mpi: Any, handle: Any, verb: str) -> Op:
+    """Return the counterpart of an mpi4py operator, found by comparing it with mpi4py's constants."""
+    for name, ours in OPS.items():
+        if getattr(mpi, name, None) == handle:
+            return ours
+    expected = f"expected one of {', '.join(OPS)}"
+    for name in ("MINLOC", "MAXLOC", "REPLACE", "NO_OP", "OP_NULL"):
+        if getattr(mpi, name) == handle:
+            raise DatatypeError(f"{verb}: op is MPI.{name}, {expected}; reduce with mpi4py")
+    raise DatatypeError(f"{verb}: op was made by MPI.Op.Create, {expected}; reduce with mpi4py")
+
+
+def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datatype:
     """Return `datatype` as a `Datatype`.
 
     Parameters
@@ -269,8 +276,13 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
     datatype
         A datatype of nvcoll, a handle of mpi4py, a dtype of torch, or what ``numpy.dtype`` takes:
         ``"f"``, ``"float32"``, ``numpy.float32``, ``float``.
-    verb, name
-        The call and the argument for which it is wanted, for the message.
+    where
+        The call and its argument, with which a message begins.
+
+    Returns
+    -------
+    Datatype
+        One of `DATATYPES`.
 
     Raises
     ------
@@ -280,56 +292,43 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
     if isinstance(datatype, Datatype):
         return datatype
     if isinstance(datatype, str) and datatype in DATATYPES:
-        return DATATYPES[datatype]  # also spares an import of ml_dtypes for the name "bfloat16"
+        return DATATYPES[datatype]  # NumPy knows the name "bfloat16" only once ml_dtypes is imported
     mpi = mpi_module()
     if mpi is not None and isinstance(datatype, mpi.Datatype):
-        return _from_mpi(mpi, datatype, verb, name)
+        return _from_mpi(mpi, datatype, where)
     if type(datatype).__module__ == "torch":
-        return _lookup(str(datatype).removeprefix("torch."), str(datatype), verb, name)
+        return _named(str(datatype).removeprefix("torch."), str(datatype), where)
     try:
         if datatype is None:
             raise TypeError("NumPy would take None for float64")
         dtype = np.dtype(datatype)  # type: ignore[call-overload]
     except (TypeError, ValueError, SyntaxError):
-        given = repr(datatype) if isinstance(datatype, str) or datatype is None else _kind_of(datatype)
-        raise DatatypeError(
-            f"{verb}: {name} is {given}, expected a datatype; pass for example nvcoll.FLOAT or 'float32'"
-        ) from None
+        given = repr(datatype) if isinstance(datatype, str | None) else f"of type {type(datatype).__name__}"
+        raise DatatypeError(f"{where} is {given}, expected a datatype; pass for example nvcoll.FLOAT") from None
     if not dtype.isnative:
+        native = dtype.newbyteorder("=").name
         raise DatatypeError(
-            f"{verb}: {name} is {dtype.str}, not in the byte order of this machine; "
-            f"convert with .astype({dtype.newbyteorder('=').name!r})"
+            f"{where} is {dtype.str}, expected this machine's byte order; convert with .astype({native!r})"
         )
-    return _lookup(dtype.name, str(dtype), verb, name)
+    return _named(dtype.name, str(dtype), where)
 
 
-def _lookup(key: str, given: str, verb: str, name: str) -> Datatype:
+def _named(name: str, given: str, where: str) -> Datatype:
     """Return the datatype of that name, or raise with the list of those there are."""
-    found = DATATYPES.get(key)
-    if found is None:
-        cure = "convert with .astype()" if given != "object" else "Python objects have no fixed size: convert with .astype()"
-        raise DatatypeError(f"{verb}: {name} is {given}, expected one of {', '.join(DATATYPES)}; {cure}")
-    return found
+    if name not in DATATYPES:
+        raise DatatypeError(f"{where} is {given}, expected one of {', '.join(DATATYPES)}; convert with .astype()")
+    return DATATYPES[name]
 
 
-def _from_mpi(mpi: Any, handle: Any, verb: str, name: str) -> Datatype:
+def _from_mpi(mpi: Any, handle: Any, where: str) -> Datatype:
     """Return the counterpart of an mpi4py handle, found by comparing it with mpi4py's constants."""
-    if handle == mpi.DATATYPE_NULL:
-        raise DatatypeError(f"{verb}: {name} is MPI.DATATYPE_NULL, expected a datatype; pass for example nvcoll.FLOAT")
-    for mpi_name, ours in MPI_NAMES.items():
-        if getattr(mpi, mpi_name, None) == handle:
+    if handle == mpi.DATATYPE_NULL:  # first: MPI libraries without 16-bit floats give that handle several names
+        raise DatatypeError(f"{where} is MPI.DATATYPE_NULL, expected a datatype; pass for example nvcoll.FLOAT")
+    for name, ours in MPI_NAMES.items():
+        if getattr(mpi, name, None) == handle:
             return ours
     if handle.is_predefined:
-        raise DatatypeError(
-            f"{verb}: {name} is {handle.Get_name()}, expected one of {', '.join(DATATYPES)}; convert the elements"
-        )
+        return _named("", handle.Get_name(), where)  # LOGICAL, WCHAR, FLOAT_INT and their kind
     raise DatatypeError(
-        f"{verb}: {name} is a derived MPI datatype, and nvcoll reduces contiguous elements; "
-        "copy them to a contiguous array first"
+        f"{where} is a derived MPI datatype, expected the type of one element; copy the elements to a contiguous array"
     )
-
-
-def _kind_of(value: object) -> str:
-    """Describe a value by the name of its type, with an article."""
-    text = type(value).__qualname__
-    return f"{'an' if text[0].lower() in 'aeiou' else 'a'} {text}"

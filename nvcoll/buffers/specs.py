@@ -1,0 +1,332 @@
+"""Specs: all judgement on the memory that is passed to a verb.
+
+`parse` takes what mpi4py 4.1 takes, and refuses with a reason what it cannot reduce.
+"""
+
+import operator
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.ops import Datatype, as_datatype, mpi_module
+from .array import Buffer
+
+# DLPack's numbers for memory the CPU can read: its own, pinned by CUDA or ROCm, managed by CUDA.
+HOST_DEVICES = (1, 3, 11, 13)
+
+
+class InPlace:
+    """The type of `IN_PLACE`, which has one instance."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "nvcoll.IN_PLACE"
+
+    def __reduce__(self) -> str:
+        return "IN_PLACE"  # by name: pickle and copy give the one instance back
+
+
+#: Given as sendbuf: take the data from recvbuf and leave the result there.
+IN_PLACE = InPlace()
+
+
+def is_in_place(value: object) -> bool:
+    """Tell whether `value` is `IN_PLACE`, ours or mpi4py's."""
+    mpi = mpi_module()
+    return value is IN_PLACE or (mpi is not None and value is mpi.IN_PLACE)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Contiguous memory that a verb reads or writes.
+
+    Attributes
+    ----------
+    address : int
+        Of the first element. Not always a multiple of the itemsize: a slice of a bytearray begins
+        anywhere. Means nothing where `count` is 0.
+    count : int
+        Number of elements.
+    datatype : Datatype
+        Their type.
+    owner : object
+        Keeps the memory alive, and a bytearray from being resized: hold it for the duration of a
+        call, not in a cache.
+    order : str
+        ``"C"`` or ``"F"`` for arrays that lie in one of these orders only, else ``"A"``.
+    """
+
+    address: int
+    count: int
+    datatype: Datatype
+    owner: object
+    order: str = "A"
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the memory in bytes."""
+        return self.count * self.datatype.itemsize
+
+    @property
+    def aligned(self) -> bool:
+        """Whether elements lie on multiples of their size, or of that of a complex number's parts."""
+        size = self.datatype.itemsize // (2 if self.datatype.kind == "complex" else 1)
+        return self.address % size == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Contiguous memory of an object, before the caller's count and datatype are applied."""
+
+    address: int
+    nbytes: int
+    dtype: object  # what the object says it holds; counts only if the caller gives no datatype
+    readonly: bool
+    owner: object
+    order: str
+
+
+def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
+    """Find the memory that `spec` stands for.
+
+    Parameters
+    ----------
+    verb, name
+        The call and its argument (``"Allreduce"``, ``"recvbuf"``), for messages.
+    spec
+        ``buf``, ``[buf, count]``, ``[buf, datatype]``, ``[buf, count, datatype]``, or
+        ``[buf, count, displ, datatype]``, as list or tuple, where count may also be ``(count, displ)``.
+        Count and displacement are in elements of the datatype, which may differ from the type of
+        ``buf``: its bytes are then read as that type, as in mpi4py. ``buf`` is an array of NumPy or
+        torch, or any object with the buffer protocol, ``__array_interface__`` or CPU DLPack.
+        Elements are taken in the order of memory: Fortran-contiguous arrays are reduced
+        elementwise with arrays of the same layout on the other ranks.
+    writable
+        Whether the verb writes there.
+
+    Returns
+    -------
+    Spec
+        Address, count and datatype, and an owner that keeps the memory alive.
+
+    Raises
+    ------
+    ArgumentError
+        Memory that is too small, read-only or not contiguous, or a malformed spec.
+    DatatypeError
+        Element types, and kinds of objects, that are not supported.
+    StateError
+        A `Buffer` that was freed, or a view of one.
+    """
+    where = f"{verb}: {name}"
+    buf, count, displ, datatype = _unpack(where, spec)
+    memory = _memory(where if buf is spec else f"{where}[0]", buf, typed=datatype is not None)
+    if writable and memory.readonly:
+        cure = "a bytearray" if isinstance(buf, bytes) else "a .copy() of it"
+        raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass {cure}")
+    element = as_datatype(memory.dtype if datatype is None else datatype, f"{verb}: datatype of {name}")
+    first, length = _extent(where, memory.nbytes, element, count, displ)
+    return Spec(memory.address + first * element.itemsize, length, element, memory.owner, memory.order)
+
+
+def _unpack(where: str, spec: object) -> tuple[object, Any, Any, object]:
+    """Split a spec in buffer, count, displacement and datatype, None where not given."""
+    if not isinstance(spec, list | tuple):
+        return spec, None, None, None
+    if not 2 <= len(spec) <= 4:
+        raise ArgumentError(
+            f"{where} is a {type(spec).__name__} of {len(spec)} items, expected an array or [buf, count, datatype]; "
+            "pass numpy.array() of it"
+        )
+    buf, count, *rest = spec
+    if not rest and not _may_be_count(count):
+        return buf, None, None, count
+    displ = rest[0] if len(rest) == 2 else None
+    if isinstance(count, list | tuple) and displ is None:
+        if len(count) != 2:
+            raise ArgumentError(
+                f"{where} has a count of {len(count)} items, expected a number; pass count or (count, displ)"
+            )
+        count, displ = count
+    return buf, count, displ, rest[-1] if rest else None
+
+
+def _may_be_count(value: object) -> bool:
+    """Tell counts from datatypes; types such as ``numpy.int32`` have ``__index__`` themselves, for their instances."""
+    return value is None or isinstance(value, list | tuple) or hasattr(type(value), "__index__")
+
+
+def _index(where: str, what: str, value: Any) -> int:
+    """Return a count or displacement as an integer that is not negative."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(
+            f"{where} has a {what} of type {type(value).__name__}, expected int; pass int() of it"
+        ) from None
+    if number < 0:
+        raise ArgumentError(f"{where} has a {what} of {number}, expected 0 or more; count elements from the start")
+    return number
+
+
+def _extent(where: str, nbytes: int, datatype: Datatype, count: Any, displ: Any) -> tuple[int, int]:
+    """Return the first element and the number of elements that a spec selects in `nbytes` of memory."""
+    held, rest = divmod(nbytes, datatype.itemsize)
+    first = 0 if displ is None else _index(where, "displacement", displ)
+    if count is None:
+        if rest:
+            raise ArgumentError(
+                f"{where} holds {nbytes} bytes, expected a multiple of the {datatype.itemsize} of a {datatype.name}; "
+                "give a count: [buf, count, datatype]"
+            )
+        length = max(held - first, 0)
+    else:
+        length = _index(where, "count", count)
+    if first + length > held:
+        start = f" from element {first} on" if first else ""
+        raise ArgumentError(
+            f"{where} holds {held} {datatype.name}, expected {length}{start}; give a smaller count or a larger buffer"
+        )
+    return first, length
+
+
+def _memory(where: str, buf: Any, typed: bool) -> _Memory:
+    """Find the memory of any object; `typed` where the caller gave a datatype."""
+    if isinstance(buf, np.ndarray):
+        return _from_array(where, buf)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(buf, torch.Tensor):
+        return _from_tensor(where, buf, torch.strided)
+    _refuse_sentinels(where, buf)
+    try:
+        view = memoryview(buf)
+    except (TypeError, ValueError, BufferError):
+        return _from_protocol(where, buf)
+    return _from_array(where, _array_of(where, view, typed))
+
+
+def _refuse_sentinels(where: str, buf: object) -> None:
+    """Refuse the values that stand for no memory."""
+    mpi = mpi_module()
+    if buf is None:
+        raise ArgumentError(f"{where} is None, expected an array; pass the array")
+    if is_in_place(buf):
+        raise ArgumentError(f"{where} is IN_PLACE, expected an array; pass IN_PLACE as sendbuf only")
+    if mpi is not None and buf is mpi.BOTTOM:
+        raise ArgumentError(f"{where} is MPI.BOTTOM, expected an array, for addresses are not taken; pass the array")
+
+
+def _array_of(where: str, view: memoryview, typed: bool) -> np.ndarray[Any, Any]:
+    """Return an array on the memory of a memoryview."""
+    try:
+        return np.asarray(view)
+    except (ValueError, NotImplementedError):  # a format that NumPy has no name for
+        if typed and view.c_contiguous:
+            return np.frombuffer(view, np.uint8)
+        raise DatatypeError(
+            f"{where} has elements of format {view.format!r}, expected numbers; name their type: [buf, datatype]"
+        ) from None
+
+
+def _from_protocol(where: str, buf: Any) -> _Memory:
+    """Find memory through DLPack or ``__array_interface__``, and refuse what is on a GPU."""
+    if hasattr(buf, "__dlpack_device__"):
+        on_gpu = buf.__dlpack_device__()[0] not in HOST_DEVICES
+    else:
+        on_gpu = hasattr(buf, "__cuda_array_interface__")
+    if on_gpu:
+        raise _refused_gpu(where, type(buf).__name__)
+    if hasattr(buf, "__array_interface__"):
+        return _from_array(where, np.asarray(buf))
+    if hasattr(buf, "__dlpack__"):
+        try:
+            return _from_array(where, np.from_dlpack(buf))
+        except (BufferError, RuntimeError, TypeError) as exc:
+            raise DatatypeError(f"{where} cannot be read through DLPack ({exc}); pass numpy.asarray() of it") from exc
+    raise DatatypeError(
+        f"{where} is of type {type(buf).__name__}, expected memory (buffer protocol, __array_interface__ or DLPack); "
+        "pass numpy.asarray() of it"
+    )
+
+
+def _refused_gpu(where: str, kind: str) -> DatatypeError:
+    return DatatypeError(
+        f"{where} ({kind}) is on a GPU, which needs the nvshmem backend, expected host memory; copy it to the host"
+    )
+
+
+def _from_tensor(where: str, tensor: Any, strided: object) -> _Memory:
+    """Find the memory of a torch tensor. Not through DLPack, which NumPy does not take bfloat16 from."""
+    if tensor.device.type != "cpu":
+        raise _refused_gpu(where, f"tensor on {tensor.device}")
+    if tensor.requires_grad:
+        raise ArgumentError(f"{where} requires grad, expected a tensor outside of autograd; pass .detach() of it")
+    if tensor.layout != strided:
+        raise ArgumentError(f"{where} is a sparse tensor, expected a dense one; pass .to_dense() of it")
+    if tensor.is_conj() or tensor.is_neg():
+        raise ArgumentError(
+            f"{where} is a conjugate or negative that torch has not computed yet, expected values in memory; "
+            "pass .resolve_conj().resolve_neg() of it"
+        )
+    reverse = tuple(reversed(range(tensor.dim())))
+    order = _order(where, tensor.is_contiguous(), tensor.permute(reverse).is_contiguous(), ".contiguous()")
+    return _Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.dtype, False, tensor, order)
+
+
+def _from_array(where: str, array: np.ndarray[Any, Any]) -> _Memory:
+    """Find the memory of an array."""
+    _refuse_freed(where, array)
+    if array.dtype.hasobject:
+        raise DatatypeError(f"{where} holds Python objects ({array.dtype}), expected numbers; convert with .astype()")
+    if not array.dtype.isnative:
+        as_datatype(array.dtype, where)  # raises, whatever type the caller gave: bytes are not swapped
+    order = _order(where, array.flags.c_contiguous, array.flags.f_contiguous, "numpy.ascontiguousarray()")
+    address = array.__array_interface__["data"][0]
+    return _Memory(address, array.nbytes, array.dtype, not array.flags.writeable, array, order)
+
+
+def _refuse_freed(where: str, array: object) -> None:
+    """Refuse a freed Buffer, and arrays that are views of one."""
+    while isinstance(array, np.ndarray | memoryview):
+        if isinstance(array, Buffer) and array.freed:
+            raise StateError(
+                f"{where} is a Buffer that was freed, or a view of one, expected living memory; "
+                "allocate another with comm.empty"
+            )
+        array = array.base if isinstance(array, np.ndarray) else array.obj
+
+
+def _order(where: str, c_order: bool, f_order: bool, cure: str) -> str:
+    """Return the order of memory without gaps."""
+    if not (c_order or f_order):
+        raise ArgumentError(f"{where} has gaps between its elements, expected contiguous memory; pass {cure} of it")
+    return "A" if c_order and f_order else "C" if c_order else "F"
+
+
+def check_pair(verb: str, send: Spec, recv: Spec) -> None:
+    """Check that a send and a receive buffer of one reduction belong together.
+
+    Raises
+    ------
+    ArgumentError
+        If counts, types or layouts differ, or the memories overlap without being the same.
+    """
+    if (send.count, send.datatype) != (recv.count, recv.datatype):
+        raise ArgumentError(
+            f"{verb}: recvbuf holds {recv.count} {recv.datatype.name}, sendbuf {send.count} {send.datatype.name}; "
+            "give both the same count and datatype"
+        )
+    if {send.order, recv.order} == {"C", "F"}:
+        raise ArgumentError(
+            f"{verb}: sendbuf is in {send.order} order, recvbuf in {recv.order} order, and elements are taken as they "
+            "lie in memory; give both the same layout"
+        )
+    distance = abs(send.address - recv.address)
+    if 0 < distance < send.nbytes:
+        raise ArgumentError(
+            f"{verb}: sendbuf and recvbuf overlap by {send.nbytes - distance} bytes; pass IN_PLACE or a copy"
+        )
