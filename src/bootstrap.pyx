@@ -6,8 +6,10 @@ from libc.stdint cimport int64_t, uint64_t
 
 import atexit
 import builtins
+import datetime
 import hmac
 import itertools
+import math
 import os
 import secrets
 import selectors
@@ -16,11 +18,13 @@ import struct
 import sys
 import threading
 import time
+import weakref
 
 from nvcoll.errors import BootstrapError, PeerLostError, StateError, TimeoutError
 
 include "segment.pxi"
 include "rendezvous.pxi"
+include "channels.pxi"
 include "launchers.pxi"
 
 
@@ -37,10 +41,12 @@ class Exchange:
         A duplicate of mpi4py's ``COMM_WORLD`` for kind "mpi", else None.
     """
 
-    def __init__(self, kind, rank, size, channel, timeout, mpi_comm=None):
-        self.kind, self.rank, self.size, self.mpi_comm = kind, rank, size, mpi_comm
+    def __init__(self, kind, rank, size, channel, timeout):
+        self.kind, self.rank, self.size = kind, rank, size
+        self.mpi_comm = channel.comm if kind == "mpi" else None
         self._channel, self._timeout = channel, timeout
         self._lock = threading.Lock()
+        self._failed = False
         self._pid = os.getpid()
 
     def allgather(self, data: bytes) -> list:
@@ -70,27 +76,22 @@ class Exchange:
         with self._lock:
             if self._channel is None:
                 raise StateError("allgather: the exchange is closed; connect anew")
-            return self._channel.allgather(data, self._timeout)
+            if self._failed:
+                raise StateError("allgather: an earlier call failed, the ranks may be out of step; connect anew")
+            self._failed = True
+            everything = self._channel.allgather(data, self._timeout)
+            self._failed = False
+            return everything
 
     def close(self):
-        """Leave. Every rank may do so when it likes; a second call does nothing."""
-        with self._lock:
-            channel, self._channel, self.mpi_comm = self._channel, None, None
+        """Leave; collective for kind "mpi". A second call does nothing."""
+        ours = self._pid == os.getpid()
+        channel, self._channel, self.mpi_comm = self._channel, None, None
         if channel is not None:
-            channel.close(self._pid == os.getpid())
+            channel.close(ours and not self._failed)
 
     def __repr__(self):
         return f"<Exchange {self.kind}: rank {self.rank} of {self.size}>"
-
-
-class _Alone:
-    """The channel of one rank."""
-
-    def allgather(self, data, timeout):
-        return [data]
-
-    def close(self, says_bye=True):
-        pass
 
 
 def _forked(verb, rank):
@@ -128,6 +129,6 @@ def connect(settings) -> Exchange:
         return Exchange("single", 0, 1, _Alone(), settings.timeout)
     if _first is not None and _first[0] != os.getpid():
         raise StateError(_forked("connect", _first[1]))
-    rank, size, channel, mpi_comm = {"run": _from_run, "torchrun": _from_torchrun, "mpi": _from_mpi}[kind](settings)
+    rank, size, channel = {"run": _from_run, "torchrun": _from_torchrun, "mpi": _from_mpi}[kind](settings)
     _first = os.getpid(), rank
-    return Exchange(kind, rank, size, channel, settings.timeout, mpi_comm)
+    return Exchange(kind, rank, size, channel, settings.timeout)

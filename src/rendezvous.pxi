@@ -1,4 +1,4 @@
-# Meeting over TCP: a star of one server and `size` clients. Included by bootstrap.pyx.
+# Meeting over TCP: a star of one server and `size` clients (those are in channels.pxi). Included by bootstrap.pyx.
 #
 # A frame is: length of the payload (4 bytes, big endian), kind (1 byte), payload. Nothing is ever unpickled.
 #
@@ -16,10 +16,22 @@
 cdef object FRAME = struct.Struct(">IB")
 cdef object GREETING = struct.Struct(">8sIIQ32s")
 cdef object COUNT = struct.Struct(">I")
+cdef object LENGTH = struct.Struct(">q")
 cdef bytes MAGIC = b"nvcoll\x00\x01"
-cdef int HELLO = 1, CHALLENGE = 2, PROOF = 3, WELCOME = 4, REFUSED = 5, DATA = 6, RESULT = 7, LOST = 8, LATE = 9, BYE = 10
+cdef enum:
+    HELLO = 1
+    CHALLENGE
+    PROOF
+    WELCOME
+    REFUSED
+    DATA
+    RESULT
+    LOST
+    LATE
+    BYE
 cdef Py_ssize_t LARGEST = 16 << 20  # bytes a rank may give to one exchange
 cdef Py_ssize_t LARGEST_GREETING = 1024  # bytes of a frame from somebody who has not proved the key
+cdef Py_ssize_t STRANGERS = 64  # connections that have not proved the key, at most, beside one for each rank
 cdef double GREETING_SECONDS = 10.0
 cdef double GRACE = 5.0  # seconds a client waits for the server's own verdict after its deadline
 
@@ -59,11 +71,35 @@ def _split_address(str address):
     return host.strip("[]"), int(port)
 
 
+def _join_address(str host, port):
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+_sockets = weakref.WeakSet()  # servers and clients of this process
+
+
+def _after_fork():
+    # A child that kept these open would hide its parent's death from the others, and hold the port.
+    for holder in list(_sockets):
+        holder._close_sockets()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _ranks(ranks):
     names = [str(rank) for rank in ranks]
     if len(names) > 16:
         names[16:] = [f"{len(names) - 16} more"]
     return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
+
+
+def _late(ranks, timeout):
+    who = ranks if isinstance(ranks, str) else _ranks(ranks)
+    return (
+        f"allgather: {who} did not arrive within {timeout:g} s; all ranks must make the same calls, and NVCOLL_TIMEOUT "
+        "sets a longer limit"
+    )
 
 
 class _Refused(Exception):
@@ -74,10 +110,11 @@ class _Session:
     """The ranks that joined for the same time, and the exchange they are in."""
 
     def __init__(self):
-        self.members = {}
-        self.waiting = {}
-        self.gone = {}
-        self.verdict = None
+        self.members = {}  # rank -> connection
+        self.waiting = {}  # rank -> what it gave to the exchange that is under way
+        self.deadline = math.inf  # of the one that waits least long
+        self.gone = {}  # rank -> how it went
+        self.verdict = None  # (LOST or LATE, ranks) once an exchange has failed
 
 
 class _Connection:
@@ -125,17 +162,21 @@ class RendezvousServer:
         self._key = _as_key(key)
         self.key = self._key.hex()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=max(128, size))
+        self._listener = socket.create_server(
+            (host, port), family=family, backlog=max(128, size), dualstack_ipv6=host == "::"
+        )
         self._listener.setblocking(False)
-        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        self.address = _join_address(host, self._listener.getsockname()[1])
         self._wake, self._waker = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._connections = set()
+        self._strangers = set()  # those of them that have not proved the key yet
         self._sessions = {}
         self._joined = [0] * size
         self._pid = os.getpid()
+        _sockets.add(self)
         self._thread = threading.Thread(target=self._serve, name="nvcoll-rendezvous", daemon=True)
         self._thread.start()
 
@@ -166,38 +207,42 @@ class RendezvousServer:
                         self._attend(found.data, events)
                 self._expire(time.monotonic())
         finally:
-            for connection in list(self._connections):
-                connection.sock.close()
-            for sock in (self._listener, self._wake, self._waker):
-                sock.close()
-            self._selector.close()
+            self._close_sockets()
 
-    def _deadlines(self):
-        yield from (c.deadline for c in self._connections if c.deadline is not None)
-        for session in self._sessions.values():
-            yield from (deadline for deadline, _ in session.waiting.values())
+    def _close_sockets(self):
+        for connection in list(self._connections):
+            connection.sock.close()
+        for sock in (self._listener, self._wake, self._waker):
+            sock.close()
+        self._selector.close()
 
     def _patience(self):
-        first = min(self._deadlines(), default=None)
-        return None if first is None else max(0.0, first - time.monotonic())
+        deadlines = [holder.deadline for holder in (*self._strangers, *self._sessions.values())]
+        first = min(deadlines, default=math.inf)
+        return None if first == math.inf else max(0.0, first - time.monotonic())
 
     def _expire(self, now):
-        for connection in [c for c in self._connections if c.deadline is not None and c.deadline <= now]:
+        for connection in [c for c in self._strangers if c.deadline <= now]:
             self._drop(connection)
-        for session in list(self._sessions.values()):
-            if any(deadline <= now for deadline, _ in session.waiting.values()):
-                self._judge(session, LATE, [rank for rank in range(self.size) if rank not in session.waiting])
+        for session in [s for s in self._sessions.values() if s.deadline <= now]:
+            self._judge(session, LATE, [rank for rank in range(self.size) if rank not in session.waiting])
 
     def _accept(self):
         try:
             sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return  # the client has given up meanwhile
         except OSError:
-            time.sleep(0.01)  # out of descriptors, or the client has given up; do not spin on it
+            time.sleep(0.01)  # out of descriptors: do not spin on it
+            return
+        if len(self._strangers) >= self.size + STRANGERS:
+            sock.close()
             return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(sock, time.monotonic() + GREETING_SECONDS)
         self._connections.add(connection)
+        self._strangers.add(connection)
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
     def _attend(self, connection, events):
@@ -218,9 +263,8 @@ class RendezvousServer:
         except OSError:
             self._drop(connection)
         except (_Refused, struct.error) as refusal:
-            self._say(connection, REFUSED, str(refusal).encode())
             connection.closing = True
-            self._flush(connection)
+            self._say(connection, REFUSED, str(refusal).encode())
 
     def _consume(self, connection):
         while len(connection.received) >= FRAME.size and not connection.closing:
@@ -243,7 +287,7 @@ class RendezvousServer:
         elif connection.session is not None and kind == DATA:
             self._collect(connection, payload)
         elif connection.session is not None and kind == BYE:
-            self._drop(connection, "left")
+            self._drop(connection, "has left")
         else:
             raise _Refused(f"a message of kind {kind} was not expected here")
 
@@ -268,8 +312,8 @@ class RendezvousServer:
                     f"process {GREETING.unpack(other.hello)[3]} is rank {rank} already; a child process of a rank is "
                     "no rank itself: start it with NVCOLL_BOOTSTRAP=single"
                 )
+        self._strangers.discard(connection)
         connection.rank = rank
-        connection.deadline = None
         connection.session = self._sessions.setdefault(self._joined[rank], _Session())
         connection.session.members[rank] = connection
         self._joined[rank] += 1
@@ -280,20 +324,23 @@ class RendezvousServer:
         if connection.rank in session.waiting:
             raise _Refused("it sent twice to one exchange")
         (milliseconds,) = COUNT.unpack_from(payload)
-        session.waiting[connection.rank] = time.monotonic() + milliseconds / 1000.0, payload[4:]
+        session.waiting[connection.rank] = payload[COUNT.size:]
+        session.deadline = min(session.deadline, time.monotonic() + milliseconds / 1000.0)
         if session.verdict is not None:
             self._judge(session, *session.verdict)
         elif session.gone:
             self._judge(session, LOST, sorted(session.gone))
         elif len(session.waiting) == self.size:
-            everything = _join_all([session.waiting[rank][1] for rank in range(self.size)])
+            everything = _join_all([session.waiting[rank] for rank in range(self.size)])
             session.waiting.clear()
+            session.deadline = math.inf
             for member in list(session.members.values()):
                 self._say(member, RESULT, everything)
 
     def _judge(self, session, kind, ranks):
         # the verdict stays: who comes later hears the same
         session.verdict = kind, ranks
+        session.deadline = math.inf
         text = "; ".join(f"{_ranks([rank])} {session.gone[rank]}" for rank in ranks if rank in session.gone)
         body = _join_all([_ranks(ranks).encode(), text.encode()])
         for rank in list(session.waiting):
@@ -325,6 +372,7 @@ class RendezvousServer:
         if connection not in self._connections:
             return
         self._connections.remove(connection)
+        self._strangers.discard(connection)
         self._selector.unregister(connection.sock)
         connection.sock.close()
         session = connection.session
@@ -333,115 +381,7 @@ class RendezvousServer:
         del session.members[connection.rank]
         session.waiting.pop(connection.rank, None)
         session.gone[connection.rank] = how
-        if not session.members:
-            self._sessions = {n: s for n, s in self._sessions.items() if s is not session}
-        elif session.waiting:
+        if session.waiting:
             self._judge(session, LOST, sorted(session.gone))
-
-
-class _Client:
-    """One rank's connection to the server."""
-
-    def __init__(self, address, rank, size, key, timeout):
-        self.address, self.rank, self.size = address, rank, size
-        self.sock = self._reach(time.monotonic() + timeout)
-        try:
-            self._prove(_as_key(key), min(timeout, GREETING_SECONDS))
-        except BaseException:
-            self.sock.close()
-            raise
-
-    def _reach(self, deadline):
-        pause = 0.005
-        while True:
-            try:
-                return socket.create_connection(_split_address(self.address), max(0.1, deadline - time.monotonic()))
-            except OSError as error:
-                if time.monotonic() + pause > deadline:
-                    raise BootstrapError(
-                        f"connect: rank {self.rank} found nobody at {self.address} ({error}); did rank 0 or the "
-                        "launcher end, or does a firewall stand between?"
-                    ) from error
-            time.sleep(pause)
-            pause = min(2 * pause, 0.25)
-
-    def _prove(self, key, timeout):
-        nonce = secrets.token_bytes(32)
-        hello = GREETING.pack(MAGIC, self.rank, self.size, os.getpid(), nonce)
-        deadline = time.monotonic() + timeout
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(timeout)
-        try:
-            self.sock.sendall(_frame(HELLO, hello))
-            kind, payload = self._read(deadline, LARGEST_GREETING)
-            if kind == CHALLENGE:
-                theirs, proof = payload[:32], payload[32:]
-                if not hmac.compare_digest(proof, _digest(key, b"server", nonce, theirs)):
-                    raise BootstrapError(
-                        f"connect: {self.address} does not know the key of rank {self.rank}; it belongs to another "
-                        "run, unset the variables of the old one"
-                    )
-                self.sock.sendall(_frame(PROOF, _digest(key, b"client", hello, theirs)))
-                kind, payload = self._read(deadline, LARGEST_GREETING)
-        except (OSError, EOFError) as error:
-            raise BootstrapError(
-                f"connect: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error})"
-            ) from error
-        if kind != WELCOME:
-            reason = payload.decode(errors="replace") if kind == REFUSED else f"unexpected message {kind}"
-            raise BootstrapError(f"connect: {self.address} refused rank {self.rank}: {reason}")
-
-    def _read(self, deadline, most):
-        length, kind = FRAME.unpack(self._read_exactly(FRAME.size, deadline))
-        if length > most:
-            raise EOFError(f"a message of {length} bytes is too long")
-        return kind, self._read_exactly(length, deadline)
-
-    def _read_exactly(self, Py_ssize_t count, deadline):
-        data = bytearray()
-        while len(data) < count:
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            piece = self.sock.recv(min(count - len(data), 1 << 20))
-            if not piece:
-                raise EOFError("the connection ended")
-            data += piece
-        return bytes(data)
-
-    def allgather(self, data, timeout):
-        """Give `data`, return what every rank gave."""
-        deadline = time.monotonic() + timeout + GRACE
-        milliseconds = min(int(timeout * 1000), 0xFFFFFFFF)
-        try:
-            self.sock.settimeout(timeout + GRACE)
-            self.sock.sendall(_frame(DATA, COUNT.pack(milliseconds) + data))
-            kind, payload = self._read(deadline, (LARGEST + 8) * self.size)
-        except builtins.TimeoutError as error:
-            raise TimeoutError(
-                f"allgather: {self.address} did not answer rank {self.rank} within {timeout:g} s; "
-                "is the launcher, or the process of rank 0, stopped?"
-            ) from error
-        except (OSError, EOFError) as error:
-            raise PeerLostError(
-                f"allgather: rank {self.rank} lost {self.address} ({error}); the launcher, or rank 0, has ended"
-            ) from error
-        if kind == RESULT:
-            return _split_all(payload, self.size)
-        if kind == REFUSED:
-            raise BootstrapError(f"allgather: {self.address} refused rank {self.rank}: {payload.decode()}")
-        who, how = (part.decode() for part in _split_all(payload, 2))
-        if kind == LATE:
-            raise TimeoutError(
-                f"allgather: {who} did not arrive within {timeout:g} s; all ranks must make the same calls, and "
-                "NVCOLL_TIMEOUT sets a longer limit"
-            )
-        raise PeerLostError(f"allgather: {how} while rank {self.rank} waited; look at its own output for the cause")
-
-    def close(self, says_bye=True):
-        """Leave. In a forked child only the descriptor is closed, for the connection is the parent's."""
-        if says_bye:
-            try:
-                self.sock.settimeout(1.0)
-                self.sock.sendall(_frame(BYE))
-            except OSError:
-                pass
-        self.sock.close()
+        if len(session.gone) == self.size:
+            self._sessions = {number: other for number, other in self._sessions.items() if other is not session}

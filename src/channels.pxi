@@ -1,0 +1,219 @@
+# What carries bytes between ranks: allgather(data, timeout) and close(orderly). Included by bootstrap.pyx.
+#
+# orderly is false after a failed call and in a forked child: then what belongs to all ranks is left alone.
+
+
+class _Alone:
+    """One rank."""
+
+    def allgather(self, data, timeout):
+        return [data]
+
+    def close(self, orderly):
+        pass
+
+
+class _Client:
+    """A connection to a `RendezvousServer`, which may start up to `patience` seconds later."""
+
+    def __init__(self, address, rank, size, key, patience):
+        self.address, self.rank, self.size = address, rank, size
+        self.sock = self._reach(time.monotonic() + patience)
+        _sockets.add(self)
+        try:
+            self._prove(_as_key(key), time.monotonic() + GREETING_SECONDS)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def _reach(self, deadline):
+        pause = 0.005
+        while True:
+            try:
+                return socket.create_connection(_split_address(self.address), max(0.1, deadline - time.monotonic()))
+            except OSError as error:
+                if time.monotonic() + pause > deadline:
+                    raise BootstrapError(
+                        f"connect: rank {self.rank} found nobody at {self.address} ({error}); has the launcher, or "
+                        "rank 0, ended, or does a firewall stand between?"
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+    def _prove(self, key, deadline):
+        nonce = secrets.token_bytes(32)
+        hello = GREETING.pack(MAGIC, self.rank, self.size, os.getpid(), nonce)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.settimeout(GREETING_SECONDS)
+        try:
+            self.sock.sendall(_frame(HELLO, hello))
+            kind, payload = self._read(deadline, LARGEST_GREETING)
+            if kind == CHALLENGE:
+                theirs, proof = payload[:32], payload[32:]
+                if not hmac.compare_digest(proof, _digest(key, b"server", nonce, theirs)):
+                    raise BootstrapError(
+                        f"connect: {self.address} does not know the key of rank {self.rank}; it belongs to another "
+                        "run, unset the variables of the old one"
+                    )
+                self.sock.sendall(_frame(PROOF, _digest(key, b"client", hello, theirs)))
+                kind, payload = self._read(deadline, LARGEST_GREETING)
+        except (OSError, EOFError) as error:
+            raise BootstrapError(
+                f"connect: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error})"
+            ) from error
+        if kind != WELCOME:
+            reason = payload.decode(errors="replace") if kind == REFUSED else f"unexpected message {kind}"
+            raise BootstrapError(f"connect: {self.address} refused rank {self.rank}: {reason}")
+
+    def _read(self, deadline, most):
+        length, kind = FRAME.unpack(self._read_exactly(FRAME.size, deadline))
+        if length > most:
+            raise EOFError(f"a message of {length} bytes is too long")
+        return kind, self._read_exactly(length, deadline)
+
+    def _read_exactly(self, Py_ssize_t count, deadline):
+        data = bytearray()
+        while len(data) < count:
+            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+            piece = self.sock.recv(min(count - len(data), 1 << 20))
+            if not piece:
+                raise EOFError("the connection ended")
+            data += piece
+        return bytes(data)
+
+    def allgather(self, data, timeout):
+        """Give `data`, return what every rank gave."""
+        deadline = time.monotonic() + timeout + GRACE
+        milliseconds = min(int(timeout * 1000), 0xFFFFFFFF)
+        try:
+            self.sock.settimeout(timeout + GRACE)
+            self.sock.sendall(_frame(DATA, COUNT.pack(milliseconds) + data))
+            kind, payload = self._read(deadline, (LARGEST + 8) * self.size)
+        except builtins.TimeoutError as error:
+            raise TimeoutError(
+                f"allgather: {self.address} did not answer rank {self.rank} within {timeout:g} s; "
+                "is the launcher, or the process of rank 0, stopped?"
+            ) from error
+        except (OSError, EOFError) as error:
+            raise PeerLostError(
+                f"allgather: rank {self.rank} lost {self.address} ({error}); the launcher, or rank 0, has ended"
+            ) from error
+        if kind == RESULT:
+            return _split_all(payload, self.size)
+        if kind == REFUSED:
+            raise BootstrapError(f"allgather: {self.address} refused rank {self.rank}: {payload.decode()}")
+        who, how = (part.decode() for part in _split_all(payload, 2))
+        if kind == LATE:
+            raise TimeoutError(_late(who, timeout))
+        raise PeerLostError(f"allgather: {how} while rank {self.rank} waited; look at its own output for the cause")
+
+    def close(self, orderly):
+        if orderly:
+            try:
+                self.sock.settimeout(1.0)
+                self.sock.sendall(_frame(BYE))
+            except OSError:
+                pass
+        self.sock.close()
+
+    def _close_sockets(self):
+        self.sock.close()
+
+
+class _OverMPI:
+    """A communicator of mpi4py's: rank 0 learns the lengths and tells them, then one Allgatherv carries the bytes.
+
+    MPI cannot say who is missing from a collective; so that a deadline can name ranks, they first report to rank 0.
+    """
+
+    TAG = 32001
+
+    def __init__(self, MPI, comm):
+        self.MPI, self.comm = MPI, comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+
+    def allgather(self, data, timeout):
+        deadline = time.monotonic() + timeout
+        lengths = self._gather(len(data), deadline) if self.rank == 0 else self._report(len(data), deadline + GRACE)
+        missing = [rank for rank, length in enumerate(lengths) if length < 0]
+        if missing:
+            raise TimeoutError(_late(missing, timeout))
+        everything = bytearray(sum(lengths))
+        self.comm.Allgatherv([data, self.MPI.BYTE], [everything, lengths, self.MPI.BYTE])
+        ends = list(itertools.accumulate(lengths, initial=0))
+        return [bytes(everything[first:last]) for first, last in itertools.pairwise(ends)]
+
+    def _gather(self, length, deadline):
+        parts = [bytearray(LENGTH.pack(-1)) for _ in range(self.size)]
+        parts[0][:] = LENGTH.pack(length)
+        requests = [self._receive(parts[rank], rank) for rank in range(1, self.size)]
+        self._wait(requests, deadline)
+        told = b"".join(parts)
+        for rank, request in enumerate(requests, 1):
+            if request:  # not arrived
+                request.Cancel()
+                request.Wait()
+            else:
+                self.comm.Send([told, self.MPI.BYTE], rank, self.TAG)
+        return [length for (length,) in LENGTH.iter_unpack(told)]
+
+    def _report(self, length, deadline):
+        self.comm.Send([LENGTH.pack(length), self.MPI.BYTE], 0, self.TAG)
+        told = bytearray(LENGTH.pack(-1) + (self.size - 1) * LENGTH.pack(0))  # what holds if rank 0 is silent
+        request = self._receive(told, 0)
+        if not self._wait([request], deadline):
+            request.Cancel()
+            request.Wait()
+        return [length for (length,) in LENGTH.iter_unpack(told)]
+
+    def _receive(self, part, rank):
+        return self.comm.Irecv([part, self.MPI.BYTE], rank, self.TAG)
+
+    def _wait(self, requests, deadline):
+        # poll without yielding for a moment, then leave the core to ranks that may share it
+        pause = 0.0
+        while not self.MPI.Request.Testall(requests):
+            if time.monotonic() > deadline:
+                self.MPI.Request.Testsome(requests)
+                return False
+            time.sleep(pause)
+            pause = min(pause + 1e-6, 1e-3)
+        return True
+
+    def close(self, orderly):
+        if orderly and not self.MPI.Is_finalized():
+            self.comm.Free()
+
+
+class _OverStore:
+    """A key-value store of torch.distributed's; every call has keys of its own."""
+
+    def __init__(self, store, prefix, rank, size):
+        self.store, self.prefix, self.rank, self.size = store, prefix, rank, size
+        self.calls = 0
+
+    def _key(self, rank):
+        return f"{self.prefix}/{self.calls}/{rank}"
+
+    def allgather(self, data, timeout):
+        deadline, pause = time.monotonic() + timeout, 0.0005
+        previous = self._key(self.rank)
+        self.calls += 1
+        try:
+            self.store.set(self._key(self.rank), data)
+            awaited = list(range(self.size))
+            while awaited and not self.store.check([self._key(rank) for rank in awaited]):
+                if time.monotonic() > deadline:
+                    awaited = [rank for rank in awaited if not self.store.check([self._key(rank)])]
+                    raise TimeoutError(_late(awaited, timeout))
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
+            everything = [self.store.get(self._key(rank)) for rank in range(self.size)]
+            # all ranks have set their keys of this call, so they have read those of the call before
+            self.store.delete_key(previous)
+        except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
+            raise PeerLostError(f"allgather: torch's store does not answer ({error}); has torchrun ended?") from error
+        return everything
+
+    def close(self, orderly):
+        pass
