@@ -6,6 +6,7 @@ wherever these are. mpi4py is never imported for that: a handle can only exist o
 
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,8 @@ def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datat
     """
     if isinstance(datatype, Datatype):
         return datatype
+    if isinstance(datatype, np.dtype):
+        return _from_dtype(datatype, where)
     if isinstance(datatype, str) and datatype in DATATYPES:
         return DATATYPES[datatype]  # NumPy knows the name "bfloat16" only once ml_dtypes is imported
     mpi = mpi_module()
@@ -305,12 +308,26 @@ def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datat
     except (TypeError, ValueError, SyntaxError):
         given = repr(datatype) if isinstance(datatype, str | None) else f"of type {type(datatype).__name__}"
         raise DatatypeError(f"{where} is {given}, expected a datatype; pass for example nvcoll.FLOAT") from None
+    return _from_dtype(dtype, where)
+
+
+@cache
+def _native(dtype: np.dtype[Any]) -> Datatype | None:
+    """Return the datatype of a NumPy dtype, or None; cached, for NumPy takes microseconds to name a dtype."""
+    return DATATYPES.get(dtype.name) if dtype.isnative else None
+
+
+def _from_dtype(dtype: np.dtype[Any], where: str) -> Datatype:
+    """Return the counterpart of a NumPy dtype."""
+    found = _native(dtype)
+    if found is not None:
+        return found
     if not dtype.isnative:
         native = dtype.newbyteorder("=").name
         raise DatatypeError(
             f"{where} is {dtype.str}, expected this machine's byte order; convert with .astype({native!r})"
         )
-    return _named(dtype.name, str(dtype), where)
+    return _named("", str(dtype), where)
 
 
 def _named(name: str, given: str, where: str) -> Datatype:

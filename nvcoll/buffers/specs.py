@@ -12,6 +12,7 @@ import numpy as np
 
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import Datatype, as_datatype, mpi_module
+
 from .array import Buffer
 
 # DLPack's numbers for memory the CPU can read: its own, pinned by CUDA or ROCm, managed by CUDA.
