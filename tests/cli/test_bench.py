@@ -188,7 +188,7 @@ def test_budget():
     assert calls == [1000, 50, 1]
     assert rounds == measure.LEAST_BATCHES
     assert budget.plan([1e-6]) == ([1000], measure.MOST_BATCHES)
-    assert budget.plan([1e-3]) == ([50], 16), "the calls around a batch count too"
+    assert budget.plan([1e-3]) == ([50], 9), "the calls around a batch count too"
     assert measure.Budget(1.0, calls=7).plan([1e-3])[0] == [7]
 
 

@@ -46,7 +46,9 @@ class Budget:
             Seconds that a call of each contestant takes, equal on all ranks.
         """
         calls = [self.calls or _clamp(self.seconds / 20 / estimate, 1, MOST_CALLS) for estimate in estimates]
-        longest = max((count + 2 * _extra(count)) * estimate for count, estimate in zip(calls, estimates, strict=True))
+        longest = max(
+            (count + _warm(count) + _single(count)) * estimate for count, estimate in zip(calls, estimates, strict=True)
+        )
         return calls, _clamp(self.seconds / longest, LEAST_BATCHES, MOST_BATCHES)
 
 
@@ -126,10 +128,9 @@ def measure(ranks: Ranks, contestants: Sequence[Contestant], budget: Budget) -> 
         for _ in range(rounds):
             for index, contestant in enumerate(contestants):
                 ranks.barrier()
-                extra = _extra(calls[index])
-                _batch(contestant.call, extra)  # the contestant before left its own data in the caches
+                _batch(contestant.call, _warm(calls[index]))  # the one before left its own data in the caches
                 batches[index].append(_batch(contestant.call, calls[index]))
-                singles[index] += _one_by_one(contestant.call, extra)
+                singles[index] += _one_by_one(contestant.call, _single(calls[index]))
     return [
         Timing(count, ranks.gather(batch), ranks.gather([float(np.percentile(single, 99))])[:, 0])
         for count, batch, single in zip(calls, batches, singles, strict=True)
@@ -141,9 +142,14 @@ def geometric_mean(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values)))) if values else float("nan")
 
 
-def _extra(calls: int) -> int:
-    """Return how many calls warm up before a batch of `calls`, and how many are timed one by one after it."""
+def _warm(calls: int) -> int:
+    """Return how many calls go before a batch of `calls`."""
     return -(-calls // 10)
+
+
+def _single(calls: int) -> int:
+    """Return how many calls are timed one by one after a batch of `calls`."""
+    return min(calls, 100)
 
 
 def _estimate(ranks: Ranks, call: Callable[[], object]) -> float:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B"))
+RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
+CLOSE_RATIOS = (0.8, 0.9, 1.1, 1.2)
 
 
 def save(path: Path, rows: Sequence[Row], title: str) -> None:
@@ -51,10 +53,11 @@ def size_text(nbytes: int) -> str:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows to lines: by buffer, and by algorithm where one was asked for."""
+    """Group the rows that were timed to lines: by buffer, and by algorithm where one was asked for."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"nvcoll {row.series}", []).append(row)
+        if row.outcome.timing:
+            lines.setdefault(f"nvcoll {row.series}", []).append(row)
     return lines
 
 
@@ -63,10 +66,9 @@ def _times(axes: "Axes", rows: Sequence[Row], peers: Iterable[str]) -> None:
     for (label, some), marker in zip(lines.items(), "os^vD*Pphd<>" * len(lines), strict=False):
         timed = [(row.nbytes, row.outcome.timing.seconds * 1e6) for row in some if row.outcome.timing]
         axes.plot(*_columns(timed), marker=marker, markersize=4, label=label)
-    first = next(iter(lines.values()), [])
     for peer in peers:
-        timings = [(row.nbytes, row.peers[peer].timing) for row in first]
-        timed = [(nbytes, timing.seconds * 1e6) for nbytes, timing in timings if timing]
+        timings = {row.nbytes: row.peers[peer].timing for row in rows}
+        timed = [(nbytes, timing.seconds * 1e6) for nbytes, timing in timings.items() if timing]
         axes.plot(*_columns(timed), color="black", linestyle="--", marker="x", markersize=4, label=peer)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -82,9 +84,13 @@ def _ratios(axes: "Axes", rows: Sequence[Row], peers: Iterable[str]) -> None:
             found = [(nbytes, ratio) for nbytes, ratio in ratios if ratio is not None]
             axes.plot(*_columns(found), marker="o", markersize=4, label=f"{peer} / {label}")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_ylabel("times faster than the peer")
-    axes.set_yscale("log", base=2)
+    axes.set_ylabel("time of the peer / time of nvcoll\n(above 1: nvcoll is faster)")
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = RATIOS + CLOSE_RATIOS if high < 4 * low else RATIOS
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend(fontsize=8)
 
