@@ -1,0 +1,52 @@
+"""The command `nvcoll`: each module of this package is a subcommand and offers add_parser and main."""
+
+import argparse
+import importlib
+import importlib.metadata
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from nvcoll.errors import ArgumentError, Error
+
+
+def commands() -> list[str]:
+    """Return the names of the subcommands; finding them imports none."""
+    return sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_"))
+
+
+def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nvcoll", description="Collectives on symmetric memory, with mpi4py's names.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"nvcoll {importlib.metadata.version('nvcoll')}")
+    subparsers = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+    for name in names:
+        importlib.import_module(f"nvcoll.cli.{name}").add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Parameters
+    ----------
+    argv
+        The words after ``nvcoll``; None: those of this process.
+
+    Returns
+    -------
+    int
+        0 if all went well, 2 for a mistake in the arguments or settings, else as the subcommand says.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    known = commands()
+    # import only the module that is asked for: `nvcoll run` should start fast
+    args = _parser(argv[:1] if argv and argv[0] in known else known).parse_args(argv)
+    try:
+        return int(importlib.import_module(f"nvcoll.cli.{args.subcommand}").main(args))
+    except Error as error:
+        print(f"nvcoll {args.subcommand}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ArgumentError) else 1
+    except KeyboardInterrupt:
+        return 130

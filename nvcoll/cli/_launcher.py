@@ -1,0 +1,273 @@
+"""Local processes that live and end together.
+
+All ranks, and what they start, share one process group. It is led by a watchman: a shell that reads from a pipe of
+the launcher's and ends the group when that pipe breaks, so that nothing stays behind even if the launcher is killed.
+"""
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO, Self
+
+GRACE = 5.0
+"""Seconds between asking a rank to end (SIGTERM) and killing it."""
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# `read` succeeds on a line (all is well), and fails at the end of the pipe (the launcher is gone).
+WATCHMAN = "read line || { kill -TERM 0; sleep 2; kill -KILL 0; }"
+
+LONGEST_LINE = 1 << 16  # a line without an end is written in pieces of this many bytes
+
+
+class _Lines:
+    """Copies whole lines of a rank to the launcher's own output, each with the rank in front."""
+
+    def __init__(self, rank: int, source: IO[bytes], target: IO[bytes]) -> None:
+        self.source, self.target = source, target
+        self.mark = f"[{rank}] ".encode()
+        self.held = b""
+
+    def copy(self) -> bool:
+        """Copy what has come; return False at the end."""
+        try:
+            data = os.read(self.source.fileno(), LONGEST_LINE)
+        except BlockingIOError:
+            return True
+        *lines, self.held = (self.held + data).split(b"\n")
+        if self.held and (not data or len(self.held) >= LONGEST_LINE):
+            lines.append(self.held)
+            self.held = b""
+        self.target.write(b"".join(self.mark + line + b"\n" for line in lines))
+        self.target.flush()
+        return bool(data)
+
+
+class Launcher:
+    """Starts ranks, passes signals on, and waits until all have ended.
+
+    Parameters
+    ----------
+    prefix
+        Write the ranks' lines with their rank in front; else they write to this process's output themselves.
+    """
+
+    def __init__(self, prefix: bool) -> None:
+        self.prefix = prefix
+        self.ranks: list[subprocess.Popen[bytes]] = []
+        self.failed: int | None = None  # the rank that failed first
+        self.passed: list[int] = []  # the signals that came for us
+        self.kill_at: float | None = None  # when what is still there is killed
+
+    def __enter__(self) -> Self:
+        self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._handlers = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGCHLD)}
+        # the watchman keeps them blocked: a signal for his group must not end him
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        try:
+            self._watchman = subprocess.Popen(
+                ["/bin/sh", "-c", WATCHMAN],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+            )
+            self._old_wakeup = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+            for number in PASSED_ON:
+                if self._handlers[number] is not signal.SIG_IGN:  # nohup, and a shell's background jobs
+                    signal.signal(number, self._pass_on)
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)  # a handler of any kind wakes the selector
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end_group()
+        if self._watchman.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), self._watchman.stdin as pipe:
+                pipe.write(b"done\n")
+        self._watchman.wait()
+        signal.set_wakeup_fd(self._old_wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for found in list(self._selector.get_map().values()):
+            if isinstance(found.data, _Lines):
+                while found.data.copy() and _is_ready(found.fd):
+                    pass
+        self._selector.close()
+        os.close(self._wake)
+        os.close(self._waker)
+
+    def start(self, command: list[str], environ: dict[str, str]) -> None:
+        """Start one more rank.
+
+        Raises
+        ------
+        OSError
+            The program cannot be started.
+        """
+        rank = len(self.ranks)
+        output = subprocess.PIPE if self.prefix else None
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=_input() if rank == 0 else subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            process_group=self._watchman.pid,
+        )
+        self.ranks.append(process)
+        for number in self.passed:  # they came before this rank was there
+            process.send_signal(number)
+        if process.stdin is not None:
+            threading.Thread(target=_pump, args=(process.stdin,), daemon=True).start()
+        for source, target in (process.stdout, sys.stdout), (process.stderr, sys.stderr):
+            if source is not None:
+                os.set_blocking(source.fileno(), False)
+                self._selector.register(source, selectors.EVENT_READ, _Lines(rank, source, target.buffer))
+
+    def wait(self) -> int:
+        """Wait for all ranks; the first that fails ends the others.
+
+        Returns
+        -------
+        int
+            0, or the status of the rank that failed first: 128 + N if signal N killed it.
+        """
+        while self._running():
+            self._attend(None if self.kill_at is None else max(0.0, self.kill_at - time.monotonic()))
+            self._reap()
+            if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                self._kill()
+        if self.failed is None:
+            return 0
+        status = self.ranks[self.failed].returncode
+        return status if status > 0 else 128 - status
+
+    def _running(self) -> list[int]:
+        return [rank for rank, process in enumerate(self.ranks) if process.returncode is None]
+
+    def _attend(self, timeout: float | None) -> None:
+        for found, _ in self._selector.select(timeout):
+            if found.fd == self._wake:
+                os.read(self._wake, 4096)
+            elif not found.data.copy():
+                self._selector.unregister(found.fileobj)
+
+    def _reap(self) -> None:
+        ended = [rank for rank in self._running() if self.ranks[rank].poll() is not None]
+        # of those that ended together one killed by a signal is the cause: the others complain that it is gone
+        bad = sorted((self.ranks[rank].returncode > 0, rank) for rank in ended if self.ranks[rank].returncode)
+        if not bad or self.failed is not None:
+            return
+        self.failed = bad[0][1]
+        others = self._running()
+        ending = f"; ending the other {len(others)}" if others and not self.passed else ""
+        _say(f"rank {self.failed} {_how(self.ranks[self.failed].returncode)}{ending}")
+        if not self.passed:
+            self._signal(signal.SIGTERM)
+        self._kill_within(GRACE)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.passed.append(number)
+        if len(self.passed) == 1:
+            self._signal(number)
+            # who asks with SIGINT may be answered later, by a program that saves its work first
+            if number != signal.SIGINT:
+                self._kill_within(GRACE)
+        elif len(self.passed) == 2:
+            self._signal(signal.SIGTERM)
+            self._kill_within(GRACE)
+        else:
+            self._kill_within(0.0)
+
+    def _kill_within(self, seconds: float) -> None:
+        at = time.monotonic() + seconds
+        self.kill_at = at if self.kill_at is None else min(at, self.kill_at)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._watchman.pid, number)
+
+    def _kill(self) -> None:
+        slow = self._running()
+        if slow:
+            _say(f"killed {_ranks(slow)}, which did not end in {GRACE:g} s")
+        self._signal(signal.SIGKILL)
+        self.kill_at = None
+
+    def _end_group(self) -> None:
+        """End what is left of the group: ranks if starting failed, and what ranks have started and left behind."""
+        if not self._members():
+            return
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while self._members() and time.monotonic() < deadline:
+            time.sleep(0.01)
+            for process in self.ranks:
+                process.poll()
+        if self._members():
+            self._signal(signal.SIGKILL)
+        for process in self.ranks:
+            process.wait()
+
+    def _members(self) -> list[int]:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                pid, _, rest = stat.read_text().partition(" (")
+            except OSError:  # it has ended meanwhile
+                continue
+            state, _, group = rest.rpartition(") ")[2].split()[:3]
+            if int(group) == self._watchman.pid != int(pid) and state != "Z":
+                found.append(int(pid))
+        return found
+
+
+def _input() -> int | None:
+    """Return what rank 0 reads from: this process's input, by way of a pipe if that is a terminal.
+
+    Ranks are in a process group of their own, which the terminal would stop if they read from it.
+    """
+    if not os.isatty(0):
+        return None
+    return subprocess.PIPE if os.tcgetpgrp(0) == os.getpgrp() else subprocess.DEVNULL
+
+
+def _pump(target: IO[bytes]) -> None:
+    with contextlib.suppress(OSError), target:
+        while data := os.read(0, 1 << 16):
+            target.write(data)
+            target.flush()
+
+
+def _is_ready(fd: int) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def _how(status: int) -> str:
+    if status > 0:
+        return f"ended with status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:  # real-time signals have no names
+        return f"was killed by signal {-status}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _say(text: str) -> None:
+    print(f"nvcoll run: {text}", file=sys.stderr, flush=True)

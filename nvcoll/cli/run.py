@@ -1,0 +1,155 @@
+"""Start ranks on this host, without MPI: they find each other through a rendezvous on the loopback interface."""
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvcoll import settings
+from nvcoll.cli._launcher import Launcher
+from nvcoll.errors import ArgumentError
+
+EPILOG = """\
+examples:
+  nvcoll run -n 4 train.py --epochs 3
+  nvcoll run -n 2 -m package.module
+  nvcoll run -n 2 -c 'from nvcoll import COMM_WORLD; print(COMM_WORLD.rank)'
+  nvcoll run -n 2 -- ./program --flag
+
+The first rank that fails ends the others, and its exit status is returned: 128 + N if signal N killed it.
+SIGINT, SIGTERM and SIGHUP are passed on; a second one ends the run. Standard input goes to rank 0.
+OMP_NUM_THREADS is set to the CPUs' share of a rank where it is not set already.
+"""
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _checked(kind: str) -> Any:
+    """Return a parser of arguments that accepts what a variable of that kind does, and keeps the text."""
+    accepted, parse = settings.KINDS[kind]
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}") from None
+        return text
+
+    return check
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand `run`."""
+    parser = subparsers.add_parser(
+        "run",
+        help="start ranks on this host",
+        description="Start N ranks of a program on this host, without MPI.",
+        usage="nvcoll run [options] [script.py | -m module | -c code | -- executable] [args ...]",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    cpus = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "-n",
+        type=_checked("count"),
+        default=str(cpus),
+        metavar="N",
+        help=f"how many ranks (default: {cpus}, one a CPU)",
+    )
+    parser.add_argument(
+        "--ranks-per-node", type=_checked("count"), metavar="K", help="split the ranks into virtual nodes of K"
+    )
+    parser.add_argument(
+        "--timeout", type=_checked("seconds"), metavar="S", help="seconds a call waits for other ranks (NVCOLL_TIMEOUT)"
+    )
+    parser.add_argument(
+        "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="set a variable for the ranks"
+    )
+    parser.add_argument(
+        "--prefix",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="write whole lines that start with their rank: [2] text",
+    )
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="module", help="run a module")
+    parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="code", help="run program text")
+    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="script.py", help="run a file")
+
+
+def command(args: argparse.Namespace) -> list[str]:
+    """Return the command line of a rank.
+
+    Raises
+    ------
+    ArgumentError
+        No program is named, or the script does not exist.
+    """
+    for flag, words in ("-m", args.module), ("-c", args.code):
+        if words:
+            return [sys.executable, flag, *words]
+    if args.program[:1] == ["--"] and args.program[1:]:
+        return list(args.program[1:])
+    if args.module is not None or args.code is not None or args.program[:1] in ([], ["--"]):
+        raise ArgumentError("no program is named; name a script.py, -m module, -c code or -- executable")
+    if not Path(args.program[0]).exists():
+        raise ArgumentError(
+            f"there is no script {args.program[0]}; a program that is not Python's goes after --: -- {args.program[0]}"
+        )
+    return [sys.executable, *args.program]
+
+
+def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that all ranks have in common.
+
+    Raises
+    ------
+    ArgumentError
+        A setting in it has a value that is not accepted.
+    """
+    size = int(args.n)
+    result = {name: value for name, value in environ.items() if name not in _internal()}
+    result.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size)))
+    if args.prefix:
+        result.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would hold lines back until the rank ends
+    if args.ranks_per_node is not None:
+        result["NVCOLL_RANKS_PER_NODE"] = args.ranks_per_node
+    if args.timeout is not None:
+        result["NVCOLL_TIMEOUT"] = args.timeout
+    result.update(args.env)
+    settings.read(result)  # a mistake is told once, not by every rank
+    return result
+
+
+def _internal() -> set[str]:
+    return {variable.name for variable in settings.TABLE if variable.internal}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Start the ranks, wait for them, and return their exit status."""
+    from nvcoll._bootstrap import RendezvousServer
+
+    size, words, environ = int(args.n), command(args), variables(args, os.environ)
+    key = secrets.token_hex(32)
+    with RendezvousServer(size, key) as server, Launcher(prefix=args.prefix) as launcher:
+        for rank in range(size):
+            mine = {
+                "NVCOLL_RANK": str(rank),
+                "NVCOLL_SIZE": str(size),
+                "NVCOLL_RENDEZVOUS": server.address,
+                "NVCOLL_KEY": key,
+            }
+            try:
+                launcher.start(words, environ | mine)
+            except OSError as error:
+                print(f"nvcoll run: cannot start {words[0]}: {error.strerror}", file=sys.stderr)
+                return 127 if isinstance(error, FileNotFoundError) else 126
+        return launcher.wait()
