@@ -258,15 +258,18 @@ def as_op(op: object, verb: str = "as_op") -> Op:
 
 
 def _op_from_mpi(mpi: Any, handle: Any, verb: str) -> Op:
-    """Return the counterpart of an mpi4py operator, found by comparing it with mpi4py's constants."""
-    for name, ours in OPS.items():
-        if getattr(mpi, name, None) == handle:
-            return ours
-    expected = f"expected one of {', '.join(OPS)}"
-    for name in ("MINLOC", "MAXLOC", "REPLACE", "NO_OP", "OP_NULL"):
-        if getattr(mpi, name) == handle:
-            raise DatatypeError(f"{verb}: op is MPI.{name}, {expected}; reduce with mpi4py")
-    raise DatatypeError(f"{verb}: op was made by MPI.Op.Create, {expected}; reduce with mpi4py")
+    """Return the counterpart of an mpi4py operator."""
+    names = _names_in_mpi(mpi, mpi.Op, handle)
+    for name in names:
+        if name in OPS:
+            return OPS[name]
+    given = f"MPI.{names[0]}" if names else "an operator made by MPI.Op.Create"
+    raise DatatypeError(f"{verb}: op is {given}, expected one of {', '.join(OPS)}; reduce with mpi4py")
+
+
+def _names_in_mpi(mpi: Any, kind: type, handle: Any) -> list[str]:
+    """Return mpi4py's names of a predefined handle: by comparing, for asking takes an initialised MPI."""
+    return [name for name, value in vars(mpi).items() if isinstance(value, kind) and value == handle]
 
 
 def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datatype:
@@ -338,14 +341,14 @@ def _named(name: str, given: str, where: str) -> Datatype:
 
 
 def _from_mpi(mpi: Any, handle: Any, where: str) -> Datatype:
-    """Return the counterpart of an mpi4py handle, found by comparing it with mpi4py's constants."""
-    if handle == mpi.DATATYPE_NULL:  # first: MPI libraries without 16-bit floats give that handle several names
-        raise DatatypeError(f"{where} is MPI.DATATYPE_NULL, expected a datatype; pass for example nvcoll.FLOAT")
-    for name, ours in MPI_NAMES.items():
-        if getattr(mpi, name, None) == handle:
-            return ours
-    if handle.is_predefined:
-        return _named("", handle.Get_name(), where)  # LOGICAL, WCHAR, FLOAT_INT and their kind
+    """Return the counterpart of an mpi4py datatype."""
+    # MPI libraries without 16-bit floats give the null handle their names too.
+    names = ["DATATYPE_NULL"] if handle == mpi.DATATYPE_NULL else _names_in_mpi(mpi, mpi.Datatype, handle)
+    for name in names:
+        if name in MPI_NAMES:
+            return MPI_NAMES[name]
+    if names:
+        return _named("", f"MPI.{names[0]}", where)
     raise DatatypeError(
         f"{where} is a derived MPI datatype, expected the type of one element; copy the elements to a contiguous array"
     )

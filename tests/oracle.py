@@ -77,13 +77,18 @@ def tolerance(datatype, op, n_ranks):
     return sum(roundings(datatype, op, n_ranks, 2 * total))  # no value of random_data is above 2
 
 
+def rounds(datatype, op):
+    """Whether results are rounded: sums of floats; the products of random_data are powers of two."""
+    return datatype.kind in {"float", "complex"} and op.name in {"SUM", "AVG"}
+
+
 def roundings(datatype, op, n_ranks, total):
     """Relative error of the one rounding to `datatype`, and absolute error of combining values that add up to `total`.
 
     Values are combined in float32 for 16-bit floats, in `datatype` itself otherwise, with a rounding for each rank.
     """
-    if datatype.kind not in {"float", "complex"} or op.name not in {"SUM", "AVG"}:
-        return 0.0, 0.0 * total  # the products of random_data are powers of two
+    if not rounds(datatype, op):
+        return 0.0, 0.0
     return EPSILON[datatype.name] / 2 * (1 + 2.0**-10), EPSILON[datatype.accumulate] * n_ranks * total
 
 
@@ -97,7 +102,7 @@ def assert_reduced(result, arrays, op, datatype):
     assert result.shape == expected.shape, f"shape {result.shape}, expected {expected.shape}"
     assert result.dtype == datatype.dtype, f"dtype {result.dtype}, expected {datatype.dtype}"
     values = result.astype(expected.dtype)
-    if datatype.kind not in {"float", "complex"} or op.name not in {"SUM", "AVG"}:
+    if not rounds(datatype, op):
         np.testing.assert_array_equal(values, expected)
         return
     total = sum(np.abs(np.asarray(array).astype(expected.dtype)) for array in arrays)

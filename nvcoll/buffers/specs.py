@@ -240,7 +240,7 @@ def _from_protocol(where: str, buf: Any) -> _Memory:
     else:
         on_gpu = hasattr(buf, "__cuda_array_interface__")
     if on_gpu:
-        raise _refused_gpu(where, type(buf).__name__)
+        raise _not_on_host(where, f"a GPU ({type(buf).__name__})")
     if hasattr(buf, "__array_interface__"):
         return _from_array(where, np.asarray(buf))
     if hasattr(buf, "__dlpack__"):
@@ -254,16 +254,16 @@ def _from_protocol(where: str, buf: Any) -> _Memory:
     )
 
 
-def _refused_gpu(where: str, kind: str) -> DatatypeError:
+def _not_on_host(where: str, device: str) -> DatatypeError:
     return DatatypeError(
-        f"{where} ({kind}) is on a GPU, which needs the nvshmem backend, expected host memory; copy it to the host"
+        f"{where} is in memory of {device}, which needs the nvshmem backend, expected host memory; copy it to the host"
     )
 
 
 def _from_tensor(where: str, tensor: Any, strided: object) -> _Memory:
     """Find the memory of a torch tensor. Not through DLPack, which NumPy does not take bfloat16 from."""
     if tensor.device.type != "cpu":
-        raise _refused_gpu(where, f"tensor on {tensor.device}")
+        raise _not_on_host(where, str(tensor.device))
     if tensor.requires_grad:
         raise ArgumentError(f"{where} requires grad, expected a tensor outside of autograd; pass .detach() of it")
     if tensor.layout != strided:
