@@ -1,6 +1,5 @@
 """Every environment variable nvcoll reads, in one table. The documentation and ``nvcoll info`` derive from it."""
 
-import math
 import os
 import re
 import warnings
@@ -12,6 +11,8 @@ from typing import Any
 from nvcoll.errors import ArgumentError
 
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
+LONGEST = 1_000_000
+"""Seconds, about eleven days: poll and epoll cannot wait for much longer."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,17 @@ class Variable:
 
 TABLE: tuple[Variable, ...] = (
     Variable("NVCOLL_BOOTSTRAP", "bootstrap", "bootstrap", "auto", "How the ranks find each other."),
-    Variable("NVCOLL_TIMEOUT", "timeout", "seconds", "600", "Seconds a call waits for the other ranks; then it raises."),
+    Variable(
+        "NVCOLL_TIMEOUT", "timeout", "seconds", "600", "Seconds a call waits for the other ranks; then it raises."
+    ),
     Variable("NVCOLL_RULES", "rules", "path", None, "A rules file to use instead of the one in the package."),
-    Variable("NVCOLL_RANKS_PER_NODE", "ranks_per_node", "count", None, "Split the ranks of a host into nodes of so many."),
+    Variable(
+        "NVCOLL_RANKS_PER_NODE", "ranks_per_node", "count", None, "Split the ranks of a host into nodes of so many."
+    ),
     Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
-    Variable("NVCOLL_HEAP", "heap", "bytes or auto", "auto", "Address space reserved per rank; auto: the physical memory."),
+    Variable(
+        "NVCOLL_HEAP", "heap", "bytes or auto", "auto", "Address space reserved per rank; auto: the physical memory."
+    ),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
     Variable("NVCOLL_RANK", "rank", "index", None, "This process's rank.", internal=True),
@@ -82,11 +89,16 @@ def _bootstrap(text: str) -> str:
     return text
 
 
-def _number(text: str, *, zero: bool) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+def _seconds(text: str) -> float:
+    if not 0 < float(text) <= LONGEST:  # false for NaN
         raise ValueError(text)
-    return value
+    return float(text)
+
+
+def _microseconds(text: str) -> float:
+    if not 0 <= float(text) <= LONGEST * 1e6:
+        raise ValueError(text)
+    return float(text)
 
 
 def _whole(text: str, *, least: int) -> int:
@@ -99,7 +111,10 @@ def _bytes(text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,18})([KMG]?)(?:i?B)?", text, re.IGNORECASE)
     if found is None or int(found[1]) == 0:
         raise ValueError(text)
-    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]
+    size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]
+    if size >= 1 << 63:
+        raise ValueError(text)
+    return size
 
 
 def _address(text: str) -> str:
@@ -113,19 +128,22 @@ def _or_auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text.lower() == "auto" else parse(text)
 
 
-def _microseconds(text: str) -> float:
-    return _number(text, zero=True)
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # no home directory
+        raise ValueError(text) from error
 
 
 KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "bootstrap": ("one of " + ", ".join(BOOTSTRAPS), _bootstrap),
-    "seconds": ("a number of seconds above 0", lambda text: _number(text, zero=False)),
+    "seconds": (f"a number of seconds above 0, at most {LONGEST:,}", _seconds),
     "microseconds or auto": ("a number of microseconds, or auto", _or_auto(_microseconds)),
     "bytes": ("a number of bytes, with K, M or G for powers of 1024", _bytes),
     "bytes or auto": ("a number of bytes, with K, M or G for powers of 1024, or auto", _or_auto(_bytes)),
     "count": ("a whole number of 1 or more", lambda text: _whole(text, least=1)),
     "index": ("a whole number of 0 or more", lambda text: _whole(text, least=0)),
-    "path": ("a path", lambda text: Path(text).expanduser()),
+    "path": ("a path", _path),
     "host:port": ("host:port", _address),
     "hex": ("hexadecimal digits, two a byte", bytes.fromhex),
 }
@@ -139,16 +157,23 @@ def default_text(variable: Variable, environ: Mapping[str, str] = os.environ) ->
     return variable.default.replace("$XDG_CACHE_HOME", environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
-def _value(variable: Variable, environ: Mapping[str, str]) -> Any:
-    given = environ.get(variable.name, "").strip()
-    text = given or default_text(variable, environ)
+def value(variable: Variable, environ: Mapping[str, str] = os.environ) -> Any:
+    """Return the value of one variable, as `read` would.
+
+    Raises
+    ------
+    ArgumentError
+        It is not accepted.
+    """
+    text = environ.get(variable.name, "").strip() or default_text(variable, environ)
     if text is None:
         return None
     accepted, parse = KINDS[variable.kind]
     try:
         return parse(text)
     except ValueError:
-        raise ArgumentError(f"{variable.name}: expected {accepted}, got {given!r}; change or unset it") from None
+        got = f"{len(text)} characters" if variable.kind == "hex" else repr(text)  # the key is a secret
+        raise ArgumentError(f"{variable.name}: expected {accepted}, got {got}; change or unset it") from None
 
 
 def _warn_unknown(environ: Mapping[str, str]) -> None:
@@ -187,4 +212,4 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
         A variable that starts with ``NVCOLL_`` is unknown.
     """
     _warn_unknown(environ)
-    return Settings(**{variable.field: _value(variable, environ) for variable in TABLE})
+    return Settings(**{variable.field: value(variable, environ) for variable in TABLE})

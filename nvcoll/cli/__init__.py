@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import importlib.metadata
+import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -49,4 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nvcoll {args.subcommand}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # as in `nvcoll info | head -1`; what is still buffered has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
