@@ -18,52 +18,64 @@ class _Client:
 
     def __init__(self, address, rank, size, key, patience):
         self.address, self.rank, self.size = address, rank, size
-        self.sock = self._reach(time.monotonic() + patience)
+        deadline, pause = time.monotonic() + patience, 0.005
+        while not self._join(_as_key(key), deadline):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
         _sockets.add(self)
+
+    def _join(self, key, deadline):
+        """Connect and prove the key; return False if that may go well later."""
+        left = deadline - time.monotonic()
         try:
-            self._prove(_as_key(key), time.monotonic() + GREETING_SECONDS)
+            self.sock = socket.create_connection(_split_address(self.address), max(0.1, left))
+        except OSError as error:
+            if left > 0:
+                return False
+            raise BootstrapError(
+                f"connect: rank {self.rank} found nobody at {self.address} ({error}); has the launcher, or rank 0, "
+                "ended, or does a firewall stand between?"
+            ) from error
+        try:
+            self._prove(key, time.monotonic() + GREETING_SECONDS)
+        except (OSError, EOFError) as error:
+            self.sock.close()
+            # one that hangs up may be a server that is crowded, or is ending before the next one starts
+            if left > 0 and not isinstance(error, builtins.TimeoutError):
+                return False
+            raise BootstrapError(
+                f"connect: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error}); "
+                "another program may listen there: choose a free port"
+            ) from error
         except BaseException:
             self.sock.close()
             raise
-
-    def _reach(self, deadline):
-        pause = 0.005
-        while True:
-            try:
-                return socket.create_connection(_split_address(self.address), max(0.1, deadline - time.monotonic()))
-            except OSError as error:
-                if time.monotonic() + pause > deadline:
-                    raise BootstrapError(
-                        f"connect: rank {self.rank} found nobody at {self.address} ({error}); has the launcher, or "
-                        "rank 0, ended, or does a firewall stand between?"
-                    ) from error
-            time.sleep(pause)
-            pause = min(2 * pause, 0.25)
+        return True
 
     def _prove(self, key, deadline):
         nonce = secrets.token_bytes(32)
         hello = GREETING.pack(MAGIC, self.rank, self.size, os.getpid(), nonce)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(GREETING_SECONDS)
-        try:
-            self.sock.sendall(_frame(HELLO, hello))
-            kind, payload = self._read(deadline, LARGEST_GREETING)
-            if kind == CHALLENGE:
-                theirs, proof = payload[:32], payload[32:]
-                if not hmac.compare_digest(proof, _digest(key, b"server", nonce, theirs)):
-                    raise BootstrapError(
-                        f"connect: {self.address} does not know the key of rank {self.rank}; it belongs to another "
-                        "run, unset the variables of the old one"
-                    )
-                self.sock.sendall(_frame(PROOF, _digest(key, b"client", hello, theirs)))
-                kind, payload = self._read(deadline, LARGEST_GREETING)
-        except (OSError, EOFError) as error:
+        self.sock.sendall(_frame(HELLO, hello))
+        challenge = self._expect(CHALLENGE, deadline)
+        theirs, proof = challenge[:32], challenge[32:]
+        if not hmac.compare_digest(proof, _digest(key, b"server", nonce, theirs)):
             raise BootstrapError(
-                f"connect: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error})"
-            ) from error
-        if kind != WELCOME:
-            reason = payload.decode(errors="replace") if kind == REFUSED else f"unexpected message {kind}"
+                f"connect: {self.address} does not know the key of rank {self.rank}; it belongs to another run: "
+                "unset the variables of the old one"
+            )
+        self.sock.sendall(_frame(PROOF, _digest(key, b"client", hello, theirs)))
+        self._expect(WELCOME, deadline)
+
+    def _expect(self, int wanted, deadline):
+        kind, payload = self._read(deadline, LARGEST_GREETING)
+        if kind == REFUSED:
+            reason = payload.decode(errors="replace")
             raise BootstrapError(f"connect: {self.address} refused rank {self.rank}: {reason}")
+        if kind != wanted:
+            raise EOFError(f"it sent message {kind} instead of {wanted}")
+        return payload
 
     def _read(self, deadline, most):
         length, kind = FRAME.unpack(self._read_exactly(FRAME.size, deadline))

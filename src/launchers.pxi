@@ -8,7 +8,7 @@ cdef dict MPI_LAUNCHERS = {
     "MPICH's": ("PMI_RANK", "PMI_SIZE"),
     "Slurm's": ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"),
 }
-cdef double LAUNCHER_SECONDS = 5.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
+cdef double LAUNCHER_SECONDS = 10.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
 
 _servers = {}  # (host, port) -> server; kept while the process lives, for ranks that leave and come back
 _joins = itertools.count()  # how often this process has joined through a store of torch's
