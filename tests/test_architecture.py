@@ -17,6 +17,7 @@ PACKAGE = ROOT / "nvcoll"
 
 # From top to bottom; a module may import those below it, and its neighbours as long as no circle comes about.
 LAYERS = (
+    {"__main__"},
     {"cli"},
     {"__init__"},
     {"comm"},
