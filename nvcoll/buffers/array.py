@@ -35,7 +35,7 @@ class Allocation(Protocol):
         """
 
 
-class _Owner:
+class Owner:
     """Holds an allocation for the arrays on it; its end is the end of the last view.
 
     ``__array_interface__`` lets NumPy keep this object as the base of the bytes it describes.
@@ -72,7 +72,7 @@ class Buffer(np.ndarray[Any, Any]):
     """
 
     # Set by `on` alone: whatever NumPy derives from a Buffer has none, and is turned into a plain array.
-    _owner: _Owner | None = None
+    _owner: Owner | None = None
 
     @classmethod
     def on(cls, allocation: Allocation, shape: int | Iterable[int], dtype: object) -> Self:
@@ -111,7 +111,7 @@ class Buffer(np.ndarray[Any, Any]):
                 f"Buffer.on: shape {dims} of {datatype.name} needs {needed} bytes, "
                 f"the allocation has {allocation.nbytes}; allocate more"
             )
-        owner = _Owner(allocation)
+        owner = Owner(allocation)
         self = super().__new__(cls, dims, datatype.dtype, buffer=np.asarray(owner))
         self._owner = owner
         return self
@@ -139,7 +139,7 @@ class Buffer(np.ndarray[Any, Any]):
         # The array must not point to memory that is no longer its own: unpickling's door makes it an empty one.
         self.__setstate__((1, (0,), self.dtype, False, b""))  # type: ignore[arg-type]
 
-    def _living(self, verb: str) -> _Owner:
+    def _living(self, verb: str) -> Owner:
         """Return the owner of the memory, or raise if there is none any more."""
         if self._owner is None:
             raise StateError(f"{verb}: this is no Buffer of its own but made from one; take what comm.empty returned")

@@ -13,7 +13,7 @@ import numpy as np
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import Datatype, as_datatype, mpi_module
 
-from .array import Buffer
+from .array import Buffer, Owner
 
 # DLPack's numbers for memory the CPU can read: its own, pinned by CUDA or ROCm, managed by CUDA.
 HOST_DEVICES = (1, 3, 11, 13)
@@ -103,7 +103,8 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
         ``[buf, count, displ, datatype]``, as list or tuple, where count may also be ``(count, displ)``.
         Count and displacement are in elements of the datatype, which may differ from the type of
         ``buf``: its bytes are then read as that type, as in mpi4py. ``buf`` is an array of NumPy or
-        torch, or any object with the buffer protocol, ``__array_interface__`` or CPU DLPack.
+        torch, or any object with the buffer protocol, ``__array_interface__`` or CPU DLPack (an
+        exporter that does not tell whether its memory may be written is taken for read-only).
         Elements are taken in the order of memory: Fortran-contiguous arrays are reduced
         elementwise with arrays of the same layout on the other ranks.
     writable
@@ -247,7 +248,10 @@ def _from_protocol(where: str, buf: Any) -> _Memory:
         try:
             return _from_array(where, np.from_dlpack(buf))
         except (BufferError, RuntimeError, TypeError) as exc:
-            raise DatatypeError(f"{where} cannot be read through DLPack ({exc}); pass numpy.asarray() of it") from exc
+            raise DatatypeError(
+                f"{where} cannot be read through DLPack ({exc}), expected host memory of numbers; "
+                "pass numpy.asarray() of it"
+            ) from exc
     raise DatatypeError(
         f"{where} is of type {type(buf).__name__}, expected memory (buffer protocol, __array_interface__ or DLPack); "
         "pass numpy.asarray() of it"
@@ -292,13 +296,13 @@ def _from_array(where: str, array: np.ndarray[Any, Any]) -> _Memory:
 
 def _refuse_freed(where: str, array: object) -> None:
     """Refuse a freed Buffer, and arrays that are views of one."""
-    while isinstance(array, np.ndarray | memoryview):
-        if isinstance(array, Buffer) and array.freed:
+    while array is not None:
+        if isinstance(array, Buffer | Owner) and array.freed:
             raise StateError(
                 f"{where} is a Buffer that was freed, or a view of one, expected living memory; "
                 "allocate another with comm.empty"
             )
-        array = array.base if isinstance(array, np.ndarray) else array.obj
+        array = array.base if isinstance(array, np.ndarray) else array.obj if isinstance(array, memoryview) else None
 
 
 def _order(where: str, c_order: bool, f_order: bool, cure: str) -> str:
@@ -311,15 +315,28 @@ def _order(where: str, c_order: bool, f_order: bool, cure: str) -> str:
 def check_pair(verb: str, send: Spec, recv: Spec) -> None:
     """Check that a send and a receive buffer of one reduction belong together.
 
+    Parameters
+    ----------
+    verb
+        The call, for messages.
+    send, recv
+        What `parse` made of its sendbuf and recvbuf. The same memory is accepted: it means IN_PLACE.
+
     Raises
     ------
     ArgumentError
-        If counts, types or layouts differ, or the memories overlap without being the same.
+        If counts or layouts differ, or the memories overlap without being the same.
+    DatatypeError
+        If the types differ.
     """
-    if (send.count, send.datatype) != (recv.count, recv.datatype):
-        raise ArgumentError(
+    if send.datatype != recv.datatype:
+        raise DatatypeError(
             f"{verb}: recvbuf holds {recv.count} {recv.datatype.name}, sendbuf {send.count} {send.datatype.name}; "
-            "give both the same count and datatype"
+            "give both the same datatype"
+        )
+    if send.count != recv.count:
+        raise ArgumentError(
+            f"{verb}: recvbuf holds {recv.count} {recv.datatype.name}, sendbuf {send.count}; give both the same count"
         )
     if {send.order, recv.order} == {"C", "F"}:
         raise ArgumentError(

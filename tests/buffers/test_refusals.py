@@ -1,0 +1,193 @@
+"""Every message of `parse`: it begins with the verb and the argument, says what is and was expected, and the cure."""
+
+import ctypes
+import re
+
+import numpy as np
+import pytest
+
+from nvcoll.buffers import IN_PLACE, is_in_place, parse
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.ops import FLOAT
+from tests.buffers.memory import Capsule, on_heap
+
+
+class OnGPU:
+    """Says that it is on a GPU, by CUDA's interface."""
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"data": (64, False), "shape": (3,), "typestr": "<f4", "version": 3}
+
+
+class OnGPUByDLPack:
+    """Says that it is on a GPU, by DLPack."""
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+class Unreadable(Capsule):
+    """Has a type that NumPy does not take through DLPack."""
+
+    def __dlpack__(self, **_):
+        raise BufferError("no bfloat16 here")
+
+
+def read_only(values):
+    values.flags.writeable = False
+    return values
+
+
+def freed():
+    buffer = on_heap(np.zeros(3))
+    buffer.free()
+    return buffer
+
+
+def view_of_freed(make_view):
+    buffer = on_heap(np.zeros(3))
+    view = make_view(buffer)
+    buffer.free()
+    return view
+
+
+SIX = np.zeros(6, np.float32)
+FOREIGN = np.zeros(3, np.dtype("f4").newbyteorder("S"))
+
+# Name: (spec, exception, what the message says); messages about recvbuf all have the form checked below.
+REFUSALS = {
+    "None": (None, ArgumentError, "recvbuf is None, expected an array; pass"),
+    "None in a spec": ([None, 3, FLOAT], ArgumentError, r"recvbuf\[0\] is None, expected an array"),
+    "IN_PLACE": (IN_PLACE, ArgumentError, "recvbuf is IN_PLACE, .+; pass IN_PLACE as sendbuf only"),
+    "number": (3.0, DatatypeError, r"recvbuf is of type float, expected memory .+; pass numpy\.asarray\(\)"),
+    "string": ("abc", DatatypeError, "recvbuf is of type str, expected memory"),
+    "list of numbers": ([1.0, 2.0], DatatypeError, r"recvbuf\[0\] is of type float, expected memory"),
+    "long list": (
+        [1.0] * 9,
+        ArgumentError,
+        r"is a list of 9 items, expected an array or \[buf, count, datatype\]; pass",
+    ),
+    "short tuple": ((SIX,), ArgumentError, "is a tuple of 1 items"),
+    "GPU": (OnGPU(), DatatypeError, r"is in memory of a GPU \(OnGPU\), which needs the nvshmem backend, .+; copy"),
+    "GPU in a spec": ([OnGPU(), 2, FLOAT], DatatypeError, "needs the nvshmem backend"),
+    "GPU by DLPack": (OnGPUByDLPack(), DatatypeError, "needs the nvshmem backend"),
+    "DLPack fails": (
+        Unreadable(SIX),
+        DatatypeError,
+        r"read through DLPack \(no bfloat16 here\), expected .+; pass numpy",
+    ),
+    "count too large": (
+        [SIX, 8],
+        ArgumentError,
+        "recvbuf holds 6 float32, expected 8; give a smaller count or a larger",
+    ),
+    "end too large": (
+        [SIX, (5, 2)],
+        ArgumentError,
+        "recvbuf holds 6 float32, expected 5 from element 2 on; give a smaller",
+    ),
+    "start too large": ([SIX, (None, 7)], ArgumentError, "recvbuf holds 6 float32, expected 0 from element 7 on"),
+    "other datatype": ([SIX, 6, "f8"], ArgumentError, "recvbuf holds 3 float64, expected 6"),
+    "negative count": ([SIX, -1], ArgumentError, "recvbuf has a count of -1, expected 0 or more; count"),
+    "negative start": ([SIX, (1, -1)], ArgumentError, "recvbuf has a displacement of -1, expected 0 or more"),
+    "float count": ([SIX, 2.0, FLOAT], ArgumentError, r"recvbuf has a count of type float, expected int; pass int\(\)"),
+    "array as count": ([SIX, SIX], ArgumentError, "recvbuf has a count of type ndarray"),
+    "float start": ([SIX, (1, 0.5)], ArgumentError, "recvbuf has a displacement of type float"),
+    "counts": ([SIX, (1, 2, 3)], ArgumentError, r"has a count of 3 items, expected .+; pass count or \(count, displ\)"),
+    "half an element": (
+        [bytearray(6), FLOAT],
+        ArgumentError,
+        "holds 6 bytes, expected a multiple of the 4 of a float32; give",
+    ),
+    "unknown name": ([SIX, "x17"], DatatypeError, "datatype of recvbuf is 'x17', expected a datatype; pass"),
+    "float as datatype": ([SIX, 2.5], DatatypeError, "datatype of recvbuf is of type float, expected a datatype"),
+    "unsupported type": (np.zeros(3, np.longdouble), DatatypeError, "datatype of recvbuf is .+, expected one of bool,"),
+    "text": (np.zeros(3, "S4"), DatatypeError, r"datatype of recvbuf is \|S4, expected one of bool, .+; convert"),
+    "objects": (np.array([None]), DatatypeError, "recvbuf holds Python objects .+, expected numbers; convert"),
+    "objects with a type": ([np.array([None]), FLOAT], DatatypeError, r"recvbuf\[0\] holds Python objects"),
+    "byte order": (FOREIGN, DatatypeError, r"recvbuf is .f4, expected this machine's byte order; convert .+'float32'"),
+    "byte order with a type": ([FOREIGN, FLOAT], DatatypeError, "expected this machine's byte order"),
+    "gaps": (
+        SIX[::2],
+        ArgumentError,
+        r"recvbuf has gaps .+, expected contiguous .+; pass numpy\.ascontiguousarray\(\)",
+    ),
+    "reversed": (SIX[::-1], ArgumentError, "recvbuf has gaps"),
+    "gaps in a memoryview": (memoryview(bytearray(8))[::2], ArgumentError, "recvbuf has gaps"),
+    "read-only": (
+        read_only(np.zeros(3)),
+        ArgumentError,
+        r"recvbuf is read-only, expected memory .+; pass a \.copy\(\)",
+    ),
+    "bytes": ([bytes(8), FLOAT], ArgumentError, "recvbuf is read-only, .+; pass a bytearray"),
+    "freed": (freed(), StateError, "recvbuf is a Buffer that was freed, .+, expected .+; allocate"),
+    "freed, in a spec": ([freed(), 0], StateError, "is a Buffer that was freed"),
+    "slice of freed": (view_of_freed(lambda b: b[1:]), StateError, "or a view of one"),
+    "reshaped freed": (view_of_freed(lambda b: b.reshape(3, 1).T), StateError, "or a view of one"),
+    "array of freed": (view_of_freed(np.asarray), StateError, "or a view of one"),
+    "memoryview of freed": (view_of_freed(memoryview), StateError, "or a view of one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case):
+    spec, exception, message = REFUSALS[case]
+    with pytest.raises(exception) as caught:
+        parse("Allreduce", "recvbuf", spec, writable=True)
+    assert re.search(message, str(caught.value))
+    assert re.match(r"Allreduce: (datatype of )?recvbuf.*, expected .+; .+", str(caught.value))
+
+
+def test_a_format_without_a_name_in_numpy_needs_a_datatype():
+    view = memoryview((ctypes.CFUNCTYPE(None) * 2)())
+    message = r"recvbuf has elements of format 'X{}', expected numbers; name their type: \[buf, datatype"
+    with pytest.raises(DatatypeError, match=message):
+        parse("Allreduce", "recvbuf", view, writable=True)
+    assert parse("Allreduce", "recvbuf", [view, "int64"], writable=True).count == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "exception", "message"),
+    [
+        (lambda t: t.zeros(3, requires_grad=True), ArgumentError, r"requires grad, expected .+; pass \.detach\(\)"),
+        (lambda t: t.zeros(3, device="meta"), DatatypeError, "is in memory of meta, which needs .+, expected .+; copy"),
+        (lambda t: t.eye(3).to_sparse(), ArgumentError, r"is a sparse tensor, expected .+; pass \.to_dense\(\)"),
+        (
+            lambda t: t.zeros(3, dtype=t.complex64).conj(),
+            ArgumentError,
+            r"has not computed yet, expected .+; pass .+conj",
+        ),
+        (lambda t: t.zeros(3, dtype=t.complex64).conj().imag, ArgumentError, "has not computed yet"),
+        (lambda t: t.zeros(6)[::2], ArgumentError, r"has gaps .+, expected .+; pass \.contiguous\(\)"),
+        (
+            lambda t: t.zeros(3, dtype=t.float8_e5m2),
+            DatatypeError,
+            r"is torch\.float8_e5m2, expected one of .+; convert",
+        ),
+    ],
+    ids=["grad", "device", "sparse", "conjugate", "negative", "gaps", "datatype"],
+)
+def test_refusals_of_tensors(make, exception, message):
+    tensor = make(pytest.importorskip("torch"))
+    with pytest.raises(exception, match=rf"^Allreduce: (datatype of )?recvbuf .*{message}"):
+        parse("Allreduce", "recvbuf", tensor, writable=True)
+
+
+def test_orders_of_tensors():
+    torch = pytest.importorskip("torch")
+    for tensor, order in ((torch.zeros(2, 3), "C"), (torch.zeros(2, 3).T, "F"), (torch.zeros(()), "A")):
+        assert parse("Allreduce", "recvbuf", tensor, writable=True).order == order
+
+
+def test_sentinels_of_mpi4py():
+    pytest.importorskip("mpi4py").rc.initialize = False
+    mpi = pytest.importorskip("mpi4py.MPI")
+    assert is_in_place(mpi.IN_PLACE)
+    assert not is_in_place(mpi.BOTTOM)
+    with pytest.raises(ArgumentError, match=r"^Allreduce: recvbuf is IN_PLACE, expected an array; pass IN_PLACE as"):
+        parse("Allreduce", "recvbuf", mpi.IN_PLACE, writable=True)
+    with pytest.raises(
+        ArgumentError, match=r"^Allreduce: sendbuf\[0\] is MPI\.BOTTOM, expected an array, .+; pass the"
+    ):
+        parse("Allreduce", "sendbuf", [mpi.BOTTOM, 3, FLOAT], writable=False)
