@@ -10,6 +10,7 @@ from typing import Any
 
 from nvcoll.errors import ArgumentError
 
+PREFIX = "NVCOLL_"
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
 LONGEST = 1_000_000
 """Seconds, about eleven days: poll and epoll cannot wait for much longer."""
@@ -179,12 +180,15 @@ def value(variable: Variable, environ: Mapping[str, str] = os.environ) -> Any:
 def _warn_unknown(environ: Mapping[str, str]) -> None:
     known = {variable.name for variable in TABLE}
     for name in sorted(environ):
-        if not name.startswith("NVCOLL_") or name in known:
+        if not name.startswith(PREFIX) or name in known:
             continue
         from difflib import get_close_matches
 
-        close = get_close_matches(name, sorted(known), n=1)
-        hint = f"did you mean {close[0]}?" if close else "`nvcoll info` lists those there are"
+        # without the prefix, which would make any two names alike
+        close = get_close_matches(
+            name.removeprefix(PREFIX), [other.removeprefix(PREFIX) for other in sorted(known)], n=1
+        )
+        hint = f"did you mean {PREFIX}{close[0]}?" if close else "`nvcoll info` lists those there are"
         warnings.warn(f"{name} is no setting of nvcoll; {hint}", RuntimeWarning, stacklevel=3)
 
 
