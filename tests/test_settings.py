@@ -1,0 +1,139 @@
+"""The table of environment variables, and what `read` makes of them."""
+
+import dataclasses
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from nvcoll import settings
+from nvcoll.errors import ArgumentError
+
+NAMES = {variable.field: variable.name for variable in settings.TABLE}
+
+
+def read_one(field, text, **others):
+    return getattr(settings.read({NAMES[field]: text, **others}), field)
+
+
+def test_table_and_settings_have_the_same_fields():
+    assert [variable.field for variable in settings.TABLE] == [f.name for f in dataclasses.fields(settings.Settings)]
+
+
+@pytest.mark.parametrize("variable", settings.TABLE, ids=lambda variable: variable.name)
+def test_every_row_is_complete(variable):
+    assert variable.name == f"NVCOLL_{variable.field.upper()}"
+    assert variable.kind in settings.KINDS
+    assert variable.doc.endswith(".")
+
+
+def test_defaults():
+    found = settings.read({"HOME": "/home/someone"})
+    assert found.bootstrap == "auto"
+    assert found.timeout == 600.0
+    assert found.scratch == 8 << 20
+    assert found.cache_dir == Path("~/.cache/nvcoll").expanduser()
+    assert found.rules is found.ranks_per_node is found.heap is found.spin is None
+    assert found.rank is found.size is found.rendezvous is found.key is None
+
+
+@pytest.mark.parametrize("variable", settings.TABLE, ids=lambda variable: variable.name)
+def test_empty_is_unset(variable):
+    assert settings.read({variable.name: " "}) == settings.read({})
+
+
+def test_reads_the_environment_of_the_process(monkeypatch):
+    monkeypatch.setenv("NVCOLL_TIMEOUT", "7")
+    assert settings.read().timeout == 7.0
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.read({}).timeout = 1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("bootstrap", "torchrun", "torchrun"),
+        ("timeout", "0.25", 0.25),
+        ("timeout", " 1e3 ", 1000.0),
+        ("rules", "/etc/rules.json", Path("/etc/rules.json")),
+        ("rules", "~/rules.json", Path.home() / "rules.json"),
+        ("ranks_per_node", "3", 3),
+        ("scratch", "4096", 4096),
+        ("scratch", "16k", 16 << 10),
+        ("scratch", "2MiB", 2 << 20),
+        ("heap", "3G", 3 << 30),
+        ("heap", "auto", None),
+        ("spin", "0", 0.0),
+        ("spin", "2.5", 2.5),
+        ("spin", "AUTO", None),
+        ("rank", "0", 0),
+        ("size", "4", 4),
+        ("rendezvous", "127.0.0.1:4000", "127.0.0.1:4000"),
+        ("rendezvous", "[::1]:4000", "[::1]:4000"),
+        ("key", "00ff", b"\x00\xff"),
+    ],
+)
+def test_accepted(field, text, value):
+    assert read_one(field, text) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "accepted"),
+    [
+        ("bootstrap", "slurm", "one of auto, run, torchrun, mpi, single"),
+        *[("timeout", text, "seconds above 0") for text in ("0", "-1", "nan", "inf", "1e7", "soon", "5s")],
+        *[("ranks_per_node", text, "1 or more") for text in ("0", "-2", "1.5", "two", "\u0661")],
+        *[("scratch", text, "K, M or G") for text in ("0", "8T", "1.5M", "M", "-8M", "9" * 18 + "G", "auto")],
+        *[("heap", text, "or auto") for text in ("0", "automatic")],
+        *[("spin", text, "microseconds, or auto") for text in ("-1", "nan", "fast")],
+        *[("rank", text, "0 or more") for text in ("-1", "x")],
+        *[("rendezvous", text, "host:port") for text in ("localhost", ":80", "host:0", "host:65536", "host:http")],
+        ("key", "xyz", "hexadecimal"),
+    ],
+)
+def test_refused(field, text, accepted):
+    with pytest.raises(ArgumentError) as caught:
+        read_one(field, text)
+    assert str(caught.value).startswith(f"{NAMES[field]}: expected ")
+    assert accepted in str(caught.value)
+    assert "change or unset it" in str(caught.value)
+    assert (repr(text) in str(caught.value)) == (field != "key")  # the key is a secret
+
+
+def test_cache_follows_xdg():
+    assert settings.read({"XDG_CACHE_HOME": "/var/cache"}).cache_dir == Path("/var/cache/nvcoll")
+    assert read_one("cache_dir", "/elsewhere", XDG_CACHE_HOME="/var/cache") == Path("/elsewhere")
+
+
+def test_a_home_that_is_unknown_is_refused():
+    with pytest.raises(ArgumentError, match="NVCOLL_RULES: expected a path, got '~nobody-of-that-name/rules'"):
+        read_one("rules", "~nobody-of-that-name/rules")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("NVCOLL_TIMEUOT", "did you mean NVCOLL_TIMEOUT?"), ("NVCOLL_ZZZZ", "nvcoll info")]
+)
+def test_unknown_variables_give_a_warning(name, hint):
+    with pytest.warns(RuntimeWarning, match=f"{name} is no setting") as caught:
+        settings.read({name: "1"})
+    assert hint in str(caught[0].message)
+
+
+def test_known_and_foreign_variables_give_none():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings.read({variable.name: "" for variable in settings.TABLE} | {"NVCC": "1", "XNVCOLL_A": "2"})
+
+
+def test_the_leaves_import_nothing_of_nvcoll():
+    # run as a file: `import nvcoll.settings` would import the package first
+    code = f"import runpy, sys; runpy.run_path({settings.__file__!r}); print(*[m for m in sys.modules if 'numpy' in m])"
+    stub = "import sys, types; m = types.ModuleType('nvcoll'); m.__path__ = [{!r}]; sys.modules['nvcoll'] = m; "
+    stub = stub.format(str(Path(settings.__file__).parent))
+    run = subprocess.run([sys.executable, "-c", stub + code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""
