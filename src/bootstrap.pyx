@@ -49,13 +49,17 @@ class Exchange:
         self._failed = False
         self._pid = os.getpid()
 
-    def allgather(self, data: bytes) -> list:
+    def allgather(self, data):
         """Give `data` and return what every rank gave, by rank. Collective.
 
         Parameters
         ----------
         data
-            At most 16 MiB.
+            Bytes, at most 16 MiB.
+
+        Returns
+        -------
+        list of bytes
 
         Raises
         ------
@@ -104,7 +108,7 @@ def _forked(verb, rank):
 cdef object _first = None  # (pid, rank) of the process that first connected to others
 
 
-def connect(settings) -> Exchange:
+def connect(settings):
     """Find the other ranks, in the way that `choose` tells. Collective.
 
     Parameters

@@ -74,7 +74,7 @@ class _Client:
             reason = payload.decode(errors="replace")
             raise BootstrapError(f"connect: {self.address} refused rank {self.rank}: {reason}")
         if kind != wanted:
-            raise EOFError(f"it sent message {kind} instead of {wanted}")
+            raise BootstrapError(f"connect: {self.address} sent rank {self.rank} message {kind} instead of {wanted}")
         return payload
 
     def _read(self, deadline, most):

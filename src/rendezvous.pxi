@@ -32,7 +32,7 @@ cdef enum:
 cdef Py_ssize_t LARGEST = 16 << 20  # bytes a rank may give to one exchange
 cdef Py_ssize_t LARGEST_GREETING = 1024  # bytes of a frame from somebody who has not proved the key
 cdef Py_ssize_t STRANGERS = 64  # connections that have not proved the key, at most, beside one for each rank
-cdef double GREETING_SECONDS = 5.0  # until a connection must have proved the key
+GREETING_SECONDS = 5.0  # until a connection must have proved the key
 cdef double GRACE = 5.0  # seconds a client waits for the server's own verdict after its deadline
 
 
