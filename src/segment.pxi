@@ -137,7 +137,7 @@ cdef class Anonymous:
         cdef Py_ssize_t first = (offset + PAGE - 1) // PAGE * PAGE
         cdef Py_ssize_t end = (offset + nbytes) // PAGE * PAGE
         if offset + nbytes == self.size:
-            end = self.size
+            end = (self.size + PAGE - 1) // PAGE * PAGE
         if end > first:
             self._discard(first, end - first)
 
