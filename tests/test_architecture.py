@@ -20,8 +20,12 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"__init__"},
+    {"emulation"},
     {"comm"},
     {"requests"},
+    {"failures", "hosts"},
+    {"world"},
+    {"planning"},
     {"jit"},
     {"algorithms", "device", "backends", "ops", "buffers"},
     {"_plan", "_selection", "_topology", "_bootstrap"},
@@ -175,7 +179,9 @@ def public_callables():
         elif inspect.isclass(value):
             for method, member in vars(value).items():
                 function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-                if inspect.isfunction(function) and not method.startswith("_"):
+                # Buffer wraps methods of NumPy's under their own names; those are documented there.
+                ours = inspect.isfunction(function) and function.__code__.co_name == method
+                if ours and not method.startswith("_"):
                     yield f"{name}.{method}", function
 
 
