@@ -131,24 +131,22 @@ class Buffer(np.ndarray[Any, Any]):
 
         Notes
         -----
-        If the ranks fail to agree, their error passes through and the buffer stays as it was.
+        Where the ranks fail to agree, the error passes through and the buffer stays as it was.
         """
-        owner = self._living("free")
-        owner.allocation.free()
-        owner.freed = True
+        if self._owner is None:
+            raise StateError("free: this is no Buffer of its own but made from one; take what comm.empty returned")
+        self._refuse_freed("free")
+        self._owner.allocation.free()
+        self._owner.freed = True
         # The array must not point to memory that is no longer its own: unpickling's door makes it an empty one.
         self.__setstate__((1, (0,), self.dtype, False, b""))  # type: ignore[arg-type]
 
-    def _living(self, verb: str) -> Owner:
-        """Return the owner of the memory, or raise if there is none any more."""
-        if self._owner is None:
-            raise StateError(f"{verb}: this is no Buffer of its own but made from one; take what comm.empty returned")
-        if self._owner.freed:
+    def _refuse_freed(self, verb: str) -> None:
+        if self.freed:
             raise StateError(f"{verb}: the Buffer was freed; allocate another with comm.empty")
-        return self._owner
 
     def __enter__(self) -> Self:
-        self._living("with")
+        self._refuse_freed("with")
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -199,7 +197,7 @@ def _bare(value: Any) -> Any:
     """Return a Buffer as a plain array on the same memory, and everything else as it is."""
     if not isinstance(value, Buffer):
         return value
-    value._living("arithmetic")
+    value._refuse_freed("arithmetic")
     return np.ndarray.view(value, np.ndarray)
 
 
