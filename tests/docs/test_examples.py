@@ -12,6 +12,7 @@ A ```text block after it holds what the program prints, ranks in any order.
 """
 
 import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -31,12 +32,10 @@ BLOCK = re.compile(
     r"(?:^<!-- run: (?P<options>.*?) -->\n+)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
-# What a reader types to install; the packaging tests and .ci/run try these.
+# What a reader types to install, and the tests themselves: .ci/run runs both.
 INSTALL = re.compile(r"pip install (-e )?(\"[^\"]+\"|\S+)")
-# Lines of pages that need what a test machine lacks, each with the reason.
-UNTRIED = {
-    "srun": "no Slurm",
-}
+# Programs that a test machine lacks.
+UNTRIED = {"srun": "Slurm", "torchrun": "PyTorch", "docker": "Docker"}
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,26 @@ def test_program_runs(block, run_ranks):
 
 @pytest.mark.parametrize("block", SHELL)
 def test_shell_lines_run(block, tmp_path, run_command):
-    """Run the lines of a shell block in a folder that holds the page's program under the name the lines use."""
-    programs = [other for other in ALL if other.page == block.page and other.language == "python"]
+    """Run the lines of a shell block in a folder that holds the programs of its page under the names they begin with."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for line in block.text.splitlines():
-        for command in filter(None, (part.strip() for part in line.partition("#")[0].split("&&"))):
-            if INSTALL.fullmatch(command) or command == "pytest" or command.split()[0] in UNTRIED:
-                continue
-            for program in programs:
-                name = program.text.partition("\n")[0].removeprefix("# ").strip()
-                if name.endswith(".py"):
-                    (tmp_path / name).write_text(program.text)
-            path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
-            status, output = run_command(["bash", "-c", command], timeout=110, cwd=tmp_path, env={"PATH": path})
+    for other in ALL:
+        name = other.text.partition("\n")[0].removeprefix("# ").strip()
+        if other.page == block.page and other.language == "python" and name.endswith(".py"):
+            (tmp_path / name).write_text(other.text)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for command in commands(block.text):
+        status, output = run_command(["bash", "-c", command], timeout=110, cwd=tmp_path, env={"PATH": path})
+        if error := block.options.get("fails"):
+            assert status and error in output, f"{block}: {command}\n{output}"
+        else:
             assert status == 0, f"{block}: {command}\n{output}"
+
+
+def commands(text):
+    """Return the command lines of a shell block that can be tried here."""
+    parts = [part.strip() for line in text.splitlines() for part in line.partition("#")[0].split("&&")]
+    tried_elsewhere = [part for part in parts if INSTALL.fullmatch(part) or part == "pytest"]
+    return [part for part in parts if part and part not in tried_elsewhere and part.split()[0] not in UNTRIED]
 
 
 def test_readme_is_one_screen():
