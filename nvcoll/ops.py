@@ -272,7 +272,7 @@ def _names_in_mpi(mpi: Any, kind: type, handle: Any) -> list[str]:
     return [name for name, value in vars(mpi).items() if isinstance(value, kind) and value == handle]
 
 
-def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datatype:
+def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "datatype") -> Datatype:
     """Return `datatype` as a `Datatype`.
 
     Parameters
@@ -280,7 +280,7 @@ def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datat
     datatype
         A datatype of nvcoll, a handle of mpi4py, a dtype of torch, or what ``numpy.dtype`` takes:
         ``"f"``, ``"float32"``, ``numpy.float32``, ``float``.
-    where
+    verb, name
         The call and its argument, with which a message begins.
 
     Returns
@@ -295,6 +295,7 @@ def as_datatype(datatype: object, where: str = "as_datatype: datatype") -> Datat
     """
     if isinstance(datatype, Datatype):
         return datatype
+    where = f"{verb}: {name}"
     if isinstance(datatype, np.dtype):
         return _from_dtype(datatype, where)
     if isinstance(datatype, str) and datatype in DATATYPES:

@@ -159,7 +159,7 @@ def test_c_types_have_their_width(name, c_type):
 def test_unknown_types_are_refused(given, fact):
     pattern = rf"Allreduce: recvbuf is {re.escape(fact)}, expected .+; (pass|convert) .+"
     with pytest.raises(DatatypeError, match=pattern):
-        as_datatype(given, "Allreduce: recvbuf")
+        as_datatype(given, "Allreduce", "recvbuf")
 
 
 def test_foreign_byte_order_is_refused_with_the_conversion():
@@ -201,7 +201,7 @@ def test_mpi4py_datatypes(mpi, name):
 @pytest.mark.parametrize("name", ["DATATYPE_NULL", "LOGICAL", "WCHAR", "FLOAT_INT", "PACKED", "LONG_DOUBLE"])
 def test_mpi4py_datatypes_without_counterpart_are_refused(mpi, name):
     with pytest.raises(DatatypeError, match=rf"^Allreduce: sendbuf is MPI\.{name}, expected one of bool, .+; .+"):
-        as_datatype(getattr(mpi, name), "Allreduce: sendbuf")
+        as_datatype(getattr(mpi, name), "Allreduce", "sendbuf")
 
 
 def test_mpi4py_handles_that_users_made_are_refused(run_command):

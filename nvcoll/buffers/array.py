@@ -99,7 +99,7 @@ class Buffer(np.ndarray[Any, Any]):
         DatatypeError
             If the type is not supported.
         """
-        datatype = as_datatype(dtype, "Buffer.on: dtype")
+        datatype = as_datatype(dtype, "Buffer.on", "dtype")
         dims = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
         if min(dims, default=0) < 0:
             raise ArgumentError(

@@ -130,7 +130,9 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
     if writable and memory.readonly:
         cure = "a bytearray" if isinstance(buf, bytes) else "a .copy() of it"
         raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass {cure}")
-    element = as_datatype(memory.dtype if datatype is None else datatype, f"{verb}: datatype of {name}")
+    foreign = isinstance(memory.dtype, np.dtype) and not memory.dtype.isnative
+    given = memory.dtype if datatype is None or foreign else datatype  # bytes are not swapped, whatever type is given
+    element = as_datatype(given, verb, f"datatype of {name}")
     first, length = _extent(where, memory.nbytes, element, count, displ)
     return Spec(memory.address + first * element.itemsize, length, element, memory.owner, memory.order)
 
@@ -287,8 +289,6 @@ def _from_array(where: str, array: np.ndarray[Any, Any]) -> _Memory:
     _refuse_freed(where, array)
     if array.dtype.hasobject:
         raise DatatypeError(f"{where} holds Python objects ({array.dtype}), expected numbers; convert with .astype()")
-    if not array.dtype.isnative:
-        as_datatype(array.dtype, where)  # raises, whatever type the caller gave: bytes are not swapped
     order = _order(where, array.flags.c_contiguous, array.flags.f_contiguous, "numpy.ascontiguousarray()")
     address = array.__array_interface__["data"][0]
     return _Memory(address, array.nbytes, array.dtype, not array.flags.writeable, array, order)
