@@ -1,1 +1,92 @@
 # cython: language_level=3
+"""Which algorithm serves a call: a pure function of values that are equal on all ranks.
+
+A local difference here is a deadlock, so nothing is read from the environment, the clock or the machine.
+"""
+
+
+def matches(dict rule, str verb, nbytes, ranks, nodes, oversubscribed):
+    """Tell whether a rule speaks of a call.
+
+    Parameters
+    ----------
+    rule
+        Keys ``verb`` and ``use``, and as limits ``upto`` (bytes, inclusive), ``ranks`` and ``nodes`` (lowest and
+        highest, inclusive; null is no limit) and ``oversubscribed`` (more ranks than cores).
+    verb, nbytes, ranks, nodes, oversubscribed
+        The call.
+    """
+    if rule["verb"] != verb or nbytes > rule.get("upto", nbytes):
+        return False
+    for key, value in (("ranks", ranks), ("nodes", nodes)):
+        low, high = rule.get(key, (None, None))
+        if (low is not None and value < low) or (high is not None and value > high):
+            return False
+    return rule.get("oversubscribed", oversubscribed) == oversubscribed
+
+
+def choose(list rules, str verb, nbytes, ranks, nodes, oversubscribed, dict reasons, dict costs):
+    """Choose an algorithm: by the first rule that matches and is supported, else by the lowest expected cost.
+
+    Parameters
+    ----------
+    rules
+        Rules for this kind of hardware, the first that matches wins.
+    verb, nbytes, ranks, nodes, oversubscribed
+        The call.
+    reasons
+        For every candidate ``"algorithm/protocol"`` None, or why it cannot serve.
+    costs
+        Expected seconds of those that can.
+
+    Returns
+    -------
+    tuple of str
+        The candidate, and why it was chosen.
+    """
+    passed_over = ""
+    for rule in rules:
+        if not matches(rule, verb, nbytes, ranks, nodes, oversubscribed):
+            continue
+        use = rule["use"]
+        if use in reasons and reasons[use] is None:
+            upto = rule.get("upto")
+            limit = f"up to {upto} bytes" if upto is not None else "for any size"
+            return use, f"rule: {use} {limit}{passed_over}"
+        passed_over += f"; passed over: {use} ({reasons.get(use, 'there is no such algorithm')})"
+    if not costs:
+        raise ValueError(f"{verb}: no algorithm serves this call: {reasons}")
+    use = min(costs, key=lambda name: (costs[name], name))
+    return use, f"no rule: lowest expected cost, {costs[use] * 1e6:.1f} us{passed_over}"
+
+
+def check_rules(rules, names):
+    """Raise ValueError, naming the rule, unless `rules` is a mapping of kinds of hardware to lists of rules.
+
+    Parameters
+    ----------
+    rules
+        What was read from a rules file.
+    names
+        Candidates that rules may name.
+    """
+    if not isinstance(rules, dict):
+        raise ValueError("expected an object of lists, one for each kind of hardware")
+    known = {"verb", "use", "upto", "ranks", "nodes", "oversubscribed", "note"}
+    for kind, listed in rules.items():
+        if not isinstance(listed, list):
+            raise ValueError(f"{kind}: expected a list of rules")
+        for number, rule in enumerate(listed):
+            where = f"{kind}, rule {number + 1}"
+            if not isinstance(rule, dict) or not {"verb", "use"} <= set(rule):
+                raise ValueError(f"{where}: needs verb and use")
+            if set(rule) - known:
+                raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+            if rule["use"] not in names:
+                raise ValueError(f"{where}: use is {rule['use']!r}, expected one of {', '.join(sorted(names))}")
+            if not isinstance(rule.get("upto", 0), int) or not isinstance(rule.get("oversubscribed", True), bool):
+                raise ValueError(f"{where}: upto is a number of bytes, oversubscribed is true or false")
+            for key in ("ranks", "nodes"):
+                limits = rule.get(key, [None, None])
+                if not isinstance(limits, list) or len(limits) != 2 or not all(x is None or isinstance(x, int) for x in limits):
+                    raise ValueError(f"{where}: {key} is [lowest, highest]")

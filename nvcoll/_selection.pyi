@@ -1,0 +1,14 @@
+from typing import Any
+
+def matches(rule: dict[str, Any], verb: str, nbytes: int, ranks: int, nodes: int, oversubscribed: bool) -> bool: ...
+def choose(
+    rules: list[dict[str, Any]],
+    verb: str,
+    nbytes: int,
+    ranks: int,
+    nodes: int,
+    oversubscribed: bool,
+    reasons: dict[str, str | None],
+    costs: dict[str, float],
+) -> tuple[str, str]: ...
+def check_rules(rules: Any, names: Any) -> None: ...

@@ -1,0 +1,124 @@
+"""What an algorithm is, and the registry from which selection, command line and documentation derive."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a call when an algorithm is chosen; equal on all ranks.
+
+    Attributes
+    ----------
+    node_sizes : tuple of int
+        Ranks on each node.
+    count : int
+        Elements of the message.
+    itemsize, width : int
+        Bytes of an element, and of an accumulator.
+    slices : int
+        Ranks of the smallest node; less than that of `node_sizes` where those are not all nodes.
+    """
+
+    node_sizes: tuple[int, ...]
+    count: int = 1
+    itemsize: int = 4
+    width: int = 4
+    slices: int = 1
+
+    @cached_property
+    def size(self) -> int:
+        """Number of ranks."""
+        return sum(self.node_sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the message."""
+        return self.count * self.itemsize
+
+
+@dataclass(frozen=True)
+class Link:
+    """How fast ranks reach each other: seconds a step, and seconds a byte, inside a node and between nodes."""
+
+    latency: float
+    per_byte: float
+    far_latency: float
+    far_per_byte: float
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A schedule with what must be known to choose it.
+
+    Attributes
+    ----------
+    name, verb : str
+        What it is called, and the collective it serves.
+    source : str
+        Where it is described.
+    order : str
+        In which order contributions are combined.
+    text : callable
+        ``text(v)`` returns the kernel ``kernel(c, send, recv, count)`` over the verbs `v`.
+    rounds : bool
+        Whether messages larger than the scratch memory are cut into rounds for it; else it does that itself.
+    """
+
+    name: str
+    verb: str
+    source: str
+    order: str
+    text: Callable[[Any], Any]
+    rounds: bool = True
+
+    @property
+    def _module(self) -> Any:
+        return sys.modules[self.text.__module__]
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        return str(self._module.__doc__)
+
+    def supports(self, shape: Shape) -> str | None:
+        """Return why the algorithm cannot serve a call, or None."""
+        reason: str | None = self._module.supports(shape)
+        return reason
+
+    def cost(self, shape: Shape, link: Link) -> float:
+        """Return the seconds that a call is expected to take."""
+        return float(self._module.cost(shape, link))
+
+    def slots(self, shape: Shape) -> tuple[int, int]:
+        """Return how many slots a rank needs, and into how many parts a message is cut to fill one."""
+        slots, parts = self._module.slots(shape)
+        return slots, parts
+
+
+ALGORITHMS: dict[str, Algorithm] = {}
+"""Every algorithm by its name, in the order of the files' import."""
+
+
+def algorithm(
+    name: str, *, verb: str, source: str, order: str, rounds: bool = True
+) -> Callable[[Callable[[Any], Any]], Algorithm]:
+    """Register the decorated kernel text; `supports`, `cost` and `slots` are functions of its module."""
+
+    def register(text: Callable[[Any], Any]) -> Algorithm:
+        ALGORITHMS[name] = Algorithm(name, verb, source, order, text, rounds)
+        return ALGORITHMS[name]
+
+    return register
+
+
+def power_below(n: int) -> int:
+    """Return the largest power of two that is at most n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def steps(n: int) -> int:
+    """Return how many steps recursive doubling over n ranks takes, folding not counted."""
+    return power_below(n).bit_length() - 1

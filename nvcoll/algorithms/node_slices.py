@@ -1,0 +1,80 @@
+"""The two ends of an all-reduce between hosts: slices are reduced inside a node, and spread inside it again.
+
+    node          A             B           two ranks, three ranks: slices .0 and .1
+    rank        0     1       2    3    4
+    scatter     A.0   A.1     B.0  B.1  .   every rank sends slice k to the k-th rank of its node
+    (between)   A.0 <=======> B.0           MPI reduces each slice between the nodes, outside these kernels
+    gather      every slice's owner sends it to all ranks of its node
+
+The two halves of scratch memory still suffice, though a scatter alone does not hold contributions of all to all: a
+rank begins the scatter of the next message after the gather of this one, and a gather holds slices from owners who
+have read all that their node sent them. `slices` may be less than the ranks of this node: another node is smaller.
+"""
+
+from typing import Any
+
+from nvcoll.algorithms._registry import Link, Shape, algorithm
+
+
+def supports(shape: Shape) -> str | None:
+    """Any call; used between hosts only, and not chosen by itself."""
+    return None
+
+
+def cost(shape: Shape, link: Link) -> float:
+    """One step inside a node."""
+    return link.latency + (shape.size - 1) * shape.nbytes / max(1, shape.slices) * link.per_byte
+
+
+def slots(shape: Shape) -> tuple[int, int]:
+    """A slot for every rank of the node in either direction, each of a slice."""
+    return shape.size, shape.slices
+
+
+@algorithm("node_scatter", verb="scatter between hosts", source="NVRAR, arXiv 2511.09557", order="rank order in a node", rounds=False)
+def scatter(v: Any) -> Any:
+    size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
+    wait_reduce_all, jit = v.wait_reduce_all, v.jit
+
+    @jit
+    def slice_at(c, count, k):
+        each = (count + slices(c) - 1) // slices(c)
+        return min(k * each, count)
+
+    def kernel(c, send, acc, count):
+        e, me, at = begin(c), local_rank(c), itemsize(c)
+        for k in range(slices(c)):
+            if k != me:
+                lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+                put(c, e, k, me, send + lo * at, (hi - lo) * at)
+        if me < slices(c):
+            lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
+            wait_reduce_all(c, e, size(c), me, 0, send + lo * at, acc, hi - lo)
+
+    return kernel
+
+
+@algorithm("node_gather", verb="gather between hosts", source="NVRAR, arXiv 2511.09557", order="none", rounds=False)
+def gather(v: Any) -> Any:
+    size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
+    wait_copy, finish_to, jit = v.wait_copy, v.finish_to, v.jit
+
+    @jit
+    def slice_at(c, count, k):
+        each = (count + slices(c) - 1) // slices(c)
+        return min(k * each, count)
+
+    def kernel(c, acc, recv, count):
+        e, me, at = begin(c), local_rank(c), itemsize(c)
+        if me < slices(c):
+            lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
+            finish_to(c, recv + lo * at, acc, hi - lo)
+            for k in range(size(c)):
+                if k != me:
+                    put(c, e, k, me, recv + lo * at, (hi - lo) * at)
+        for k in range(slices(c)):
+            if k != me:
+                lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+                wait_copy(c, e, k, recv + lo * at, (hi - lo) * at)
+
+    return kernel

@@ -1,0 +1,46 @@
+"""One-shot: everybody sends everything to everybody, and everybody reduces everything.
+
+    rank      0     1     2     3     4
+    step 1    every rank puts its message into its own slot of every other rank
+    result    a0 + a1 + a2 + a3 + a4, computed on each rank in rank order
+
+One step, so the lowest latency; (n - 1) M bytes leave each rank, so for small messages only.
+Any number of ranks and elements.
+"""
+
+from typing import Any
+
+from nvcoll.algorithms._registry import Link, Shape, algorithm
+
+
+def supports(shape: Shape) -> str | None:
+    """Any call."""
+    return None
+
+
+def cost(shape: Shape, link: Link) -> float:
+    """One step, in which all messages of a rank leave one after the other."""
+    far = len(shape.node_sizes) > 1
+    latency, per_byte = (link.far_latency, link.far_per_byte) if far else (link.latency, link.per_byte)
+    return latency + (shape.size - 1) * shape.nbytes * per_byte
+
+
+def slots(shape: Shape) -> tuple[int, int]:
+    """A slot for every rank, each of a whole message."""
+    return shape.size, 1
+
+
+@algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")
+def text(v: Any) -> Any:
+    rank, size, itemsize, begin, put = v.rank, v.size, v.itemsize, v.begin, v.put
+    wait_reduce_all, accumulators, finish_to = v.wait_reduce_all, v.accumulators, v.finish_to
+
+    def kernel(c, send, recv, count):
+        e, me, n = begin(c), rank(c), size(c)
+        for k in range(1, n):
+            put(c, e, (me + k) % n, me, send, count * itemsize(c))
+        acc = accumulators(c, recv)
+        wait_reduce_all(c, e, n, me, 0, send, acc, count)
+        finish_to(c, recv, acc, count)
+
+    return kernel

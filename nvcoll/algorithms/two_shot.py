@@ -1,0 +1,128 @@
+"""Two-shot: reduce-scatter in one step, all-gather in one step. Where memory allows, in place and without copies.
+
+    rank      0            1            2            3            4
+    step 1    every rank sends slice k of its message to rank k
+              reduces a.0  reduces a.1  reduces a.2  reduces a.3  reduces a.4
+    step 2    every rank sends its reduced slice to every other rank
+
+2 (n - 1)/n M bytes leave each rank: the least there is. Any number of ranks and elements.
+
+Between processes that share memory, data need not be sent: ranks first tell each other where in the symmetric heap
+their buffers lie. If all do lie there, each rank reduces its slice from where the others have theirs and writes the result
+to where they want it. If a single one does not, all go through scratch memory, in rounds. So an array of any
+kind may meet an array of any other kind in one call.
+"""
+
+from typing import Any
+
+from nvcoll.algorithms._registry import Link, Shape, algorithm
+
+
+def supports(shape: Shape) -> str | None:
+    """Any call."""
+    return None
+
+
+def cost(shape: Shape, link: Link) -> float:
+    """Two steps; all but one slice leaves a rank in each."""
+    far = len(shape.node_sizes) > 1
+    latency, per_byte = (link.far_latency, link.far_per_byte) if far else (link.latency, link.per_byte)
+    return 2 * latency + 2 * (shape.size - 1) / shape.size * shape.nbytes * per_byte
+
+
+def slots(shape: Shape) -> tuple[int, int]:
+    """A slot for every rank in both steps, each of a slice."""
+    return 2 * shape.size, shape.size
+
+
+@algorithm(
+    "two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False
+)
+def text(v: Any) -> Any:
+    rank, size, itemsize, width, capacity = v.rank, v.size, v.itemsize, v.width, v.capacity
+    begin, put, signal, wait_signal, wait_copy, wait_reduce_all = (
+        v.begin, v.put, v.signal, v.wait_signal, v.wait_copy, v.wait_reduce_all,
+    )  # fmt: skip
+    offset, accumulators, finish_to, combine, blocks = v.offset, v.accumulators, v.finish_to, v.combine, v.blocks
+    load, store, copy, table, heap_of, widen, jit, block = (
+        v.load, v.store, v.copy, v.table, v.heap_of, v.widen, v.jit, v.BLOCK,
+    )  # fmt: skip
+
+    @jit
+    def slice_at(c, count, k):
+        """Return where slice k begins: slices are multiples of a cache line, but for the last."""
+        unit = 64 // itemsize(c)
+        each = ((count + size(c) * unit - 1) // (size(c) * unit)) * unit
+        return min(k * each, count)
+
+    @jit
+    def agree(c, e, send, recv, count):
+        """Exchange where the buffers lie; return whether all lie in the symmetric heap."""
+        me, n = rank(c), size(c)
+        nbytes = count * itemsize(c)
+        from_, to = offset(c, send, nbytes), offset(c, recv, nbytes)
+        mine = -1 if from_ < 0 or to < 0 else from_
+        for k in range(1, n):
+            signal(c, e, (me + k) % n, me, mine)
+            signal(c, e, (me + k) % n, n + me, to)
+        direct = mine >= 0
+        for p in range(n):
+            its, its_to = (mine, to) if p == me else (wait_signal(c, e, p), wait_signal(c, e, n + p))
+            direct = direct and its >= 0
+            store(table(c) + 8 * p, heap_of(c, p) + its)
+            store(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
+        return direct
+
+    @jit
+    def reduce_in_place(c, lo, hi):
+        """Reduce my slice from everybody's send buffer into everybody's receive buffer, a block at a time."""
+        me, n = rank(c), size(c)
+        sources, at = table(c) + 16 * n, itemsize(c)
+        step = block // width(c)
+        for first in range(lo, hi, step):
+            m = min(step, hi - first)
+            for p in range(n):
+                store(sources + 8 * p, load(table(c) + 8 * p) + first * at)
+            mine = load(table(c) + 8 * (n + me)) + first * at
+            acc = mine if widen(c) == 0 else blocks(c) + 2 * block
+            combine(c, sources, n, acc, m)
+            finish_to(c, mine, acc, m)
+            for k in range(1, n):
+                p = (me + k) % n
+                copy(load(table(c) + 8 * (n + p)) + first * at, mine, m * at)
+
+    @jit
+    def one_round(c, e, send, recv, count):
+        """Reduce a piece through scratch memory."""
+        me, n, at = rank(c), size(c), itemsize(c)
+        for k in range(1, n):
+            p = (me + k) % n
+            lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
+            put(c, e, p, me, send + lo * at, (hi - lo) * at)
+        lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
+        mine = recv + lo * at
+        acc = accumulators(c, mine)
+        wait_reduce_all(c, e, n, me, 0, send + lo * at, acc, hi - lo)
+        finish_to(c, mine, acc, hi - lo)
+        for k in range(1, n):
+            put(c, e, (me + k) % n, n + me, mine, (hi - lo) * at)
+        for k in range(1, n):
+            p = (me - k) % n
+            lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
+            wait_copy(c, e, n + p, recv + lo * at, (hi - lo) * at)
+
+    def kernel(c, send, recv, count):
+        e, me, n = begin(c), rank(c), size(c)
+        if agree(c, e, send, recv, count):
+            reduce_in_place(c, slice_at(c, count, me), slice_at(c, count, me + 1))
+            for k in range(1, n):
+                signal(c, e, (me + k) % n, 2 * n + me, 0)
+            for p in range(n):
+                if p != me:
+                    wait_signal(c, e, 2 * n + p)
+        else:
+            for first in range(0, count, capacity(c)):
+                shift = first * itemsize(c)
+                one_round(c, begin(c), send + shift, recv + shift, min(capacity(c), count - first))
+
+    return kernel

@@ -1,0 +1,135 @@
+"""A communicator's area: the part of every rank's heap through which its kernels talk.
+
+    board  doorbell  epoch  flags (2 halves)  lines (2 halves)  data (2 halves)
+
+The halves take turns by the parity of the epoch; `nvcoll.device.common` says why two are enough.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import Any
+
+from nvcoll._plan import State
+from nvcoll.backends.group import Member
+from nvcoll.backends.heap import Piece
+from nvcoll.device.common import BLOCK
+from nvcoll.errors import ArgumentError
+
+LINE = 64
+BOARD, BELL, EPOCH, FLAGS = 0, 64, 128, 192
+
+POLLS_PER_MICROSECOND = 30
+"""Polls of a flag, with a pause each, in a microsecond; it need only be roughly right."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets and sizes in an area, in bytes.
+
+    Parameters
+    ----------
+    ranks
+        Ranks of the communicator that share the memory.
+    scratch
+        Bytes to divide.
+    """
+
+    ranks: int
+    scratch: int
+
+    @property
+    def flags_half(self) -> int:
+        """Two-shot takes most: three flags a rank."""
+        return (4 * self.ranks + 64) * LINE
+
+    @property
+    def lines(self) -> int:
+        return FLAGS + 2 * self.flags_half
+
+    @property
+    def lines_half(self) -> int:
+        return self.scratch // 16 // LINE * LINE
+
+    @property
+    def data(self) -> int:
+        return self.lines + 2 * self.lines_half
+
+    @property
+    def data_half(self) -> int:
+        half = (self.scratch - self.data) // 2 // LINE * LINE
+        if half < LINE * (4 * self.ranks + 64):
+            raise ArgumentError(
+                f"NVCOLL_SCRATCH: {self.scratch} bytes are too few for {self.ranks} ranks on a node; raise it, 8M is the default"
+            )
+        return half
+
+
+def open_area(
+    memory: Member, piece: Piece, topology: Any, layout: Layout, settings: Any, crowded: bool, slices: int
+) -> State:
+    """Return the state with which a rank's kernels find its own area and its peers'.
+
+    Parameters
+    ----------
+    memory, piece
+        The heap's memory, and the allocation of the area in it.
+    topology
+        Nodes and ranks as the schedules are to see them.
+    layout
+        How the area is divided.
+    settings
+        Timeout and spinning.
+    crowded
+        Whether ranks share cores.
+    slices
+        Ranks of the smallest node.
+    """
+    size = len(memory.members)
+    starts = list(accumulate(topology.node_sizes, initial=0))
+    tables = {
+        "peers": [memory.address(p) + piece.offset for p in range(size)],
+        "everyone": list(range(size)),
+        "node_ranks": list(chain.from_iterable(topology.nodes)),
+        "node_starts": starts,
+        "table": [0] * (4 * size),
+    }
+    arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in tables.items()}
+    private = ctypes.create_string_buffer(layout.data_half + layout.lines_half + 3 * BLOCK + 2 * LINE)
+    workspace = -(-ctypes.addressof(private) // LINE) * LINE
+    values = {
+        "rank": memory.place,
+        "size": size,
+        "nodes": len(topology.nodes),
+        "node": topology.node,
+        "local_rank": topology.local_rank,
+        "slices": slices,
+        "epoch": piece.address + EPOCH,
+        "spin": _polls(settings.spin, crowded),
+        "bell": BELL,
+        "flags": FLAGS,
+        "flags_half": layout.flags_half,
+        "lines": layout.lines,
+        "lines_half": layout.lines_half,
+        "data": layout.data,
+        "data_half": layout.data_half,
+        "workspace": workspace,
+        "unpacked": workspace + layout.data_half,
+        "blocks": workspace + layout.data_half + layout.lines_half,
+        "heap": memory.address(memory.place),
+        "heap_size": memory.extent,
+    }
+    values |= {name: ctypes.addressof(array) for name, array in arrays.items()}
+    waiting = {
+        "board": BOARD,
+        "timeout": int(settings.timeout * 1e9),
+        "yields": 20 if crowded else 200,
+        "fd": memory.descriptor,
+    }
+    return State(values, waiting, (arrays, private, memory, piece))
+
+
+def _polls(spin: float | None, oversubscribed: bool) -> int:
+    """Return how often to poll before yielding. Where ranks share cores, spinning keeps the awaited one from running."""
+    microseconds = spin if spin is not None else (0.5 if oversubscribed else 50.0)
+    return int(microseconds * POLLS_PER_MICROSECOND)

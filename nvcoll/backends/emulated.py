@@ -1,0 +1,92 @@
+"""Ranks that are threads of this process: private memory, the same kernels, any number of ranks per node."""
+
+import threading
+from typing import Any
+
+from nvcoll import _bootstrap
+from nvcoll.backends.group import Member, physical_memory
+from nvcoll.errors import PeerLostError, TimeoutError
+
+EXTENT = 1 << 30
+"""Most address space an emulated rank gets by default."""
+
+
+class Hub:
+    """Where the threads of an emulated world exchange bytes.
+
+    Parameters
+    ----------
+    size
+        Number of ranks.
+    timeout
+        Seconds to wait for the others.
+    """
+
+    def __init__(self, size: int, timeout: float) -> None:
+        self.size = size
+        self.timeout = timeout
+        self.abandoned = False
+        self.barrier = threading.Barrier(size)
+        self.slots: list[bytes] = [b""] * size
+
+
+class LocalExchange:
+    """One thread's end of a `Hub`, with the interface of the bootstrap's exchange."""
+
+    kind = "emulated"
+    mpi_comm = None
+
+    def __init__(self, hub: Hub, rank: int) -> None:
+        self._hub = hub
+        self.rank = rank
+        self.size = hub.size
+
+    def allgather(self, data: bytes) -> list[bytes]:
+        """Exchange bytes with all ranks."""
+        hub = self._hub
+        hub.slots[self.rank] = data
+        self._meet()
+        found = list(hub.slots)
+        self._meet()  # nobody overwrites a slot that another still reads
+        return found
+
+    def _meet(self) -> None:
+        hub = self._hub
+        try:
+            hub.barrier.wait(hub.timeout)
+        except threading.BrokenBarrierError:
+            if hub.abandoned:
+                raise PeerLostError(f"emulate: rank {self.rank} waits for a rank that failed; see its exception") from None
+            raise TimeoutError(f"emulate: ranks did not arrive at rank {self.rank} within {hub.timeout:g} s") from None
+
+    def abandon(self) -> None:
+        """Let every rank that waits here, now or later, raise PeerLostError."""
+        self._hub.abandoned = True
+        self._hub.barrier.abort()
+
+    def close(self) -> None:
+        """Nothing to close: the hub belongs to the emulation."""
+
+
+class EmulatedMemory(Member):
+    """One rank's view of memory that all emulated ranks share.
+
+    Parameters
+    ----------
+    exchange
+        This rank's end of the hub.
+    segment
+        Memory of all ranks, from `reserve`.
+    """
+
+    descriptor = -1
+
+    def __init__(self, exchange: LocalExchange, segment: Any) -> None:
+        self.segment = segment
+        super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, segment.size // exchange.size)
+
+
+def reserve(size: int, extent: int | None) -> Any:
+    """Reserve address space for the heaps of `size` emulated ranks."""
+    each = (extent or min(EXTENT, physical_memory())) // 4096 * 4096
+    return _bootstrap.anonymous(each * size)

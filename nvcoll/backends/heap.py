@@ -1,0 +1,139 @@
+"""The symmetric heap: allocations at the same place on every rank, made and freed by all together.
+
+Garbage collection never communicates: what a rank drops is queued, the queues travel with the next allocation or
+free, and what every rank has dropped is freed then.
+"""
+
+import struct
+import threading
+from typing import Any
+
+from nvcoll.backends.group import Member, agree
+from nvcoll.errors import AllocationError, MismatchError, StateError
+
+ALIGN = 4096
+"""Allocations begin at pages, so that memory can be given back to the system one by one."""
+
+
+class Piece:
+    """An allocation: `address` and `nbytes` on this rank, at `offset` in the heaps of all."""
+
+    def __init__(self, heap: "Heap", number: int, offset: int, nbytes: int) -> None:
+        self._heap = heap
+        self.number = number
+        self.offset = offset
+        self.nbytes = nbytes
+        self.address = heap.memory.address(heap.memory.place) + offset
+
+    def free(self) -> None:
+        """Give the memory back. Collective."""
+        self._heap.free(self)
+
+    def drop(self) -> None:
+        """Queue the memory to be given back. Never communicates; safe in a finalizer."""
+        self._heap.dropped.append(self.number)
+
+
+class Heap:
+    """The allocator of a communicator's memory. Deterministic: all ranks come to the same offsets.
+
+    Parameters
+    ----------
+    memory
+        The backend's memory.
+    """
+
+    def __init__(self, memory: Member) -> None:
+        self.memory = memory
+        self.dropped: list[int] = []  # appended to by finalizers, at any time, on any thread
+        self._pieces: dict[int, tuple[int, int]] = {}  # number -> (offset, bytes taken)
+        self._count = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def allocate(self, nbytes: int, verb: str = "empty") -> Piece:
+        """Allocate memory on all ranks. Collective.
+
+        Raises
+        ------
+        AllocationError
+            On all ranks, if one of them has no room.
+        MismatchError
+            On all ranks, if they ask for different sizes.
+        """
+        with self._lock:
+            self._open(verb)
+            self._agree(verb, "a", nbytes)
+            taken = max(1, -(-nbytes // ALIGN)) * ALIGN
+            offset, problem = self._place(taken), ""
+            if offset is None:
+                problem = (
+                    f"needs {nbytes} bytes, the heap of {self.memory.extent} bytes has no such room; "
+                    "free buffers or raise NVCOLL_HEAP"
+                )
+            else:
+                try:
+                    self.memory.take(offset, taken)
+                except OSError as exc:
+                    problem = f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; free memory, or mount a larger /dev/shm"
+            try:
+                agree(self.memory.exchange, b"", problem, f"{verb}: out of memory")
+            except AllocationError:
+                if offset is not None:
+                    self.memory.give(offset, taken)
+                raise
+            assert offset is not None
+            self._count += 1
+            self._pieces[self._count] = (offset, taken)
+            return Piece(self, self._count, offset, nbytes)
+
+    def free(self, piece: Piece) -> None:
+        """Free an allocation on all ranks. Collective."""
+        with self._lock:
+            self._open("free")
+            self._agree("free", "f", piece.number)
+            self._release(piece.number)
+
+    def close(self) -> None:
+        """Give everything back. The addresses of all pieces are invalid from here on."""
+        with self._lock:
+            self._closed = True
+            self._pieces.clear()
+            self.memory.close()
+
+    def _open(self, verb: str) -> None:
+        if self._closed:
+            raise StateError(f"{verb}: the heap was finalized; its buffers are gone")
+
+    def _agree(self, verb: str, kind: str, value: int) -> None:
+        """Check that all ranks do the same, and free what all of them have dropped."""
+        mine = list(self.dropped)
+        data = struct.pack(f"<cq{len(mine)}q", kind.encode(), value, *mine)
+        answers = [struct.unpack(f"<cq{(len(a) - 9) // 8}q", a) for a in self.memory.exchange.allgather(data)]
+        for rank, answer in enumerate(answers):
+            if answer[:2] != (kind.encode(), value):
+                raise MismatchError(
+                    f"{verb}: rank {self.memory.exchange.rank} {_did(kind.encode(), value)}, rank {rank} "
+                    f"{_did(*answer[:2])}; allocate and free in the same order on all ranks"
+                )
+        for number in sorted(set.intersection(*(set(answer[2:]) for answer in answers))):
+            self.dropped.remove(number)
+            self._release(number)
+
+    def _release(self, number: int) -> None:
+        offset, taken = self._pieces.pop(number)
+        self.memory.give(offset, taken)
+
+    def _place(self, nbytes: int) -> int | None:
+        """Return the first gap that is large enough."""
+        end = 0
+        for offset, taken in sorted(self._pieces.values()):
+            if offset - end >= nbytes:
+                return end
+            end = offset + taken
+        return end if self.memory.extent - end >= nbytes else None
+
+
+def _did(kind: bytes, value: Any) -> str:
+    """Describe what a rank asked of the heap."""
+    return f"allocates {value} bytes" if kind == b"a" else f"frees allocation {value}"

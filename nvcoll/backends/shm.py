@@ -1,0 +1,68 @@
+"""Processes of one host: POSIX shared memory, mapped by all, unlinked as soon as they have it.
+
+One segment holds the heaps of a node's ranks side by side, so a peer's memory is at a constant distance. It is
+address space only; pages are taken when memory is allocated, so that a full /dev/shm is an error and not a crash.
+"""
+
+import secrets
+from typing import Any
+
+from nvcoll import _bootstrap
+from nvcoll.backends.group import Member, agree, physical_memory
+from nvcoll.errors import AllocationError
+
+
+class SharedMemory(Member):
+    """One rank's view of the heaps of its node.
+
+    Collective over `exchange`, which spans all nodes, so that a failure on one is an error on all.
+
+    Parameters
+    ----------
+    exchange
+        Byte exchange among all ranks.
+    topology
+        Which of them share a node.
+    extent
+        Bytes of address space for each rank; None for as much as there is physical memory.
+    """
+
+    def __init__(self, exchange: Any, topology: Any, extent: int | None) -> None:
+        members = topology.nodes[topology.node]
+        size = (extent or physical_memory()) // 4096 * 4096
+        self.segment = _map(exchange, topology.local_rank, members, size * len(members))
+        super().__init__(exchange, members, topology.local_rank, size)
+
+    @property
+    def descriptor(self) -> int:
+        """File descriptor whose record locks tell which ranks live."""
+        return int(self.segment.fd)
+
+
+def _map(exchange: Any, local_rank: int, members: tuple[int, ...], nbytes: int) -> Any:
+    """Create the node's segment on its first rank, map it on all, and remove its name."""
+    name, segment, problem = f"/nvcoll-{secrets.token_hex(12)}", None, ""
+    if local_rank == 0:
+        try:
+            segment = _bootstrap.Segment.create(name, nbytes)
+        except OSError as exc:
+            problem = str(exc)
+    try:
+        names = agree(exchange, name.encode(), problem, "shared memory cannot be created")
+        if segment is None:
+            try:
+                segment = _bootstrap.Segment.open(names[members[0]].decode(), nbytes)
+            except OSError as exc:
+                problem = str(exc)
+        if segment is not None:
+            segment.lock(local_rank)
+        agree(exchange, b"", problem, "shared memory cannot be mapped")
+    except AllocationError:
+        if segment is not None:
+            if local_rank == 0:
+                segment.unlink()
+            segment.close()
+        raise
+    if local_rank == 0:
+        segment.unlink()
+    return segment

@@ -1,0 +1,391 @@
+"""Comm: MPI's verbs. Each validates, finds the plan and runs it; all judgement on arguments is here or in `buffers`."""
+
+import atexit
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nvcoll._plan import Plans
+from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, parse
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.failures import failure
+from nvcoll.hosts import Between
+from nvcoll.ops import SUM, Datatype, Op, as_datatype, as_op
+from nvcoll.planning import Explanation
+from nvcoll.world import World, open_self, open_world
+
+KINDS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c"}
+
+
+def _code(datatype: Datatype) -> int:
+    """Number a datatype as the fast route of `Plans` does; bfloat16, which it never sees, gets a number of its own."""
+    kind = "B" if datatype.name == "bfloat16" else KINDS[datatype.kind]
+    return ord(kind) << 8 | datatype.itemsize
+
+
+class Comm:
+    """A group of ranks that call collectives together. `COMM_WORLD` and `COMM_SELF` are the two there are.
+
+    Nothing happens when it is made: the first use finds the other ranks, takes memory and is collective.
+
+    Parameters
+    ----------
+    opener
+        Opens the world behind it.
+    name
+        For messages.
+    """
+
+    def __init__(self, opener: Callable[[], World], name: str) -> None:
+        self._opener = opener
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        # Only reached while the attribute is absent: this is how a communicator comes to life on first use.
+        if attribute in ("_plans", "_world", "_between", "_token"):
+            self._open()
+            return self.__dict__[attribute]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
+
+    def _open(self) -> None:
+        if _forked:
+            raise StateError(
+                f"{self.name}: this process was forked from a rank and is none itself; start ranks with a launcher, "
+                "and use the 'spawn' start method for helper processes"
+            )
+        world = self._opener()
+        self._world = world
+        self._between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
+        self._plans = Plans(IN_PLACE)
+        self._token = np.zeros(1, np.uint8)  # what a barrier sends
+
+    def _close(self) -> None:
+        """Give back what `_open` took; a later use opens anew."""
+        if "_world" in self.__dict__:
+            world = self.__dict__.pop("_world")
+            del self._plans
+            between = self.__dict__.pop("_between")
+            if between is not None:
+                between.close()
+            world.close()
+
+    def __repr__(self) -> str:
+        if "_world" not in self.__dict__:
+            return f"<nvcoll.Comm {self.name}, not in use yet>"
+        return f"<nvcoll.Comm {self.name}: rank {self.rank} of {self.size}, {self._world.backend}>"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank, from 0."""
+        return self._world.rank  # type: ignore[no-any-return]
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._world.size  # type: ignore[no-any-return]
+
+    def Get_rank(self) -> int:
+        """Return `rank`.
+
+        Returns
+        -------
+        int
+        """
+        return self.rank
+
+    def Get_size(self) -> int:
+        """Return `size`.
+
+        Returns
+        -------
+        int
+        """
+        return self.size
+
+    def Get_name(self) -> str:
+        """Return `name`.
+
+        Returns
+        -------
+        str
+        """
+        return self.name
+
+    def empty(self, shape: Any, dtype: Any = np.float32) -> Buffer:
+        """Allocate an array on the symmetric heap, contents undefined. Collective: same size and order on all ranks.
+
+        Parameters
+        ----------
+        shape
+            Shape of the array, or its length.
+        dtype
+            A NumPy dtype, or a datatype of nvcoll or mpi4py.
+
+        Returns
+        -------
+        Buffer
+            A NumPy array; verbs use it where it lies, without copies.
+
+        Raises
+        ------
+        AllocationError
+            On all ranks, if one of them has no room.
+        MismatchError
+            On all ranks, if they ask for different sizes.
+        """
+        datatype = as_datatype(dtype, "empty", "dtype")
+        count = int(np.prod(shape, dtype=np.int64))
+        if count < 0 or np.min(shape, initial=0) < 0:
+            raise ArgumentError(f"empty: shape {shape} has a negative dimension; give sizes of 0 or more")
+        return Buffer.on(self._world.heap.allocate(count * datatype.itemsize), shape, datatype)
+
+    def zeros(self, shape: Any, dtype: Any = np.float32) -> Buffer:
+        """Allocate an array of zeros on the symmetric heap. Collective; see `empty`.
+
+        Parameters
+        ----------
+        shape, dtype
+            As for `empty`.
+
+        Returns
+        -------
+        Buffer
+        """
+        return self.full(shape, 0, dtype)
+
+    def full(self, shape: Any, fill_value: Any, dtype: Any = np.float32) -> Buffer:
+        """Allocate an array of one value on the symmetric heap. Collective; see `empty`.
+
+        Parameters
+        ----------
+        shape, dtype
+            As for `empty`.
+        fill_value
+            The value of every element.
+
+        Returns
+        -------
+        Buffer
+        """
+        buffer = self.empty(shape, dtype)
+        buffer.fill(fill_value)
+        return buffer
+
+    def array(self, data: Any, dtype: Any = None) -> Buffer:
+        """Copy an array to the symmetric heap. Collective; see `empty`.
+
+        Parameters
+        ----------
+        data
+            Anything ``numpy.asarray`` takes, of the same size on all ranks.
+        dtype
+            Type of the elements; None is that of `data`.
+
+        Returns
+        -------
+        Buffer
+        """
+        source = np.asarray(data)
+        buffer = self.empty(source.shape, source.dtype if dtype is None else dtype)
+        buffer[...] = source
+        return buffer
+
+    def Barrier(self) -> None:
+        """Wait until every rank has called it.
+
+        Raises
+        ------
+        TimeoutError, PeerLostError, MismatchError
+            As for `Allreduce`.
+        """
+        if self._between is not None:
+            self._between.barrier()
+        else:
+            self.Allreduce(self._token)
+
+    def Allreduce(
+        self, sendbuf: Any, recvbuf: Any = None, op: Any = SUM, *, stream: Any = None, algorithm: str | None = None
+    ) -> None:
+        """Reduce the ranks' data element by element, and give all ranks the result.
+
+        Parameters
+        ----------
+        sendbuf
+            This rank's contribution: an array, or ``[buf, count]``, ``[buf, datatype]``, ``[buf, count, datatype]``.
+            `IN_PLACE` takes it from `recvbuf`.
+        recvbuf
+            Where the result goes, of the same count and datatype. None, or `sendbuf` itself, reduces in place.
+            Contents are undefined after an error in the call.
+        op
+            The operator: ours or mpi4py's.
+        stream
+            A CUDA stream for arrays on a GPU; None for arrays of the host.
+        algorithm
+            Name of an algorithm (``"ring"``), or with a protocol (``"ring/simple"``), instead of the chosen one. The same on all ranks.
+
+        Raises
+        ------
+        ArgumentError, DatatypeError
+            Before anything is sent: buffers of different counts or types, read-only, with gaps, or on a GPU.
+        MismatchError
+            Another rank's call differs in count, datatype, operator or algorithm.
+        TimeoutError
+            A rank did not arrive within ``NVCOLL_TIMEOUT`` seconds.
+        PeerLostError
+            A rank ended, or failed. After these three the communicator is unusable.
+
+        Notes
+        -----
+        All ranks get bitwise equal results. 16-bit floats are summed in float32 and rounded once.
+        """
+        if algorithm is None and stream is None:
+            done = self._plans.run(sendbuf, recvbuf, op)
+            if done is True:
+                return
+            if done is not None:
+                raise failure(self._world, done.describe)
+        self._allreduce(sendbuf, recvbuf, op, stream, algorithm)
+
+    def _allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
+        """The long way of `Allreduce`: judge everything, make the plan if there is none, and run it."""
+        send, recv, handle = _judge(sendbuf, recvbuf, op, stream)
+        datatype, nbytes = recv.datatype, recv.nbytes
+        if recv.count == 0:
+            return
+        if self._between is not None:
+            self._between.allreduce(send, recv, handle, algorithm)
+            return
+        key = op if algorithm is None else (handle, algorithm)
+        plan = self._plans.find(_code(datatype), nbytes, key)
+        if plan is None:
+            planner = self._world.planner
+            told = planner.explain("allreduce", recv.count, datatype, handle, algorithm)
+            plan = planner.plan(told, datatype, handle)
+            self._plans.add(_code(datatype), nbytes, key, plan)
+        if not plan.run(send.address, recv.address):
+            raise failure(self._world, plan.describe)
+
+    def explain(self, verb: str, nbytes: int, dtype: Any = np.float32, op: Any = SUM) -> Explanation:
+        """Say which algorithm would serve a call, and why. Not collective, and nothing is sent.
+
+        Parameters
+        ----------
+        verb
+            ``"allreduce"``.
+        nbytes
+            Size of the message in bytes.
+        dtype
+            Type of the elements.
+        op
+            The operator.
+
+        Returns
+        -------
+        Explanation
+            Print it, or read its fields: ``algorithm``, ``protocol``, ``reason``, ``candidates``.
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such verb, or `nbytes` is no multiple of the itemsize.
+        """
+        if verb.lower() != "allreduce":
+            raise ArgumentError(f"explain: verb is {verb!r}, expected 'allreduce'")
+        datatype, handle = as_datatype(dtype, "explain", "dtype"), as_op(op, "explain")
+        if reason := handle.supports(datatype):
+            raise DatatypeError(f"explain: {reason}")
+        if nbytes < 0 or nbytes % datatype.itemsize:
+            raise ArgumentError(
+                f"explain: nbytes is {nbytes}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
+            )
+        if self._between is not None:
+            return self._between.explain(nbytes // datatype.itemsize, datatype, handle)  # type: ignore[no-any-return]
+        return self._world.planner.explain("allreduce", nbytes // datatype.itemsize, datatype, handle)  # type: ignore[no-any-return]
+
+    def algorithms(self, verb: str = "allreduce") -> list[str]:
+        """Return the names that ``algorithm=`` takes.
+
+        Parameters
+        ----------
+        verb
+            ``"allreduce"``.
+
+        Returns
+        -------
+        list of str
+        """
+        return [one.name for one in self.explain(verb, 4).candidates]
+
+
+def _judge(sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op]:
+    """Check the arguments of an all-reduce; in place, both specs are the same."""
+    verb = "Allreduce"
+    if stream is not None:
+        raise ArgumentError(f"{verb}: stream is given, and arrays of the host have none; leave it out")
+    if is_in_place(sendbuf):
+        if recvbuf is None:
+            raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
+        sendbuf = recvbuf
+    elif recvbuf is None or is_in_place(recvbuf):
+        recvbuf = sendbuf
+    recv = parse(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True)
+    send = recv
+    if recvbuf is not sendbuf:
+        send = parse(verb, "sendbuf", sendbuf, False)
+        check_pair(verb, send, recv)
+    handle = as_op(op, verb)
+    if reason := handle.supports(recv.datatype):
+        raise DatatypeError(f"{verb}: {reason}")
+    return send, recv, handle
+
+
+COMM_WORLD = Comm(open_world, "COMM_WORLD")
+COMM_SELF = Comm(open_self, "COMM_SELF")
+_forked = False
+
+
+def Init() -> None:
+    """Bring `COMM_WORLD` to life now rather than on first use. Collective; does nothing if it is alive.
+
+    Raises
+    ------
+    BootstrapError
+        If the ranks cannot find each other.
+    """
+    COMM_WORLD.rank  # noqa: B018 - the first look opens it
+
+
+def Finalize() -> None:
+    """Leave `COMM_WORLD` and `COMM_SELF` and give their memory back; buffers of theirs are gone. Runs at exit too.
+
+    Not collective: ranks that still wait for this one raise PeerLostError. A later use, or `Init`, starts anew.
+    """
+    COMM_WORLD._close()
+    COMM_SELF._close()
+
+
+def Is_initialized() -> bool:
+    """Tell whether `COMM_WORLD` is alive.
+
+    Returns
+    -------
+    bool
+    """
+    return "_world" in COMM_WORLD.__dict__
+
+
+def _in_child() -> None:
+    """In a forked child the parent's ranks are strangers: forget them, and say so on use."""
+    global _forked
+    _forked = True
+    for comm in (COMM_WORLD, COMM_SELF):
+        for name in ("_world", "_plans", "_between"):
+            if name in comm.__dict__:
+                _inherited.append(comm.__dict__.pop(name))  # kept: closing them would speak for the parent
+
+
+_inherited: list[Any] = []
+atexit.register(Finalize)
+os.register_at_fork(after_in_child=_in_child)

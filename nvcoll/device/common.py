@@ -1,0 +1,170 @@
+"""Verbs that do not depend on the protocol: where I am, epochs, signals, waiting, and arithmetic on blocks.
+
+Every verb takes the call `c` first, and those that communicate take the call's tag `e` next: the epoch, shifted left by
+eight bits, and the call's stamp below. A flag is a tag, so flags of another call, or of a call that does not match
+on another rank, are never taken for one's own.
+
+Two halves of every area take turns by the parity of the epoch. The half of epoch k is written again in epoch
+k + 2, and that is safe without any acknowledgement: a rank begins epoch k + 2 after its epoch k + 1 is complete; a
+complete reduction over all ranks holds a contribution of every rank to epoch k + 1; and a rank contributes to
+epoch k + 1 after it has read all it was sent in epoch k.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+BLOCK = 16384
+"""Bytes of accumulators that are worked on at a time: half of a first-level cache."""
+
+
+def verbs(t: Any) -> SimpleNamespace:
+    """Return the verbs, built on the primitives of target `t`."""
+    f, jit = t.field, t.jit
+    load, store, load_acquire, store_release = t.load, t.store, t.load_acquire, t.store_release
+    fence, copy, pause, call2, call3, call4 = t.fence, t.copy, t.pause, t.call2, t.call3, t.call4
+    world, rank, ranks, peers, epoch, stamp = f.world, f.rank, f.ranks, f.peers, f.epoch, f.stamp
+    spin, wait_slowly, wake, bell, error = f.spin, f.wait, f.wake, f.bell, f.error
+    flags, flags_half, line = f.flags, f.flags_half, t.line
+    itemsize, width, reduce, widen, finish = f.itemsize, f.width, f.reduce, f.widen, f.finish
+    workspace, blocks, heap, heap_size = f.workspace, f.blocks, f.heap, f.heap_size
+
+    @jit
+    def begin(c):
+        """Open the next epoch and return its tag."""
+        now = load(epoch(c)) + 1  # grow the epoch, never zero it: a late peer may still read the old flag
+        store(epoch(c), now)
+        return (now << 8) | stamp(c)
+
+    @jit
+    def half(e):
+        return (e >> 8) & 1
+
+    @jit
+    def area(c, p):
+        """Return the address of rank p's area of this communicator."""
+        return load(peers(c) + 8 * p)
+
+    @jit
+    def notify(c, p):
+        """Wake rank p if it sleeps. Stores come before the look at its doorbell: see wait_slowly for the other side."""
+        fence()
+        at = area(c, p) + bell(c)
+        if load(at) != 0:
+            call2(wake(c), world(c), at)
+
+    @jit
+    def wait(c, word, expected):
+        """Wait until a word of my area has the expected value, or the call has failed."""
+        for _ in range(spin(c)):
+            if load_acquire(word) == expected:
+                return
+            pause()
+        call3(wait_slowly(c), world(c), word, expected)
+
+    @jit
+    def flag(c, e, p, slot):
+        """Return the address of a flag: a line of rank p's area."""
+        return area(c, p) + flags(c) + half(e) * flags_half(c) + slot * line
+
+    @jit
+    def signal(c, e, p, slot, value):
+        """Tell rank p that I am here, with a value."""
+        if error(c) == 0:
+            at = flag(c, e, p, slot)
+            store(at + 8, value)
+            store_release(at, e)
+            notify(c, p)
+
+    @jit
+    def wait_signal(c, e, slot):
+        """Wait for a signal and return its value."""
+        at = flag(c, e, rank(c), slot)
+        wait(c, at, e)
+        return load(at + 8)
+
+    @jit
+    def heap_of(c, p):
+        """Return where rank p's symmetric heap begins: heaps and areas lie at the same distance on all ranks."""
+        return area(c, p) - area(c, rank(c)) + heap(c)
+
+    @jit
+    def offset(c, address, nbytes):
+        """Return where in my symmetric heap an array lies, or -1 if it does not."""
+        at = address - heap(c)
+        if at < 0 or at + nbytes > heap_size(c):
+            return -1
+        return at
+
+    @jit
+    def accumulators(c, recv):
+        """Return where partial results are kept: the result itself, unless they are wider than its elements."""
+        return recv if widen(c) == 0 else workspace(c)
+
+    @jit
+    def fill(c, acc, source, n):
+        """Set n accumulators to n elements."""
+        if widen(c) != 0:
+            call4(widen(c), acc, source, n, 0)
+        elif acc != source:
+            copy(acc, source, n * width(c))
+
+    @jit
+    def finish_to(c, to, acc, n):
+        """Store n accumulators as elements of the result: here, and only here, rounding and AVG's division happen."""
+        if finish(c) != 0:
+            call4(finish(c), to, acc, n, ranks(c))
+        elif to != acc:
+            copy(to, acc, n * width(c))
+
+    @jit
+    def combine(c, sources, k, acc, n):
+        """Reduce k arrays of n elements, in the order of the table `sources`, into n accumulators.
+
+        The accumulators may be one of the arrays: a block is stored after all its operands were read.
+        """
+        step = BLOCK // width(c)
+        for lo in range(0, n, step):
+            m = min(step, n - lo)
+            to = acc + lo * width(c)
+            left = load(sources) + lo * itemsize(c)
+            if widen(c) != 0:
+                wide = to if k == 1 else blocks(c)
+                call4(widen(c), wide, left, m, 0)
+                left = wide
+            elif k == 1 and left != to:
+                copy(to, left, m * width(c))
+            for j in range(1, k):
+                right = load(sources + 8 * j) + lo * itemsize(c)
+                if widen(c) != 0:
+                    call4(widen(c), blocks(c) + BLOCK, right, m, 0)
+                    right = blocks(c) + BLOCK
+                out = to if j == k - 1 else blocks(c)
+                call4(reduce(c), out, left, right, m)
+                left = out
+
+    @jit
+    def combine_one(c, p, acc, data, n):
+        """Reduce rank p's n accumulators at `data` into mine, the lower rank's on the left."""
+        if p < rank(c):
+            call4(reduce(c), acc, data, acc, n)
+        else:
+            call4(reduce(c), acc, acc, data, n)
+
+    return SimpleNamespace(
+        BLOCK=BLOCK,
+        begin=begin,
+        half=half,
+        area=area,
+        notify=notify,
+        wait=wait,
+        flag=flag,
+        signal=signal,
+        wait_signal=wait_signal,
+        heap_of=heap_of,
+        offset=offset,
+        accumulators=accumulators,
+        fill=fill,
+        finish_to=finish_to,
+        combine=combine,
+        combine_one=combine_one,
+    )

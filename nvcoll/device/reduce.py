@@ -1,0 +1,125 @@
+"""Operators on packs: what SUM, MIN and their kin do to two LLVM values, be they elements or vectors of elements.
+
+The definitions stand once, for every target: both Numba's host and CUDA compilers take LLVM values. Operands come in
+rank order (`left` from the lower rank), so that partners who compute the same pair get the same bits: the
+payload of a NaN and the sign of a zero depend on the order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+PACK = 64
+"""Bytes that the host target reduces at a time."""
+
+
+def element(datatype: str) -> Any:
+    """Return the LLVM type of an element; a complex one is two of these."""
+    if datatype.startswith(("float", "complex")):
+        bits = {"float16": 16, "float32": 32, "float64": 64, "complex64": 32, "complex128": 64}[datatype]
+        return {16: ir.HalfType(), 32: ir.FloatType(), 64: ir.DoubleType()}[bits]
+    return ir.IntType({"bool": 8, "bfloat16": 16}.get(datatype) or int(datatype.lstrip("uint")))
+
+
+def _arithmetic(integer: str, floating: str) -> Callable[..., Any]:
+    def emit(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+        name = floating if datatype.startswith(("float", "complex")) else integer
+        return getattr(builder, name)(left, right)
+
+    return emit
+
+
+def _order(sign: str) -> Callable[..., Any]:
+    def emit(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+        if datatype.startswith("float"):
+            # "Unordered or": a NaN on the left stays; one on the right is taken because it differs from itself.
+            keep = builder.fcmp_unordered(sign, left, right)
+            chosen = builder.select(keep, left, right)
+            return builder.select(builder.fcmp_unordered("uno", right, right), _nan_of(builder, left, right), chosen)
+        compare = builder.icmp_signed if datatype.startswith("int") else builder.icmp_unsigned
+        return builder.select(compare(sign, left, right), left, right)
+
+    return emit
+
+
+def _nan_of(builder: Any, left: Any, right: Any) -> Any:
+    """Return the left operand if it is a NaN, else the right one, which is."""
+    return builder.select(builder.fcmp_unordered("uno", left, left), left, right)
+
+
+def _logical(name: str) -> Callable[..., Any]:
+    def emit(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+        zero = ir.Constant(left.type, None)
+        truth = [builder.icmp_unsigned("!=", value, zero) for value in (left, right)]
+        return builder.zext(getattr(builder, name)(*truth), left.type)
+
+    return emit
+
+
+def _bitwise(name: str) -> Callable[..., Any]:
+    def emit(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+        return getattr(builder, name)(left, right)
+
+    return emit
+
+
+def _product(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+    if not datatype.startswith("complex"):
+        return _arithmetic("mul", "fmul")(builder, left, right, datatype)
+    # (a + bi)(c + di) on pairs that lie side by side: even lanes hold real parts.
+    lanes = left.type.count
+    evens, odds = ([2 * (k // 2) + odd for k in range(lanes)] for odd in (0, 1))
+    swapped = [k ^ 1 for k in range(lanes)]
+    straight = builder.fmul(_shuffle(builder, left, evens), right)
+    crossed = builder.fmul(_shuffle(builder, left, odds), _shuffle(builder, right, swapped))
+    minus, plus = builder.fsub(straight, crossed), builder.fadd(straight, crossed)
+    blend = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [k if k % 2 == 0 else lanes + k for k in range(lanes)])
+    return builder.shuffle_vector(minus, plus, blend)
+
+
+def _shuffle(builder: Any, value: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "SUM": _arithmetic("add", "fadd"),
+    "PROD": _product,
+    "MIN": _order("<"),
+    "MAX": _order(">"),
+    "LAND": _logical("and_"),
+    "LOR": _logical("or_"),
+    "LXOR": _logical("xor"),
+    "BAND": _bitwise("and_"),
+    "BOR": _bitwise("or_"),
+    "BXOR": _bitwise("xor"),
+}
+"""Operator -> ``emit(builder, left, right, datatype)``. AVG is SUM, and a division when the result is stored."""
+
+
+def widen(builder: Any, value: Any, source: str, lanes: int) -> Any:
+    """Convert a pack of 16-bit floats to float32."""
+    wide = ir.VectorType(ir.FloatType(), lanes)
+    if source == "float16":
+        return builder.fpext(value, wide)
+    bits = ir.VectorType(ir.IntType(32), lanes)
+    shift = ir.Constant(bits, [16] * lanes)
+    return builder.bitcast(builder.shl(builder.zext(value, bits), shift), wide)
+
+
+def narrow(builder: Any, value: Any, target: str, lanes: int) -> Any:
+    """Round a pack of float32 to 16-bit floats, ties to even."""
+    if target == "float16":
+        return builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
+    bits = ir.VectorType(ir.IntType(32), lanes)
+
+    def all_lanes(constant: int) -> Any:
+        return ir.Constant(bits, [constant] * lanes)
+
+    word = builder.bitcast(value, bits)
+    odd = builder.and_(builder.lshr(word, all_lanes(16)), all_lanes(1))
+    rounded = builder.add(word, builder.add(odd, all_lanes(0x7FFF)))
+    # Rounding would carry a NaN's payload into infinity: keep NaNs quiet instead.
+    quiet = builder.or_(word, all_lanes(0x400000))
+    word = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(word, all_lanes(16)), ir.VectorType(ir.IntType(16), lanes))

@@ -1,0 +1,72 @@
+"""The vocabulary of schedules: common verbs, those of a protocol, and what is built on both."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from nvcoll.device import common, low_latency, simple
+
+PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
+"""Protocol -> factory of its verbs."""
+
+
+def vocabulary(t: Any, protocol: str) -> SimpleNamespace:
+    """Return every verb and field that a schedule may use, bound to a target and a protocol.
+
+    Parameters
+    ----------
+    t
+        Primitives of a target.
+    protocol
+        A name in `PROTOCOLS`.
+    """
+    v = common.verbs(t)
+    p = PROTOCOLS[protocol](t, v)
+    jit, load, store, copy = t.jit, t.load, t.store, t.copy
+    width, itemsize, table = t.field.width, t.field.itemsize, t.field.table
+    put, arrive, combine, combine_one = p.put, p.arrive, v.combine, v.combine_one
+
+    @jit
+    def wait_copy(c, e, slot, to, nbytes):
+        """Wait for bytes and store them."""
+        copy(to, arrive(c, e, slot, nbytes), nbytes)
+
+    @jit
+    def wait_reduce(c, e, p, slot, acc, n):
+        """Wait for n accumulators of rank p and reduce them into mine."""
+        combine_one(c, p, acc, arrive(c, e, slot, n * width(c)), n)
+
+    @jit
+    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
+        """Wait for n elements in each of k slots but the one that is my turn, and reduce all in the order of the slots.
+
+        The contribution of place `me` is `mine`. The result is n accumulators.
+        """
+        for j in range(k):
+            store(table(c) + 8 * j, mine if j == me else arrive(c, e, slot + j, n * itemsize(c)))
+        combine(c, table(c), k, acc, n)
+
+    own = {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce, "wait_reduce_all": wait_reduce_all}
+    basic = {"load": load, "store": store, "copy": copy, "jit": jit}
+    # Verbs last: the fields that hold the addresses of slow paths have names that verbs need.
+    return SimpleNamespace(**{**vars(t.field), **vars(v), **own, **basic})
+
+
+def entry(t: Any, v: Any, text: Any, rounds: bool) -> Any:
+    """Return the function that a plan calls: the schedule on the whole message, or on one piece after the other.
+
+    A piece is what fits into scratch memory, and each is a complete reduction with an epoch of its own.
+    """
+    kernel = t.jit(text(v))
+    send, recv, count, capacity, itemsize = v.send, v.recv, v.count, v.capacity, v.itemsize
+
+    def whole(c):
+        kernel(c, send(c), recv(c), count(c))
+        return 0
+
+    def pieces(c):
+        for first in range(0, count(c), capacity(c)):
+            shift = first * itemsize(c)
+            kernel(c, send(c) + shift, recv(c) + shift, min(capacity(c), count(c) - first))
+        return 0
+
+    return pieces if rounds else whole

@@ -1,0 +1,140 @@
+"""`emulate`: N ranks as threads of one process, with the same kernels and real concurrency."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from nvcoll.comm import Comm
+from nvcoll.errors import ArgumentError, PeerLostError
+
+
+class Emulation:
+    """A world of threads; made by `emulate`.
+
+    Parameters
+    ----------
+    size
+        Number of ranks.
+    ranks_per_node
+        Ranks on each node: one number, or one for each node. None puts all on one node.
+    """
+
+    def __init__(self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> None:
+        self.size = size
+        self.node_sizes = _node_sizes(size, ranks_per_node)
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call ``fn(comm, *args)`` on every rank, each on a thread of its own, and wait for all.
+
+        Parameters
+        ----------
+        fn
+            What a rank does. The GIL is free while it waits or reduces in a collective call.
+        *args
+            Given to every rank as they are.
+
+        Returns
+        -------
+        list
+            What `fn` returned, by rank.
+
+        Raises
+        ------
+        Exception
+            What `fn` raised on the first rank that failed by itself, with a note that names the rank. Ranks that
+            failed only because that one did are not reported.
+        """
+        from nvcoll.world import open_emulated
+
+        with open_emulated(self.size, self.node_sizes) as worlds:
+            outcomes: list[Any] = [None] * self.size
+            failures: list[tuple[int, BaseException]] = []
+            threads = [
+                threading.Thread(target=_rank, args=(k, world, fn, args, outcomes, failures), daemon=True, name=f"rank {k}")
+                for k, world in enumerate(worlds)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if failures:
+            raise _first(failures)
+        return outcomes
+
+
+def _rank(
+    rank: int,
+    world: Any,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    outcomes: list[Any],
+    failures: list[tuple[int, BaseException]],
+) -> None:
+    """Run one rank; its end, by return or by exception, is told to the others so that none waits for it."""
+    comm = Comm(lambda: world, f"emulated rank {rank}")
+    try:
+        outcomes[rank] = fn(comm, *args)
+    except BaseException as exc:  # handed to the caller of run
+        failures.append((rank, exc))
+        world.exchange.abandon()
+    finally:
+        world.leave()
+
+
+def _first(failures: list[tuple[int, BaseException]]) -> BaseException:
+    """Choose the failure to report: one that is not the consequence of another."""
+    own = [one for one in failures if not isinstance(one[1], PeerLostError)]
+    rank, exc = min(own or failures, key=lambda one: one[0])
+    exc.add_note(f"raised on emulated rank {rank}" + (f"; {len(own)} ranks failed" if len(own) > 1 else ""))
+    return exc
+
+
+def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
+    if size < 1:
+        raise ArgumentError(f"emulate: size is {size}, expected 1 or more ranks")
+    if ranks_per_node is None:
+        return (size,)
+    if isinstance(ranks_per_node, int):
+        if ranks_per_node < 1:
+            raise ArgumentError(f"emulate: ranks_per_node is {ranks_per_node}, expected 1 or more")
+        full, rest = divmod(size, ranks_per_node)
+        return (ranks_per_node,) * full + ((rest,) if rest else ())
+    sizes = tuple(ranks_per_node)
+    if sum(sizes) != size or min(sizes) < 1:
+        raise ArgumentError(f"emulate: ranks_per_node is {list(sizes)}, expected positive numbers that add up to {size}")
+    return sizes
+
+
+def emulate(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None = None) -> Emulation:
+    """Emulate a world of ranks in this process: the same kernels on threads, on any number of nodes.
+
+    Parameters
+    ----------
+    size
+        Number of ranks, 1 or more; more than there are cores is fine.
+    ranks_per_node
+        Ranks on each node: one number (the last node may get fewer), or one for each node. None is one node.
+
+    Returns
+    -------
+    Emulation
+        Its ``run(fn, *args)`` calls ``fn(comm, *args)`` on every rank.
+
+    Raises
+    ------
+    ArgumentError
+        If the numbers do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np, nvcoll
+    >>> def main(comm):
+    ...     x = np.full(3, comm.rank + 1.0)
+    ...     comm.Allreduce(x)
+    ...     return x
+    >>> nvcoll.emulate(4, ranks_per_node=2).run(main)[0]
+    array([10., 10., 10.])
+    """
+    return Emulation(size, ranks_per_node)
+
+

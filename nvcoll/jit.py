@@ -1,0 +1,213 @@
+"""Kernel text, protocol and target become machine code, and machine code with arguments becomes a Plan.
+
+The only file that knows Numba's internals. Numba turns the text into LLVM code; from there llvmlite makes an object
+file, which is kept on disk and loaded without Numba the next time.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ENTRY = "nvcoll_entry"
+PACKAGE = Path(__file__).parent
+HEADER = len(hashlib.sha256().digest())
+
+
+class Compiler:
+    """Compiles texts for the host target, and keeps the machine code.
+
+    Parameters
+    ----------
+    cache_dir
+        Where object files are kept between processes.
+    """
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._cache_dir = cache_dir
+        self._engines: list[Any] = []
+        self._addresses: dict[str, int] = {}
+
+    def schedule(self, name: str, protocol: str) -> int:
+        """Return the address of an algorithm's kernel."""
+        return self._address(f"{name}-{protocol}", lambda: _schedule_text(name, protocol), 1)
+
+    def reducer(self, op: str, datatype: str) -> int:
+        """Return the address of ``reduce(to, left, right, count)``."""
+        from nvcoll.device.canonical import canonical
+
+        op, datatype = canonical(op, datatype)
+        return self._address(f"reduce-{op}-{datatype}", lambda: _packs().reducer(op, datatype), 4)
+
+    def widener(self, datatype: str) -> int:
+        """Return the address of ``widen(to, source, count, _)``."""
+        return self._address(f"widen-{datatype}", lambda: _packs().widener(datatype), 4)
+
+    def finisher(self, datatype: str, accumulator: str, average: bool) -> int:
+        """Return the address of ``finish(to, source, count, ranks)``."""
+        name = f"finish-{datatype}-{'average' if average else 'round'}"
+        return self._address(name, lambda: _packs().finisher(datatype, accumulator, average), 4)
+
+    def _address(self, name: str, text: Callable[[], Any], arguments: int) -> int:
+        if name not in self._addresses:
+            self._addresses[name] = self._load(self._object(name, text, arguments))
+        return self._addresses[name]
+
+    def _object(self, name: str, text: Callable[[], Any], arguments: int) -> bytes:
+        """Return the object file of a text, from the cache if it is there."""
+        folder = _private_folder(self._cache_dir)
+        if folder is None:
+            return compile_host(text(), arguments)
+        path = folder / f"{name}-{_digest()}.o"
+        found = _read(path)
+        if found is None:
+            with _locked(folder / "lock"):  # one rank compiles, the others wait for its file
+                found = _read(path)
+                if found is None:
+                    found = compile_host(text(), arguments)
+                    _write(path, found)
+        return found
+
+    def _load(self, code: bytes) -> int:
+        llvm, machine = _llvm()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine())
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        self._engines.append(engine)  # the engine owns the memory of the code
+        return int(engine.get_function_address(ENTRY))
+
+
+def _packs() -> Any:
+    from nvcoll.device import packs
+
+    return packs
+
+
+def _schedule_text(name: str, protocol: str) -> Any:
+    from nvcoll.algorithms import ALGORITHMS
+    from nvcoll.device import host, verbs
+
+    target = host.primitives()
+    algorithm = ALGORITHMS[name]
+    return verbs.entry(target, verbs.vocabulary(target, protocol), algorithm.text, algorithm.rounds)
+
+
+@cache
+def _llvm() -> tuple[Any, Callable[[], Any]]:
+    """Return llvmlite's binding and a maker of target machines for this processor."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    target = llvm.Target.from_default_triple()
+    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+    def machine() -> Any:
+        return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True, reloc="pic", codemodel="jitdefault")
+
+    return llvm, machine
+
+
+def compile_host(text: Any, arguments: int) -> bytes:
+    """Compile a function of 64-bit integers to an object file whose entry point is `ENTRY`."""
+    from numba import cfunc, types
+
+    llvm, machine = _llvm()
+    compiled = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)
+    source = compiled.inspect_llvm().replace(compiled._wrapper_name, ENTRY)
+    return bytes(machine().emit_object(llvm.parse_assembly(source)))
+
+
+@cache
+def _digest() -> str:
+    """Return a digest of all that machine code depends on: the texts, the compilers, the processor."""
+    import platform
+    from importlib.metadata import version
+
+    llvm, _ = _llvm()
+    told = [platform.python_version(), version("numba"), version("llvmlite"), llvm.get_default_triple()]
+    told += [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), _fields()]
+    digest = hashlib.sha256("\n".join(told).encode())
+    for folder in ("device", "algorithms"):
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _fields() -> str:
+    from nvcoll._plan import CALL_FIELDS, WORLD_FIELDS
+
+    return " ".join(CALL_FIELDS + WORLD_FIELDS)
+
+
+def _private_folder(folder: Path) -> Path | None:
+    """Make the cache folder; None, with a warning, where machine code could not be trusted or kept there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+    except OSError as exc:
+        _warn_no_cache(f"{folder} cannot be made ({exc.strerror})")
+        return None
+    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
+        _warn_no_cache(f"{folder} belongs to another user, or anybody may write there")
+        return None
+    if not os.access(folder, os.W_OK):
+        _warn_no_cache(f"{folder} is read-only")
+        return None
+    return folder
+
+
+@cache
+def _warn_no_cache(reason: str) -> None:
+    warnings.warn(
+        f"kernels are compiled anew in every process: {reason}; point NVCOLL_CACHE_DIR to a folder of your own",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the contents of a cache file, or None if it is absent or damaged."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = stored[:HEADER], stored[HEADER:]
+    return code if digest == hashlib.sha256(code).digest() else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Store a cache file: readers see all of it or nothing. A full disk costs time later, not the call."""
+    with contextlib.suppress(OSError):
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among the processes that share the cache; without one where that is not possible."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,250 @@
+"""From a call's shape to its plan: which algorithm, by which rule, with which arguments."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvcoll import _selection
+from nvcoll._plan import Plan, State
+from nvcoll.algorithms import ALGORITHMS, Link, Shape
+from nvcoll.backends.area import LINE, Layout
+from nvcoll.errors import ArgumentError
+from nvcoll.jit import Compiler
+from nvcoll.ops import DATATYPES, OPS, Datatype, Op
+
+PROTOCOLS = ("low_latency", "simple")
+PAYLOAD = 56
+"""Bytes of data in a line of the low-latency protocol."""
+LINKS = {"host": Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)}
+"""Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
+VERBS = ("allreduce",)
+SLOT_ALIGN = 2 * LINE
+"""Processors fetch lines in pairs: neighbours in a pair would be taken from each other."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An algorithm with a protocol, as it stands for a call: the reason why it cannot serve, or what it should take."""
+
+    name: str
+    reason: str | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `Comm.explain` returns; ``str()`` of it is for reading.
+
+    Attributes
+    ----------
+    verb : str
+        The collective.
+    nbytes : int
+        Size of the message in bytes.
+    datatype, op : str
+        Names of the datatype and operator.
+    algorithm, protocol : str
+        What would run.
+    reason : str
+        Why: the rule, or the cost, or that the caller asked for it.
+    order : str
+        In which order the ranks' contributions are combined.
+    candidates : tuple of Candidate
+        All that there are.
+    """
+
+    verb: str
+    nbytes: int
+    datatype: str
+    op: str
+    algorithm: str
+    protocol: str
+    reason: str
+    order: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        name = self.algorithm + (f"/{self.protocol}" if self.protocol else "")
+        lines = [f"{self.verb} of {self.nbytes} bytes, {self.datatype} {self.op}: {name}"]
+        lines += [f"  because    {self.reason}", f"  order      {self.order}"]
+        for other in self.candidates:
+            told = other.reason or (f"{other.seconds * 1e6:.1f} us expected" if other.seconds is not None else "")
+            lines.append(f"  candidate  {other.name:30} {told}")
+        return "\n".join(lines)
+
+
+def candidates(verb: str = "allreduce") -> list[str]:
+    """Return every ``algorithm/protocol`` that serves a verb."""
+    names = [name for name, algorithm in ALGORITHMS.items() if algorithm.verb == verb]
+    return [f"{name}/{protocol}" for name in names for protocol in PROTOCOLS]
+
+
+def read_rules(path: Path | None) -> dict[str, Any]:
+    """Read and check a rules file; None is the one in the package.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot be read or a rule is wrong; the message names the file and the rule.
+    """
+    source = path or Path(__file__).with_name("rules.json")
+    try:
+        rules: dict[str, Any] = json.loads(source.read_text())
+        _selection.check_rules(rules, candidates())
+    except (OSError, ValueError) as exc:
+        raise ArgumentError(f"NVCOLL_RULES: {source}: {exc}; correct the file or unset the variable") from exc
+    return rules
+
+
+class Planner:
+    """Makes the plans of one communicator whose ranks share memory.
+
+    Parameters
+    ----------
+    state, layout
+        The communicator's area.
+    topology
+        Its nodes; `Shape` is made from their sizes.
+    slices
+        Ranks of the smallest node, those that are not in `topology` included.
+    rules
+        All rules, equal on all ranks.
+    compiler
+        Gives machine code.
+    crowded
+        Whether ranks share cores.
+    timeout
+        Seconds that a wait may take.
+    """
+
+    def __init__(
+        self, state: State, layout: Layout, topology: Any, slices: int, rules: dict[str, Any], compiler: Compiler,
+        crowded: bool, timeout: float,
+    ) -> None:  # fmt: skip
+        self.state = state
+        self.layout = layout
+        self.topology = topology
+        self.rules = rules.get("host", [])
+        self.compiler = compiler
+        self.crowded = crowded
+        self.slices = slices
+        self.timeout = timeout
+
+    def explain(self, verb: str, count: int, datatype: Datatype, op: Op, algorithm: str | None = None) -> Explanation:
+        """Say which algorithm serves a call, and why.
+
+        Raises
+        ------
+        ArgumentError
+            If `algorithm` does not exist or cannot serve.
+        """
+        shape = self.shape(count, datatype)
+        found = []
+        for name in candidates(verb):
+            base, protocol = name.split("/")
+            reason = ALGORITHMS[base].supports(shape) or self._too_small(base, protocol, shape)
+            found.append(Candidate(name, reason, None if reason else ALGORITHMS[base].cost(shape, LINKS["host"])))
+        use, why = self._forced(verb, algorithm, found) if algorithm else self._chosen(verb, shape, found)
+        base, protocol = use.split("/")
+        return Explanation(
+            verb, shape.nbytes, datatype.name, op.name, base, protocol, why, ALGORITHMS[base].order, tuple(found)
+        )
+
+    def shape(self, count: int, datatype: Datatype) -> Shape:
+        """Return what algorithms are told of a call."""
+        width = DATATYPES[datatype.accumulate].itemsize
+        return Shape(tuple(self.topology.node_sizes), count, datatype.itemsize, width, self.slices)
+
+    def _chosen(self, verb: str, shape: Shape, found: list[Candidate]) -> tuple[str, str]:
+        reasons = {one.name: one.reason for one in found}
+        costs = {one.name: one.seconds for one in found if one.seconds is not None}
+        nodes = len(shape.node_sizes)
+        return _selection.choose(self.rules, verb, shape.nbytes, shape.size, nodes, self.crowded, reasons, costs)
+
+    def _forced(self, verb: str, algorithm: str, found: list[Candidate]) -> tuple[str, str]:
+        """Return the candidate that the caller names, with the protocol of its choice or the first that serves."""
+        named = [one for one in found if algorithm in (one.name, one.name.split("/")[0])]
+        if not named:
+            names = ", ".join(dict.fromkeys(one.name.split("/")[0] for one in found))
+            raise ArgumentError(
+                f"{verb.capitalize()}: algorithm is {algorithm!r}, expected one of {names}, "
+                f"alone or with a protocol ({', '.join(PROTOCOLS)}) as in 'ring/simple'"
+            )
+        # Simple serves every size; low latency is for those who ask for it.
+        for one in reversed(named):
+            if one.reason is None:
+                return one.name, "asked for by the caller"
+        raise ArgumentError(f"{verb.capitalize()}: {algorithm} cannot serve this call: {named[0].reason}")
+
+    def _slot_bytes(self, base: str, protocol: str, shape: Shape) -> int:
+        """Return the largest slot that the area has for an algorithm."""
+        slots, _ = ALGORITHMS[base].slots(shape)
+        half = self.layout.lines_half if protocol == "low_latency" else self.layout.data_half
+        return half // max(slots, 1) // SLOT_ALIGN * SLOT_ALIGN
+
+    def _too_small(self, base: str, protocol: str, shape: Shape) -> str | None:
+        if self._capacity(base, protocol, shape) > 0:
+            return None
+        return f"{self.layout.scratch} bytes of scratch memory are too few for {shape.size} ranks; raise NVCOLL_SCRATCH"
+
+    def _capacity(self, base: str, protocol: str, shape: Shape) -> int:
+        """Return the elements of a round: what the slots hold, less a cache line that slices may be rounded up by."""
+        _, parts = ALGORITHMS[base].slots(shape)
+        slot = self._slot_bytes(base, protocol, shape)
+        held = (slot // LINE * PAYLOAD if protocol == "low_latency" else slot) // shape.width
+        return max(0, held - LINE // shape.itemsize) * parts
+
+    def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
+        """Return the elements of a round and the bytes between slots, as close together as the message allows."""
+        _, parts = ALGORITHMS[base].slots(shape)
+        capacity = self._capacity(base, protocol, shape)
+        part = -(-min(shape.count, capacity) // parts) + LINE // shape.itemsize
+        nbytes = part * shape.width
+        if protocol == "low_latency":
+            nbytes = -(-nbytes // PAYLOAD) * LINE
+        return capacity, -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
+
+    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> Plan:
+        """Make the plan of a call that was explained. `size` is the number of ranks that AVG divides by, if not these."""
+        count = told.nbytes // datatype.itemsize
+        shape = self.shape(count, datatype)
+        call = {"count": count, "itemsize": datatype.itemsize, "width": shape.width}
+        if (size or shape.size) == 1:  # one rank's reduction is its contribution, AVG of it too
+            return Plan(self.state, 0, call, 0, None, told)
+        call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
+        call["ranks"] = size or shape.size
+        call["reduce"] = self.compiler.reducer(op.name, datatype.accumulate)
+        if datatype.accumulate != datatype.name:
+            call["widen"] = self.compiler.widener(datatype.name)
+        if op.name == "AVG" or "widen" in call:
+            call["finish"] = self.compiler.finisher(datatype.name, datatype.accumulate, op.name == "AVG")
+        signature = pack_signature(told, datatype, op)
+        call["stamp"] = (signature * 31 + count * 7) % 251 + 1
+        kernel = self.compiler.schedule(told.algorithm, told.protocol)
+        return Plan(self.state, kernel, call, signature, self.compiler, told)
+
+
+def pack_signature(told: Explanation, datatype: Datatype, op: Op) -> int:
+    """Return, as one number, what ranks must agree on besides the count."""
+    digits = (
+        (VERBS.index(told.verb), len(VERBS)),
+        (list(ALGORITHMS).index(told.algorithm), len(ALGORITHMS)),
+        (PROTOCOLS.index(told.protocol), len(PROTOCOLS)),
+        (list(DATATYPES).index(datatype.name), len(DATATYPES)),
+        (list(OPS).index(op.name), len(OPS)),
+    )
+    number = 0
+    for digit, base in digits:
+        number = number * base + digit
+    return number
+
+
+def describe_signature(number: int, count: int) -> str:
+    """Say in words what a rank is doing, from the number on its board."""
+    number, op = divmod(number, len(OPS))
+    number, datatype = divmod(number, len(DATATYPES))
+    number, protocol = divmod(number, len(PROTOCOLS))
+    verb, algorithm = divmod(number, len(ALGORITHMS))
+    kind = f"{list(ALGORITHMS)[algorithm]}/{PROTOCOLS[protocol]}"
+    return f"{VERBS[verb].capitalize()} of {count} {list(DATATYPES)[datatype]}, {list(OPS)[op]}, by {kind}"

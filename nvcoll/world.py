@@ -1,0 +1,160 @@
+"""What stands behind a communicator: bytes among ranks, memory, kernels; opened on first use, closed by Finalize."""
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from nvcoll import _bootstrap, _topology
+from nvcoll import settings as settings_
+from nvcoll.backends.area import Layout, open_area
+from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
+from nvcoll.backends.heap import Heap
+from nvcoll.backends.shm import SharedMemory
+from nvcoll.errors import ArgumentError
+from nvcoll.jit import Compiler
+from nvcoll.planning import Planner, read_rules
+
+AGREED = ("timeout", "ranks_per_node", "scratch", "heap", "spin")
+"""Settings on which ranks must not differ: those of rank 0 are in force on all."""
+
+
+class World:
+    """One rank's part of a world.
+
+    Parameters
+    ----------
+    exchange
+        Byte exchange among all ranks.
+    topology
+        Nodes and ranks of the whole world.
+    planner
+        Makes plans for the ranks that share memory.
+    heap
+        Allocator of that memory.
+    backend
+        ``"shm"``, ``"emulated"`` or ``"self"``.
+    """
+
+    def __init__(self, exchange: Any, topology: Any, planner: Planner, heap: Heap, backend: str) -> None:
+        self.exchange = exchange
+        self.topology = topology
+        self.planner = planner
+        self.heap = heap
+        self.backend = backend
+        self.rank: int = exchange.rank
+        self.size: int = exchange.size
+
+    def leave(self) -> None:
+        """Tell the ranks that share memory that this one takes no more part."""
+        self.planner.state.leave()
+
+    def close(self) -> None:
+        """Leave, and give everything back."""
+        self.leave()
+        self.heap.close()
+        self.exchange.close()
+
+
+def open_world() -> World:
+    """Find the other ranks and set everything up. Collective: every rank of the launch does it."""
+    exchange = _bootstrap.connect(settings_.read())
+    try:
+        settings, rules = _agree_on_settings(exchange)
+        cores = exchange.allgather(_topology.usable_cpus())
+        identities = exchange.allgather(_bootstrap.host_identity())
+        topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
+        memory = SharedMemory(exchange, topology, settings.heap)
+        here = topology
+        if len(topology.nodes) > 1:  # kernels see the ranks of this node only; `nvcoll.hosts` joins the nodes
+            members = topology.nodes[topology.node]
+            here = _topology.detect(topology.local_rank, [identities[rank] for rank in members])
+        return _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, "shm")
+    except BaseException:
+        exchange.close()
+        raise
+
+
+def _agree_on_settings(exchange: Any) -> tuple[Any, dict[str, Any]]:
+    """Return this rank's settings with rank 0's values where ranks must not differ, and rank 0's rules."""
+    settings = settings_.read()
+    offer: dict[str, Any] = {}
+    if exchange.rank == 0:
+        try:
+            offer = {name: getattr(settings, name) for name in AGREED} | {"rules": read_rules(settings.rules)}
+        except ArgumentError as exc:
+            offer = {"problem": str(exc)}
+    told = json.loads(exchange.allgather(json.dumps(offer).encode())[0])
+    if "problem" in told:
+        raise ArgumentError(told["problem"])
+    rules = told.pop("rules")
+    return replace(settings, **told), rules
+
+
+def open_self() -> World:
+    """Set up a world of one rank, without asking anybody."""
+    settings = settings_.read()
+    exchange = LocalExchange(Hub(1, settings.timeout), 0)
+    topology = _topology.detect(0, [b"self"])
+    memory = EmulatedMemory(exchange, reserve(1, settings.heap))
+    return _build(exchange, topology, topology, memory, settings, read_rules(settings.rules), False, "self")
+
+
+@contextlib.contextmanager
+def open_emulated(size: int, node_sizes: tuple[int, ...]) -> Iterator[list[World]]:
+    """Set up a world of threads; its memory is given back at the end."""
+    settings = settings_.read()
+    rules = read_rules(settings.rules)
+    hub, segment = Hub(size, settings.timeout), reserve(size, settings.heap)
+    identities = [f"node {number}".encode() for number, ranks in enumerate(node_sizes) for _ in range(ranks)]
+    crowded = _topology.detect(0, [b""] * size, None, [_topology.usable_cpus()] * size).oversubscribed
+    compiler = Compiler(settings.cache_dir)
+    worlds: list[Any] = [None] * size
+    problems: list[BaseException] = []
+
+    def build(rank: int) -> None:
+        try:
+            exchange = LocalExchange(hub, rank)
+            topology = _topology.detect(rank, identities)
+            memory = EmulatedMemory(exchange, segment)
+            worlds[rank] = _build(exchange, topology, topology, memory, settings, rules, crowded, "emulated", compiler)
+        except BaseException as exc:  # raised by the caller's thread below
+            problems.append(exc)
+            hub.barrier.abort()
+
+    threads = [threading.Thread(target=build, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        if problems:
+            raise problems[0]
+        yield worlds
+    finally:
+        segment.close()
+
+
+def _build(
+    exchange: Any,
+    topology: Any,
+    here: Any,
+    memory: Any,
+    settings: Any,
+    rules: dict[str, Any],
+    crowded: bool,
+    backend: str,
+    compiler: Compiler | None = None,
+) -> World:
+    """Set up the area of the ranks that share memory; `here` is the topology as their kernels see it."""
+    heap = Heap(memory)
+    layout = Layout(len(memory.members), settings.scratch)
+    piece = heap.allocate(settings.scratch, "Init")
+    slices = min(topology.node_sizes)
+    state = open_area(memory, piece, here, layout, settings, crowded, slices)
+    exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet
+    compiler = compiler or Compiler(settings.cache_dir)
+    planner = Planner(state, layout, here, slices, rules, compiler, crowded, settings.timeout)
+    return World(exchange, topology, planner, heap, backend)

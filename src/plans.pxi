@@ -1,0 +1,303 @@
+# Plans, and the table in which a communicator finds them.
+
+CALL_FIELDS = (
+    "world", "send", "recv", "count", "itemsize", "width", "reduce", "widen", "finish", "stamp", "stride", "capacity",
+    "ranks",
+)
+
+cdef struct Call:
+    int64_t world
+    int64_t send, recv, count
+    int64_t itemsize        # bytes of an element as users see it
+    int64_t width           # bytes of an accumulator
+    int64_t reduce          # address of reduce(dst, left, right, n): accumulators
+    int64_t widen           # address of widen(dst, src, n): elements to accumulators, or 0 where they are the same
+    int64_t finish          # address of finish(dst, src, n, size): accumulators to elements, or 0 where they are the same
+    int64_t stamp           # lowest byte of every flag of this call: tells calls that do not match apart
+    int64_t stride          # bytes between slots
+    int64_t capacity        # elements in one round
+    int64_t ranks           # what AVG divides by
+
+ctypedef int64_t (*kernel_t)(int64_t) noexcept nogil
+
+if not nv_little():
+    raise ImportError("nvcoll: needs a little-endian machine")
+
+
+cdef class Plan:
+    """A compiled kernel with its arguments, ready to run on any pair of addresses.
+
+    Parameters
+    ----------
+    state
+        The communicator's `State`.
+    kernel
+        Address of the compiled kernel; 0 for the copy that one rank needs.
+    call
+        Values of the fields of `Call` by name; pointers and `world` are filled in here.
+    signature
+        What all ranks must agree on, as one number for the board.
+    keep
+        Objects that must outlive the plan.
+    """
+    cdef Call call
+    cdef kernel_t kernel
+    cdef int64_t signature
+    cdef State state
+    cdef readonly object keep
+    cdef readonly object describe
+
+    def __init__(self, State state, kernel, dict call, signature, keep=None, describe=None):
+        self.state = state
+        self.kernel = <kernel_t><uintptr_t>kernel
+        self.signature = signature
+        self.keep = keep
+        self.describe = describe
+        memset(&self.call, 0, sizeof(Call))
+        self.call.world = <int64_t><uintptr_t>&state.world
+        cdef int64_t* field = <int64_t*>&self.call
+        for name, value in call.items():
+            field[CALL_FIELDS.index(name)] = value
+
+    cdef int launch(self, uintptr_t send, uintptr_t recv) noexcept nogil:
+        cdef World* w = &self.state.world
+        cdef Note* note
+        self.call.send = <int64_t>send
+        self.call.recv = <int64_t>recv
+        if not self.kernel:
+            if send != recv:
+                memmove(<void*>recv, <const void*>send, self.call.count * self.call.itemsize)
+            return 0
+        w.sequence += 1
+        note = &board_of(w, w.rank).notes[w.sequence & 1]
+        note.signature = self.signature
+        note.count = self.call.count
+        nv_store(&note.sequence, w.sequence)
+        self.kernel(<int64_t>&self.call)
+        return w.error != 0
+
+    def run(self, uintptr_t send, uintptr_t recv):
+        """Run on two addresses; they are equal for a call in place.
+
+        Returns
+        -------
+        bool
+            False if the call failed: `State.failure` says why.
+        """
+        cdef int failed
+        self.state.enter()
+        with nogil:
+            failed = self.launch(send, recv)
+        self.state.world.busy = 0
+        return not failed
+
+
+cdef class State:
+    """What a rank holds of a communicator: the World that its kernels read.
+
+    Parameters
+    ----------
+    values
+        Fields of `World` by name, addresses included.
+    private
+        The same for the fields that only the waiting code reads: ``board``, ``timeout``, ``yields`` and ``fd``.
+    keep
+        Objects whose memory the addresses point to.
+    """
+    cdef World world
+    cdef readonly object keep
+
+    def __init__(self, dict values, dict private, keep):
+        memset(&self.world, 0, sizeof(World))
+        cdef int64_t* field = <int64_t*>&self.world
+        for name, value in values.items():
+            field[WORLD_FIELDS.index(name)] = value
+        self.world.wait = <int64_t><uintptr_t>&wait_slowly
+        self.world.wake = <int64_t><uintptr_t>&wake_peer
+        self.world.board = private["board"]
+        self.world.timeout = private["timeout"]
+        self.world.yields = private["yields"]
+        self.world.fd = private["fd"]
+        self.keep = keep
+
+    cdef int enter(self) except -1:
+        if self.world.busy or self.world.error:
+            from nvcoll.errors import StateError
+
+            if self.world.error:
+                raise StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
+            raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
+        self.world.busy = 1
+        return 0
+
+    @property
+    def heap(self):
+        """(address, size) of this rank's symmetric memory."""
+        return self.world.heap, self.world.heap_size
+
+    @property
+    def failure(self):
+        """(kind, rank) of the failure: one of ERRORS, and the rank that it is about or -1; None if there is none."""
+        return (ERRORS[self.world.error], self.world.error_peer) if self.world.error else None
+
+    @property
+    def sequence(self):
+        """Number of the current or last call, from 1."""
+        return self.world.sequence
+
+    def interruption(self):
+        """Return the exception that a signal handler raised during a wait, once, or None."""
+        return caught.pop(<uintptr_t>&self.world, None)
+
+    def boards(self):
+        """Return (sequence, signature, count, state) of every rank's latest call."""
+        found = []
+        cdef Board* board
+        cdef Note* its
+        for p in range(self.world.size):
+            board = board_of(&self.world, p)
+            its = &board.notes[nv_load(&board.notes[1].sequence) > nv_load(&board.notes[0].sequence)]
+            found.append((nv_load(&its.sequence), its.signature, its.count, STATES[nv_load(&board.state)]))
+        return found
+
+    def leave(self):
+        """Tell the peers that this rank takes no more part."""
+        nv_store(&board_of(&self.world, self.world.rank).state, LEFT)
+
+    def set_timeout(self, seconds):
+        """Set how long a wait may take, in seconds."""
+        self.world.timeout = <int64_t>(seconds * 1e9)
+
+
+# Buffer formats of the struct module that the fast route knows, as datatype numbers; the itemsize tells their width.
+cdef inline int64_t code_of(const char* form, Py_ssize_t itemsize) noexcept:
+    """Number a datatype by kind and size, or 0 if the fast route does not know the format."""
+    cdef char c
+    if form == NULL:
+        return ord(b"u") << 8 | itemsize
+    c = form[0]
+    if c == 90 and (form[1] == 102 or form[1] == 100) and form[2] == 0:       # Zf, Zd
+        return ord(b"c") << 8 | itemsize
+    if form[1] != 0:
+        return 0
+    if c == 102 or c == 100 or c == 101:                                        # f d e
+        return ord(b"f") << 8 | itemsize
+    if c == 98 or c == 104 or c == 105 or c == 108 or c == 113:                 # b h i l q
+        return ord(b"i") << 8 | itemsize
+    if c == 66 or c == 72 or c == 73 or c == 76 or c == 81:                     # B H I L Q
+        return ord(b"u") << 8 | itemsize
+    if c == 63:                                                                 # ?
+        return ord(b"b") << 8 | itemsize
+    return 0
+
+
+cdef extern from "Python.h":
+    ctypedef struct Py_buffer:
+        void* buf
+        Py_ssize_t len
+        Py_ssize_t itemsize
+        char* format
+    int PyObject_GetBuffer(object, Py_buffer*, int) except -1
+    void PyBuffer_Release(Py_buffer*) noexcept
+    const int PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE
+
+cdef enum:
+    ENTRIES = 256           # of the direct-mapped front of the table: the plans of a program's inner loop
+
+
+cdef struct Entry:
+    int64_t code
+    int64_t nbytes
+    void* op
+    void* plan
+
+
+cdef class Plans:
+    """The plans of one communicator, found by datatype, size and operator.
+
+    `run` serves buffers with the buffer protocol in C order. Everything else goes by `find` and `Plan.run`.
+    """
+    cdef Entry entries[ENTRIES]
+    cdef dict table
+    cdef object in_place
+
+    def __init__(self, in_place):
+        memset(self.entries, 0, sizeof(self.entries))
+        self.table = {}
+        self.in_place = in_place
+
+    def find(self, int64_t code, int64_t nbytes, op):
+        """Return the plan that was added for this key, or None."""
+        return self.table.get((code, nbytes, op))
+
+    def add(self, int64_t code, int64_t nbytes, op, Plan plan):
+        """Keep a plan. `op` is compared by identity in `run`, so every handle in use is added."""
+        self.table[code, nbytes, op] = plan
+        cdef Entry* e = &self.entries[self.slot(code, nbytes, <void*>op)]
+        e.code = code
+        e.nbytes = nbytes
+        e.op = <void*>op
+        e.plan = <void*>plan
+
+    cdef inline int64_t slot(self, int64_t code, int64_t nbytes, void* op) noexcept nogil:
+        cdef uint64_t mixed = (<uint64_t>nbytes ^ (<uint64_t>code << 32) ^ (<uint64_t><uintptr_t>op << 8)) * 0x9E3779B97F4A7C15ULL
+        return <int64_t>(mixed >> 56)
+
+    def run(self, sendbuf, recvbuf, op):
+        """Run the call if its plan is known.
+
+        Returns
+        -------
+        Plan, True or None
+            True if done; None if there is no such plan or the buffers need the long way; the Plan if it failed.
+        """
+        cdef Py_buffer send
+        cdef Py_buffer recv
+        cdef bint both = False
+        cdef object result = None
+        if recvbuf is None or sendbuf is recvbuf:
+            recvbuf = sendbuf
+        elif sendbuf is not self.in_place:
+            both = True
+        try:
+            PyObject_GetBuffer(recvbuf, &recv, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE)
+        except Exception:  # judged, with a good message, on the long way
+            return None
+        try:
+            if not both:
+                return self.go(&recv, <uintptr_t>recv.buf, op)
+            try:
+                PyObject_GetBuffer(sendbuf, &send, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+            except Exception:
+                return None
+            # Everything but the common case of two equal, disjoint buffers is judged on the long way.
+            if (send.len == recv.len and code_of(send.format, send.itemsize) == code_of(recv.format, recv.itemsize)
+                    and (<char*>send.buf + send.len <= <char*>recv.buf or <char*>recv.buf + recv.len <= <char*>send.buf)):
+                result = self.go(&recv, <uintptr_t>send.buf, op)
+            PyBuffer_Release(&send)
+            return result
+        finally:
+            PyBuffer_Release(&recv)
+
+    cdef object go(self, Py_buffer* recv, uintptr_t send, op):
+        cdef int64_t code = code_of(recv.format, recv.itemsize)
+        cdef Entry* e = &self.entries[self.slot(code, recv.len, <void*>op)]
+        cdef Plan plan
+        cdef State state
+        cdef int failed
+        if e.code == code and e.nbytes == recv.len and e.op == <void*>op and code != 0:
+            plan = <Plan>e.plan
+        else:
+            plan = self.table.get((code, recv.len, op))
+            if plan is None or code == 0:
+                return None
+            self.add(code, recv.len, op, plan)
+        state = plan.state
+        state.enter()
+        if plan.kernel == NULL:
+            failed = plan.launch(send, <uintptr_t>recv.buf)
+        else:
+            with nogil:
+                failed = plan.launch(send, <uintptr_t>recv.buf)
+        state.world.busy = 0
+        return plan if failed else True

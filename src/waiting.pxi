@@ -1,0 +1,212 @@
+# The two structs, and what a rank does when what it waits for has not come yet: spin, yield, sleep, and find out why.
+
+cdef extern from *:
+    """
+    #define _GNU_SOURCE
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <limits.h>
+    #include <linux/futex.h>
+    #include <sched.h>
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    static int64_t nv_now(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+    }
+    static int64_t nv_load(const int64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static void nv_store(int64_t *p, int64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+    static void nv_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+    static void nv_pause(void) {
+    #if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+    #elif defined(__aarch64__)
+        __asm__ volatile("isb" ::: "memory");
+    #endif
+    }
+    /* The low half of the doorbell is the futex word: little-endian machines only, checked at import. */
+    static void nv_futex_wait(int64_t *bell, int64_t nanoseconds) {
+        struct timespec t = {nanoseconds / 1000000000, nanoseconds % 1000000000};
+        syscall(SYS_futex, (uint32_t *)bell, FUTEX_WAIT, 1u, &t, 0, 0);
+    }
+    static void nv_futex_wake(int64_t *bell) { syscall(SYS_futex, (uint32_t *)bell, FUTEX_WAKE, INT_MAX, 0, 0, 0); }
+    /* Does another process hold the record lock on this byte? A process that ends loses its locks at once. */
+    static int nv_byte_locked(int fd, int64_t byte) {
+        struct flock l = {0};
+        l.l_type = F_WRLCK; l.l_whence = SEEK_SET; l.l_start = byte; l.l_len = 1;
+        return fcntl(fd, F_GETLK, &l) != 0 || l.l_type != F_UNLCK;
+    }
+    static void nv_close_fd(int fd) { close(fd); }
+    static int nv_little(void) { const uint32_t one = 1; return *(const unsigned char *)&one; }
+    """
+    int64_t nv_now() noexcept nogil
+    int64_t nv_load(const int64_t*) noexcept nogil
+    void nv_store(int64_t*, int64_t) noexcept nogil
+    void nv_fence() noexcept nogil
+    void nv_pause() noexcept nogil
+    void nv_futex_wait(int64_t*, int64_t) noexcept nogil
+    void nv_futex_wake(int64_t*) noexcept nogil
+    int nv_byte_locked(int, int64_t) noexcept nogil
+    int nv_little() noexcept nogil
+    int sched_yield() noexcept nogil
+    int PyErr_CheckSignals() except -1
+
+WORLD_FIELDS = (
+    "rank", "size", "peers", "everyone", "nodes", "node", "local_rank", "slices", "node_ranks", "node_starts",
+    "epoch", "spin", "wait", "wake", "flags", "flags_half", "lines", "lines_half", "data", "data_half",
+    "workspace", "unpacked", "blocks", "table", "heap", "heap_size", "bell", "error",
+)
+
+cdef struct World:
+    # What kernels read; the order is WORLD_FIELDS'.
+    int64_t rank, size
+    int64_t peers           # address of size addresses: where each rank's area of this communicator lies
+    int64_t everyone        # address of size ranks: 0, 1, 2, ...
+    int64_t nodes, node     # how many nodes, and which one is mine
+    int64_t local_rank      # my place in my node
+    int64_t slices          # ranks of the smallest node: in how many slices nvrar cuts a message
+    int64_t node_ranks      # address of size ranks, sorted by node
+    int64_t node_starts     # address of nodes + 1 indices into node_ranks
+    int64_t epoch           # address of the epoch
+    int64_t spin            # polls before the slow path
+    int64_t wait, wake      # addresses of wait_slowly and wake_peer
+    int64_t flags, flags_half, lines, lines_half, data, data_half  # offsets in an area, and sizes of a parity's half
+    # Private memory: accumulators (as much as data_half), payloads taken out of their lines (as much as lines_half),
+    # three blocks, and a table of size addresses.
+    int64_t workspace, unpacked, blocks, table
+    int64_t heap, heap_size # my symmetric memory
+    int64_t bell            # offset in an area: not 0 while the rank sleeps
+    int64_t error           # 0, or one of ERRORS: the communicator is unusable from then on
+    # What only this file reads.
+    int64_t board           # offset in an area
+    int64_t error_peer      # the rank that the error is about, or -1
+    int64_t timeout         # nanoseconds
+    int64_t yields          # sched_yield calls before sleeping
+    int64_t fd              # descriptor whose record locks tell who is alive, or -1
+    int64_t sequence        # calls begun
+    int64_t busy            # a call is running
+
+# A rank's board: what it is doing, for its peers to read when they wonder why nothing comes. Two notes take turns:
+# the one of call k is overwritten in call k + 2, which a rank begins only when every rank has ended call k.
+cdef struct Note:
+    int64_t sequence        # which call: the first is 1; written last
+    int64_t signature       # what all ranks must agree on, packed by nvcoll.jit
+    int64_t count
+
+cdef struct Board:
+    Note notes[2]
+    int64_t state           # one of STATES
+
+STATES = ("running", "failed", "left")
+ERRORS = ("none", "timeout", "peer lost", "peer failed", "mismatch", "interrupted")
+cdef enum:
+    RUNNING = 0
+    FAILED = 1
+    LEFT = 2
+cdef enum:
+    TIMED_OUT = 1
+    PEER_LOST = 2
+    PEER_FAILED = 3
+    MISMATCH = 4
+    INTERRUPTED = 5
+
+cdef int64_t LOOK_AFTER = 20_000_000      # wait so long (ns) before looking for the reason, and between looks
+cdef int64_t NAP = 2_000_000              # first sleep; a lost wake-up costs no more than this
+cdef int64_t LONGEST_NAP = 50_000_000
+
+
+cdef inline Board* board_of(World* w, int64_t rank) noexcept nogil:
+    return <Board*>((<int64_t*>w.peers)[rank] + w.board)
+
+
+cdef void fail(World* w, int64_t error, int64_t peer) noexcept nogil:
+    """Make the communicator unusable, and let peers that look at the board know."""
+    w.error_peer = peer
+    w.error = error
+    nv_store(&board_of(w, w.rank).state, FAILED)
+
+
+cdef int64_t look_around(World* w, int64_t* about) noexcept nogil:
+    """Find out why nothing comes: a peer that ended, gave up, or is in a call that does not match. 0 if all is well."""
+    cdef int64_t turn = w.sequence & 1
+    cdef Note* mine = &board_of(w, w.rank).notes[turn]
+    cdef Note* its
+    cdef int64_t p, state
+    for p in range(w.size):
+        if p == w.rank:
+            continue
+        about[0] = p
+        its = &board_of(w, p).notes[turn]
+        state = nv_load(&board_of(w, p).state)
+        if nv_load(&its.sequence) == w.sequence and (its.signature != mine.signature or its.count != mine.count):
+            return MISMATCH
+        if state == FAILED:
+            return PEER_FAILED
+        # A rank that left, or ended, after it began this call may have sent all that we need.
+        if state == LEFT and nv_load(&its.sequence) < w.sequence:
+            return PEER_LOST
+        if w.fd >= 0 and state == RUNNING and not nv_byte_locked(<int>w.fd, p):
+            return PEER_LOST
+    return 0
+
+
+cdef dict caught = {}       # address of a World -> the exception that a signal handler raised during a wait
+
+
+cdef bint interrupted(World* w) noexcept with gil:
+    """Run the handlers of signals that came meanwhile (Ctrl-C), as a long call of Python would."""
+    try:
+        PyErr_CheckSignals()
+        return False
+    except BaseException as exc:
+        caught[<uintptr_t>w] = exc
+        return True
+
+
+cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nogil:
+    """Wait until *word == expected. Called by kernels once spinning has not helped; returns 0, or the error."""
+    cdef int64_t* bell = <int64_t*>((<int64_t*>w.peers)[w.rank] + w.bell)
+    cdef int64_t started, looked, now, nap = NAP
+    cdef int64_t k, error, about = -1
+    if w.error:
+        return w.error
+    for k in range(w.yields):
+        sched_yield()
+        if nv_load(word) == expected:
+            return 0
+    started = looked = nv_now()
+    while True:
+        # Sleep. The order is: say so, look once more, sleep; a peer's is: write, look whether anybody sleeps, wake.
+        nv_store(bell, 1)
+        nv_fence()
+        if nv_load(word) == expected:
+            nv_store(bell, 0)
+            return 0
+        nv_futex_wait(bell, nap)
+        nv_store(bell, 0)
+        if nv_load(word) == expected:
+            return 0
+        now = nv_now()
+        if now - looked < LOOK_AFTER:
+            continue
+        looked = now
+        nap = min(2 * nap, LONGEST_NAP)
+        error = look_around(w, &about)
+        if not error and now - started >= w.timeout:
+            error, about = TIMED_OUT, -1
+        if not error and interrupted(w):
+            error, about = INTERRUPTED, -1
+        # What arrived while we looked counts, unless it belongs to another call than ours.
+        if error and (error == MISMATCH or nv_load(word) != expected):
+            fail(w, error, about)
+            return error
+
+
+cdef void wake_peer(World* w, int64_t* bell) noexcept nogil:
+    """Wake a peer whose doorbell says that it sleeps."""
+    nv_store(bell, 0)
+    nv_futex_wake(bell)
