@@ -89,7 +89,7 @@ def test_program_runs(block, run_ranks):
 
 @pytest.mark.parametrize("block", SHELL)
 def test_shell_lines_run(block, tmp_path, run_command):
-    """Run the lines of a shell block in a folder that holds the programs of its page under the names they begin with."""
+    """Run a shell block in a folder that holds the programs of its page, under the names in their first lines."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for other in ALL:
         name = other.text.partition("\n")[0].removeprefix("# ").strip()
@@ -99,9 +99,8 @@ def test_shell_lines_run(block, tmp_path, run_command):
     for command in commands(block.text):
         status, output = run_command(["bash", "-c", command], timeout=110, cwd=tmp_path, env={"PATH": path})
         if error := block.options.get("fails"):
-            assert status and error in output, f"{block}: {command}\n{output}"
-        else:
-            assert status == 0, f"{block}: {command}\n{output}"
+            assert error in output, f"{block}: {command}\n{output}"
+        assert bool(status) == bool(error), f"{block}: {command}\n{output}"
 
 
 def commands(text):
