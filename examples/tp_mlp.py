@@ -275,8 +275,8 @@ def train_epochs(network: Network, digits: Digits, options: argparse.Namespace, 
     # In proportion to the batch, so that other batches go the same way in more or fewer steps, within reason.
     optimizer = Momentum(network, options.lr * min(options.batch / USUAL_BATCH, 4))
     count = len(digits.labels)
-    # disable=None: a bar only where stderr is a terminal
-    for epoch in tqdm(range(1, options.epochs + 1), unit="epoch", leave=False, disable=None if report else True):
+    hide_bar = None if report else True  # None: show it where standard error is a terminal
+    for epoch in tqdm(range(1, options.epochs + 1), unit="epoch", leave=False, mininterval=0, disable=hide_bar):
         order = random.permutation(count)
         loss = correct = 0.0
         for batch in batches(count, options.batch):
