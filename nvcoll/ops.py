@@ -47,11 +47,21 @@ class Datatype:
         return np.dtype(self.name)
 
     def Get_size(self) -> int:
-        """Return the bytes of one element, as mpi4py's method of that name does."""
+        """Return the bytes of one element, as mpi4py's method of that name does.
+
+        Returns
+        -------
+        int
+        """
         return self.itemsize
 
     def Get_name(self) -> str:
-        """Return `name`, for code written against mpi4py's handles."""
+        """Return `name`, for code written against mpi4py's handles.
+
+        Returns
+        -------
+        str
+        """
         return self.name
 
     def __repr__(self) -> str:
@@ -98,7 +108,12 @@ class Op:
         return f"{self.name} is defined for {needed}, the buffers hold {datatype.name}; {cure}"
 
     def Is_commutative(self) -> bool:
-        """Return `commutative`, as mpi4py's method of that name does."""
+        """Return `commutative`, as mpi4py's method of that name does.
+
+        Returns
+        -------
+        bool
+        """
         return self.commutative
 
     def __repr__(self) -> str:

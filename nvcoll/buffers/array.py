@@ -3,7 +3,8 @@
 import math
 import operator
 import sys
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from types import GetSetDescriptorType, MethodDescriptorType
 from typing import Any, Protocol, Self
 
@@ -19,6 +20,10 @@ class Allocation(Protocol):
     @property
     def address(self) -> int:
         """Of its first byte, in this process."""
+
+    @property
+    def offset(self) -> int:
+        """Of its first byte, in the heap: the same on every rank."""
 
     @property
     def nbytes(self) -> int:
@@ -41,22 +46,48 @@ class Owner:
     ``__array_interface__`` lets NumPy keep this object as the base of the bytes it describes.
     """
 
-    __slots__ = ("__array_interface__", "allocation", "freed")
+    __slots__ = ("__array_interface__", "__weakref__", "allocation", "buffer", "freed")
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.freed = False
+        self.buffer: Callable[[], Buffer | None] = lambda: None  # a weak reference, once there is one
         self.__array_interface__ = {
             "shape": (allocation.nbytes,),
             "typestr": "|u1",
             "data": (allocation.address, False),
             "version": 3,
         }
+        _owners.add(self)
+
+    def end(self) -> None:
+        """Take the memory away from the Buffer, which must not point to what is no longer its own."""
+        self.freed = True
+        buffer = self.buffer()
+        if buffer is not None:
+            # Unpickling's door: the one way to exchange an array's memory, here for none.
+            buffer.__setstate__((1, (0,), buffer.dtype, False, b""))  # type: ignore[arg-type]
 
     def __del__(self) -> None:
         # At exit the communicator gives everything back; its parts may be gone by now.
         if not self.freed and not sys.is_finalizing():
             self.allocation.drop()
+
+
+_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+
+
+def invalidate(address: int, nbytes: int) -> None:
+    """Make freed Buffers of those that lie in a range of addresses, which is about to be unmapped.
+
+    Parameters
+    ----------
+    address, nbytes
+        The memory of a heap. Verbs refuse views into it from here on.
+    """
+    for owner in list(_owners):
+        if address <= owner.allocation.address < address + nbytes and not owner.freed:
+            owner.end()
 
 
 class Buffer(np.ndarray[Any, Any]):
@@ -67,8 +98,8 @@ class Buffer(np.ndarray[Any, Any]):
     pickles) is a plain array. Views share its memory and keep it alive, so dropping the Buffer
     while views exist is safe.
 
-    After `free`, views made earlier must not be used: their memory may be gone or belong to another
-    buffer. Verbs refuse them, NumPy cannot. The freed Buffer itself holds no elements.
+    After `free`, and after the communicator is finalized, views made earlier must not be used: their
+    memory may be gone or belong to another buffer. The freed Buffer itself holds no elements.
     """
 
     # Set by `on` alone: whatever NumPy derives from a Buffer has none, and is turned into a plain array.
@@ -113,12 +144,12 @@ class Buffer(np.ndarray[Any, Any]):
             )
         owner = Owner(allocation)
         self = super().__new__(cls, dims, datatype.dtype, buffer=np.asarray(owner))
-        self._owner = owner
+        self._owner, owner.buffer = owner, weakref.ref(self)
         return self
 
     @property
     def freed(self) -> bool:
-        """Whether `free` was called."""
+        """Whether the memory was given back, by `free` or with the communicator."""
         return self._owner is not None and self._owner.freed
 
     def free(self) -> None:
@@ -137,9 +168,7 @@ class Buffer(np.ndarray[Any, Any]):
             raise StateError("free: this is no Buffer of its own but made from one; take what comm.empty returned")
         self._refuse_freed("free")
         self._owner.allocation.free()
-        self._owner.freed = True
-        # The array must not point to memory that is no longer its own: unpickling's door makes it an empty one.
-        self.__setstate__((1, (0,), self.dtype, False, b""))  # type: ignore[arg-type]
+        self._owner.end()
 
     def _refuse_freed(self, verb: str) -> None:
         if self.freed:
@@ -160,9 +189,7 @@ class Buffer(np.ndarray[Any, Any]):
         text = np.array_repr(self)
         if self._owner is None:
             return text
-        allocation = self._owner.allocation
-        place = getattr(allocation, "offset", allocation.address)
-        return f"{text[:-1]}, symmetric at {place:#x})"
+        return f"{text[:-1]}, symmetric at {self._owner.allocation.offset:#x})"
 
     def __getitem__(self, key: Any) -> Any:
         return _plain(super().__getitem__(key))

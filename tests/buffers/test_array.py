@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from nvcoll.buffers import Buffer, parse
+from nvcoll.buffers import Buffer, invalidate, parse
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import DATATYPES
 from tests.buffers.memory import FakeAllocation, on_heap
@@ -304,6 +304,21 @@ def test_if_freeing_fails_the_buffer_stays(buffer, allocation, monkeypatch):
     assert buffer[1, 1] == 5
     buffer.free()
     assert buffer.freed
+
+
+def test_invalidate_ends_the_buffers_in_a_range(allocation):
+    inside, other = Buffer.on(allocation, 4, "float32"), on_heap(np.ones(4))
+    views = inside[1:], np.asarray(Buffer.on(allocation, 4, "float32"))  # of the second, only the view is left
+    invalidate(allocation.address, allocation.nbytes)
+    assert inside.freed
+    assert inside.size == 0
+    for gone in (inside, *views):
+        with pytest.raises(StateError):
+            parse("Allreduce", "recvbuf", gone, writable=True)
+    assert other.sum() == 4
+    del inside, views, gone
+    gc.collect()
+    assert allocation.calls == []
 
 
 def test_with_frees_at_its_end(allocation):
