@@ -3,6 +3,7 @@
 import math
 import operator
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from types import GetSetDescriptorType, MethodDescriptorType
@@ -58,7 +59,8 @@ class Owner:
             "data": (allocation.address, False),
             "version": 3,
         }
-        _owners.add(self)
+        with _lock:
+            _owners.add(self)
 
     def end(self) -> None:
         """Take the memory away from the Buffer, which must not point to what is no longer its own."""
@@ -75,6 +77,7 @@ class Owner:
 
 
 _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+_lock = threading.Lock()  # emulated ranks are threads; a set must not grow while another looks through it
 
 
 def invalidate(address: int, nbytes: int) -> None:
@@ -85,7 +88,9 @@ def invalidate(address: int, nbytes: int) -> None:
     address, nbytes
         The memory of a heap. Verbs refuse views into it from here on.
     """
-    for owner in list(_owners):
+    with _lock:
+        owners = list(_owners)
+    for owner in owners:
         if address <= owner.allocation.address < address + nbytes and not owner.freed:
             owner.end()
 

@@ -217,7 +217,7 @@ def _refuse_sentinels(where: str, buf: object) -> None:
     """Refuse the values that stand for no memory."""
     mpi = mpi_module()
     if buf is None:
-        raise ArgumentError(f"{where} is None, expected an array; pass the array")
+        raise ArgumentError(f"{where} is None, expected an array; pass the array, or IN_PLACE as sendbuf")
     if is_in_place(buf):
         raise ArgumentError(f"{where} is IN_PLACE, expected an array; pass IN_PLACE as sendbuf only")
     if mpi is not None and buf is mpi.BOTTOM:

@@ -105,6 +105,7 @@ def test_any_count_and_displacement(data):
 
 
 @given(st.sampled_from(list(DATATYPES)), st.integers(0, 40))
+@settings(deadline=None)
 def test_bytes_are_read_as_any_type_that_divides_them(name, nbytes):
     datatype = DATATYPES[name]
     if nbytes % datatype.itemsize:
