@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ENTRY = "nvcoll_entry"
+C_FUNCTIONS = {"memcpy", "memmove", "memset"}
+"""What compiled code may call besides what it is handed."""
 PACKAGE = Path(__file__).parent
 HEADER = len(hashlib.sha256().digest())
 
@@ -116,13 +118,27 @@ def _llvm() -> tuple[Any, Callable[[], Any]]:
 
 
 def compile_host(text: Any, arguments: int) -> bytes:
-    """Compile a function of 64-bit integers to an object file whose entry point is `ENTRY`."""
+    """Compile a function of 64-bit integers to an object file whose entry point is `ENTRY`.
+
+    Numba's functions return a status beside their result and have paths that raise. Texts here never raise, and once
+    all functions but the entry are internal to the module, the optimiser sees that and removes those paths; what is
+    left needs nothing of Numba when it runs.
+    """
     from numba import cfunc, types
 
     llvm, machine = _llvm()
     compiled = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)
-    source = compiled.inspect_llvm().replace(compiled._wrapper_name, ENTRY)
-    return bytes(machine().emit_object(llvm.parse_assembly(source)))
+    module = llvm.parse_assembly(compiled.inspect_llvm().replace(compiled._wrapper_name, ENTRY))
+    for function in module.functions:
+        if not function.is_declaration and function.name != ENTRY:
+            function.linkage = "internal"
+    target = machine()
+    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    needed = {f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")} - C_FUNCTIONS
+    if needed:
+        raise RuntimeError(f"kernel needs {sorted(needed)}: its text has a path that raises; see nvcoll.device")
+    return bytes(target.emit_object(module))
 
 
 @cache

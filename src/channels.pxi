@@ -95,10 +95,10 @@ class _Client:
 
     def allgather(self, data, timeout):
         """Give `data`, return what every rank gave."""
-        deadline = time.monotonic() + timeout + GRACE
+        deadline = time.monotonic() + _patience(timeout)
         milliseconds = min(int(timeout * 1000), 0xFFFFFFFF)
         try:
-            self.sock.settimeout(timeout + GRACE)
+            self.sock.settimeout(_patience(timeout))
             self.sock.sendall(_frame(DATA, COUNT.pack(milliseconds) + data))
             kind, payload = self._read(deadline, (LARGEST + 8) * self.size)
         except builtins.TimeoutError as error:
@@ -145,8 +145,11 @@ class _OverMPI:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     def allgather(self, data, timeout):
-        deadline = time.monotonic() + timeout
-        lengths = self._gather(len(data), deadline) if self.rank == 0 else self._report(len(data), deadline + GRACE)
+        now = time.monotonic()
+        if self.rank == 0:
+            lengths = self._gather(len(data), now + timeout)
+        else:
+            lengths = self._report(len(data), now + _patience(timeout))
         missing = [rank for rank, length in enumerate(lengths) if length < 0]
         if missing:
             raise TimeoutError(_late(missing, timeout))

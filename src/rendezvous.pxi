@@ -33,7 +33,6 @@ cdef Py_ssize_t LARGEST = 16 << 20  # bytes a rank may give to one exchange
 cdef Py_ssize_t LARGEST_GREETING = 1024  # bytes of a frame from somebody who has not proved the key
 cdef Py_ssize_t STRANGERS = 64  # connections that have not proved the key, at most, beside one for each rank
 GREETING_SECONDS = 5.0  # until a connection must have proved the key
-cdef double GRACE = 5.0  # seconds a client waits for the server's own verdict after its deadline
 
 
 def _digest(key, *parts):
@@ -92,6 +91,11 @@ def _ranks(ranks):
     if len(names) > 16:
         names[16:] = [f"{len(names) - 16} more"]
     return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
+
+
+def _patience(timeout):
+    """Return for how many seconds to wait for rank 0 or the server, which tells who is late when the time is over."""
+    return timeout + min(timeout, 5.0)
 
 
 def _late(ranks, timeout):

@@ -39,7 +39,7 @@ HEAVY = ("numba", "llvmlite", "mpi4py", "ml_dtypes", "torch", "cuda", "nvshmem",
 MAX_LINES = 400
 
 PYTHON = sorted(PACKAGE.rglob("*.py"))
-CYTHON = sorted((ROOT / "src").glob("*.px[iy]"))
+CYTHON = sorted([*(ROOT / "src").glob("*.pyx"), *(ROOT / "src").glob("*.pxi")])
 ALGORITHMS = sorted(path for path in (PACKAGE / "algorithms").glob("*.py") if not path.name.startswith("_"))
 
 

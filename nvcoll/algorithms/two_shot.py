@@ -79,7 +79,8 @@ def text(v: Any) -> Any:
         me, n = rank(c), size(c)
         sources, at = table(c) + 16 * n, itemsize(c)
         step = block // width(c)
-        for first in range(lo, hi, step):
+        for k in range((hi - lo + step - 1) // step):
+            first = lo + k * step
             m = min(step, hi - first)
             for p in range(n):
                 store(sources + 8 * p, load(table(c) + 8 * p) + first * at)
@@ -87,8 +88,8 @@ def text(v: Any) -> Any:
             acc = mine if widen(c) == 0 else blocks(c) + 2 * block
             combine(c, sources, n, acc, m)
             finish_to(c, mine, acc, m)
-            for k in range(1, n):
-                p = (me + k) % n
+            for ahead in range(1, n):
+                p = (me + ahead) % n
                 copy(load(table(c) + 8 * (n + p)) + first * at, mine, m * at)
 
     @jit
@@ -121,8 +122,10 @@ def text(v: Any) -> Any:
                 if p != me:
                     wait_signal(c, e, 2 * n + p)
         else:
-            for first in range(0, count, capacity(c)):
+            first = 0
+            while first < count:
                 shift = first * itemsize(c)
                 one_round(c, begin(c), send + shift, recv + shift, min(capacity(c), count - first))
+                first += capacity(c)
 
     return kernel

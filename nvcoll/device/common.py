@@ -123,7 +123,8 @@ def verbs(t: Any) -> SimpleNamespace:
         The accumulators may be one of the arrays: a block is stored after all its operands were read.
         """
         step = BLOCK // width(c)
-        for lo in range(0, n, step):
+        for block in range((n + step - 1) // step):  # a range with a step could raise
+            lo = block * step
             m = min(step, n - lo)
             to = acc + lo * width(c)
             left = load(sources) + lo * itemsize(c)

@@ -64,9 +64,11 @@ def entry(t: Any, v: Any, text: Any, rounds: bool) -> Any:
         return 0
 
     def pieces(c):
-        for first in range(0, count(c), capacity(c)):
+        first = 0
+        while first < count(c):
             shift = first * itemsize(c)
             kernel(c, send(c) + shift, recv(c) + shift, min(capacity(c), count(c) - first))
+            first += capacity(c)
         return 0
 
     return pieces if rounds else whole

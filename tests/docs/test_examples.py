@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ class Block:
 def blocks(page):
     text = page.read_text()
     found = list(BLOCK.finditer(text))
-    for match, after in zip(found, [*found[1:], None], strict=True):
+    for match, after in zip_longest(found, found[1:]):
         options = dict(option.split("=", 1) for option in shlex.split(match["options"] or ""))
         output = after["text"] if after and after["language"] == "text" else None
         line = text.count("\n", 0, match.start("text")) + 1
