@@ -1,0 +1,380 @@
+"""How ranks find each other: real processes, started by each kind of launcher."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nvcoll import settings
+from nvcoll._bootstrap import RendezvousServer, choose, connect
+from nvcoll.errors import BootstrapError, StateError
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}
+MPICH = {"PMI_RANK": "0", "PMI_SIZE": "4"}
+SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5"}
+RUN = {"NVCOLL_RANK": "0", "NVCOLL_SIZE": "2", "NVCOLL_RENDEZVOUS": "127.0.0.1:1", "NVCOLL_KEY": "00"}
+
+# The start of every program: connect, and tell in one line of JSON what happened.
+PROGRAM = """
+import json, os, signal, sys, time
+from nvcoll import settings
+from nvcoll._bootstrap import connect
+from nvcoll.errors import Error
+
+def tell(*facts):
+    sys.stdout.write(json.dumps(facts) + "\\n")
+    sys.stdout.flush()
+
+def attempt(call, *args):
+    start = time.monotonic()
+    try:
+        return [part.decode() for part in call(*args)]
+    except Error as error:
+        return [type(error).__name__, str(error), time.monotonic() - start]
+
+exchange = connect(settings.read())
+rank = exchange.rank
+"""
+
+
+@pytest.fixture
+def ranks():
+    """Start programs with variables of their own; return (process, told), where told() reads a line of JSON."""
+    with contextlib.ExitStack() as stack:
+
+        def start(code, environs):
+            started = []
+            for environ in environs:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", PROGRAM + code],
+                    env=os.environ | environ,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+                stack.enter_context(process)
+                stack.callback(kill, process.pid)
+                started.append((process, lambda out=process.stdout: json.loads(out.readline())))
+            return started
+
+        yield start
+
+
+def kill(group):
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+@pytest.fixture
+def server():
+    with RendezvousServer(3) as server:
+        yield server
+
+
+def as_run(server, **others):
+    return [
+        {
+            "NVCOLL_RANK": str(rank),
+            "NVCOLL_SIZE": str(server.size),
+            "NVCOLL_RENDEZVOUS": server.address,
+            "NVCOLL_KEY": server.key,
+            **others,
+        }
+        for rank in range(server.size)
+    ]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def as_torchrun(size, **others):
+    port = str(free_port())
+    return [
+        {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **others}
+        for rank in range(size)
+    ]
+
+
+class TestChoice:
+    @pytest.mark.parametrize(
+        ("environ", "kind", "reason"),
+        [
+            ({}, "single", "no launcher"),
+            (RUN, "run", "NVCOLL_RENDEZVOUS"),
+            (TORCHRUN, "torchrun", "MASTER_ADDR"),
+            (OPEN_MPI, "mpi", "Open MPI's launcher started 3 ranks"),
+            (MPICH, "mpi", "MPICH's launcher started 4 ranks"),
+            (SLURM, "mpi", "Slurm's launcher started 5 ranks"),
+            ({"PMIX_RANK": "0", "PMIX_NAMESPACE": "x"}, "mpi", "PMIx"),
+            ({"RANK": "0", "WORLD_SIZE": "2"}, "single", "no launcher"),
+            ({**TORCHRUN, "MASTER_ADDR": ""}, "single", "no launcher"),
+            ({"PMI_RANK": "0", "PMI_SIZE": "1"}, "single", "no launcher"),
+            ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, "single", "no launcher"),  # the batch script itself
+            ({**RUN, **TORCHRUN, **MPICH}, "run", "NVCOLL_RENDEZVOUS"),
+            ({**TORCHRUN, **MPICH}, "torchrun", "RANK"),
+            ({**RUN, **MPICH, "NVCOLL_BOOTSTRAP": "mpi"}, "mpi", "NVCOLL_BOOTSTRAP=mpi"),
+            ({**RUN, "NVCOLL_BOOTSTRAP": "single"}, "single", "NVCOLL_BOOTSTRAP=single"),
+        ],
+    )
+    def test_order(self, environ, kind, reason):
+        found, why = choose(settings.read(environ), environ)
+        assert found == kind
+        assert reason in why
+
+    def test_a_number_that_is_none(self):
+        with pytest.raises(BootstrapError, match="PMI_SIZE should be a whole number, got 'many'"):
+            choose(settings.read({}), {"PMI_RANK": "0", "PMI_SIZE": "many"})
+
+    @pytest.mark.parametrize("missing", RUN)
+    def test_an_incomplete_set_of_variables(self, missing):
+        environ = {name: value for name, value in RUN.items() if name != missing} | {"NVCOLL_BOOTSTRAP": "run"}
+        with pytest.raises(BootstrapError, match=f"{missing} is not set, as `nvcoll run` does"):
+            connect(settings.read(environ))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("MASTER_PORT", "", "MASTER_PORT is not set, as torchrun does"),
+            ("WORLD_SIZE", "two", "WORLD_SIZE should be a whole number, got 'two'"),
+            ("RANK", "2", "RANK=2 is not below WORLD_SIZE=2"),
+        ],
+    )
+    def test_wrong_variables_of_torchrun(self, monkeypatch, name, value, message):
+        for variable in (TORCHRUN | {name: value}).items():
+            monkeypatch.setenv(*variable)
+        with pytest.raises(BootstrapError, match=message):
+            connect(settings.read({"NVCOLL_BOOTSTRAP": "torchrun"}))
+
+
+def test_one_rank_alone():
+    exchange = connect(settings.read({}))
+    assert (exchange.kind, exchange.rank, exchange.size, exchange.mpi_comm) == ("single", 0, 1, None)
+    assert exchange.allgather(b"x") == [b"x"]
+    exchange.close()
+    with pytest.raises(StateError, match="the exchange is closed"):
+        exchange.allgather(b"x")
+
+
+class TestProcesses:
+    def test_ranks_gather_and_come_back(self, ranks, server):
+        code = """
+for again in range(3):
+    tell(exchange.kind, [part.decode() for part in exchange.allgather(b"r%d" % rank)])
+    exchange.close()
+    exchange = connect(settings.read())
+"""
+        for _, told in ranks(code, as_run(server)):
+            assert [told() for _ in range(3)] == [["run", ["r0", "r1", "r2"]]] * 3
+
+    def test_a_killed_rank_is_named_at_once(self, ranks, server):
+        code = """
+exchange.allgather(b"")
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+tell(attempt(exchange.allgather, b""))
+"""
+        started = ranks(code, as_run(server))
+        for rank in (0, 2):
+            [(kind, text, seconds)] = started[rank][1]()
+            assert (kind, seconds < 5) == ("PeerLostError", True)
+            assert text.startswith(f"allgather: rank 1 has died while rank {rank} waited; look at its own output")
+
+    def test_a_forked_child_does_not_hide_the_death_of_its_parent(self, ranks, server):
+        code = """
+exchange.allgather(b"")
+if rank == 1:
+    if os.fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+tell(attempt(exchange.allgather, b""))
+"""
+        [(kind, text, _)] = ranks(code, as_run(server))[0][1]()
+        assert kind == "PeerLostError"
+        assert "rank 1 has died" in text
+
+    def test_a_rank_that_does_not_come_is_named(self, ranks, server):
+        code = """
+if rank == 2:
+    time.sleep(100)
+tell(attempt(exchange.allgather, b""))
+"""
+        started = ranks(code, as_run(server, NVCOLL_TIMEOUT="0.5"))
+        for rank in (0, 1):
+            [(kind, text, seconds)] = started[rank][1]()
+            assert (kind, seconds < 5) == ("TimeoutError", True)
+            assert "rank 2 did not arrive within 0.5 s" in text
+
+    def test_the_launcher_is_gone(self, ranks):
+        server = RendezvousServer(3)
+        [(_, told), *_] = ranks("tell(0); tell(attempt(exchange.allgather, b''))", as_run(server))
+        assert told() == [0]
+        server.close()
+        [(kind, text, _)] = told()
+        assert kind == "PeerLostError"
+        assert f"rank 0 lost {server.address}" in text
+
+    def test_ctrl_c_ends_the_wait(self, ranks, server):
+        [(process, told), *_] = ranks("tell(0)\ntime.sleep(100) if rank else exchange.allgather(b'')", as_run(server))
+        told()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+
+
+class TestForks:
+    CODE = """
+if os.fork():
+    os.wait()
+else:
+    tell(attempt(exchange.allgather, b""))
+    exchange.close()
+    tell(attempt(lambda: connect(settings.read()).allgather(b"")))
+    tell(attempt(connect(settings.read({"NVCOLL_BOOTSTRAP": "single"})).allgather, b"alone"))
+    os._exit(0)
+tell([part.decode() for part in exchange.allgather(b"r%d" % rank)])
+"""
+
+    def test_a_child_is_told_that_it_is_no_rank_and_harms_none(self, ranks, server):
+        for rank, (_, told) in enumerate(ranks(self.CODE, as_run(server))):
+            for verb in ("allgather", "connect"):
+                [(kind, text, _)] = told()
+                assert kind == "StateError"
+                assert f"{verb}: this process was forked from rank {rank} and is no rank itself" in text
+                assert "NVCOLL_BOOTSTRAP=single" in text
+            assert told() == [["alone"]]
+            assert told() == [["r0", "r1", "r2"]]
+
+    def test_a_child_process_that_connects_is_refused(self, ranks, server):
+        code = """
+import subprocess
+code = "from nvcoll import settings; from nvcoll._bootstrap import connect; connect(settings.read())"
+tell(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()[-1], os.getpid())
+"""
+        text, pid = ranks(code, as_run(server)[:1])[0][1]()
+        assert f"process {pid} is rank 0 already; a child process of a rank is no rank itself" in text
+
+
+class TestTorchrun:
+    def test_rank_0_is_the_meeting_point(self, ranks):
+        code = """
+for again in range(2):
+    tell(exchange.kind, [part.decode() for part in exchange.allgather(b"r%d" % rank)])
+    exchange.close()
+    exchange = connect(settings.read())
+"""
+        # rank 0 comes last: the others look for it until it is there
+        environs = as_torchrun(3)[::-1]
+        for _, told in ranks(code, environs):
+            assert [told() for _ in range(2)] == [["torchrun", ["r0", "r1", "r2"]]] * 2
+
+    def test_the_name_of_the_run_is_a_key(self, ranks):
+        environs = as_torchrun(2)
+        environs[0]["TORCHELASTIC_RUN_ID"], environs[1]["TORCHELASTIC_RUN_ID"] = "one", "other"
+        _, (other, _) = ranks("time.sleep(100)", environs)
+        assert other.wait(20) == 1
+
+    def test_a_port_in_use(self, monkeypatch):
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            for name, value in as_torchrun(2)[0].items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.setenv("MASTER_PORT", str(sock.getsockname()[1]))
+            with pytest.raises(BootstrapError, match=r"rank 0 cannot listen on MASTER_PORT .* in use"):
+                connect(settings.read({}))
+
+    def test_a_store_of_torchs_needs_torch(self, monkeypatch):
+        for name, value in as_torchrun(2, TORCHELASTIC_USE_AGENT_STORE="True")[0].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(sys.modules, "torch.distributed", None)
+        with pytest.raises(BootstrapError, match=r"torch does not load here .*; install torch in this environment"):
+            connect(settings.read({}))
+
+
+# What nvcoll uses of torch: a store whose keys are files.
+TORCH = """
+import os, pathlib
+
+class TCPStore:
+    def __init__(self, host, port, is_master, timeout):
+        assert (host, port, is_master) == (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False)
+        assert timeout.total_seconds() > 0
+        self.folder = pathlib.Path(__file__).parent
+
+    def _path(self, key):
+        return self.folder / key.replace("/", "_")
+
+    def set(self, key, value):
+        self._path(key + ".new").write_bytes(value)
+        self._path(key + ".new").rename(self._path(key))
+
+    def check(self, keys):
+        return all(self._path(key).exists() for key in keys)
+
+    def get(self, key):
+        return self._path(key).read_bytes()
+
+    def delete_key(self, key):
+        self._path(key).unlink(missing_ok=True)
+
+def is_available():
+    return True
+
+def is_initialized():
+    return False
+"""
+
+
+class TestTorchStore:
+    @pytest.fixture
+    def environs(self, tmp_path):
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch/__init__.py").touch()
+        (tmp_path / "torch/distributed.py").write_text(TORCH)
+        return as_torchrun(3, TORCHELASTIC_USE_AGENT_STORE="True", PYTHONPATH=str(tmp_path), NVCOLL_TIMEOUT="10")
+
+    def test_ranks_gather_through_it_and_come_back(self, ranks, environs, tmp_path):
+        code = """
+for again in range(2):
+    for call in range(20):
+        found = exchange.allgather(b"r%d" % rank * call)
+    tell(exchange.kind, [part.decode() for part in found])
+    exchange.close()
+    exchange = connect(settings.read())
+"""
+        for process, told in ranks(code, environs):
+            assert [told() for _ in range(2)] == [["torchrun", ["r0" * 19, "r1" * 19, "r2" * 19]]] * 2
+            process.wait(10)
+        # of each session the keys of the last call remain
+        assert len(list((tmp_path / "torch").glob("nvcoll_0_*"))) == 2 * 3
+
+    def test_a_rank_that_does_not_come_is_named(self, ranks, environs):
+        code = "tell(attempt(exchange.allgather, b'')) if rank != 1 else time.sleep(100)"
+        environs = [environ | {"NVCOLL_TIMEOUT": "0.5"} for environ in environs]
+        [(kind, text, _)] = ranks(code, environs)[2][1]()
+        assert kind == "TimeoutError"
+        assert "rank 1 did not arrive within 0.5 s" in text
+
+    def test_a_restarted_run_has_keys_of_its_own(self, ranks, environs, tmp_path):
+        environs = [environ | {"TORCHELASTIC_RESTART_COUNT": "4"} for environ in environs]
+        for _, told in ranks("tell(len(exchange.allgather(b'')))", environs):
+            assert told() == [3]
+        assert list((tmp_path / "torch").glob("nvcoll_4_0_*"))
+
+    @pytest.mark.slow
+    def test_under_torchrun_itself(self, tmp_path, run_command):
+        torchrun = Path(sys.executable).with_name("torchrun")
+        if not torchrun.exists():
+            pytest.skip("torch is not installed")
+        (tmp_path / "program.py").write_text(PROGRAM + "print('got', exchange.kind, exchange.allgather(b'%d' % rank))")
+        status, output = run_command([torchrun, "--nproc-per-node", "2", tmp_path / "program.py"])
+        assert status == 0, output
+        assert output.count("got torchrun [b'0', b'1']") == 2

@@ -1,0 +1,107 @@
+"""How ranks that an MPI launcher started find each other."""
+
+import sys
+
+import pytest
+
+from nvcoll import settings
+from nvcoll._bootstrap import connect
+from nvcoll.errors import BootstrapError
+
+mpi = pytest.mark.mpi
+
+
+@mpi
+def test_ranks_gather_and_come_back(run_ranks):
+    code = """
+        from nvcoll import settings
+        from nvcoll._bootstrap import connect
+
+        for again in range(3):
+            exchange = connect(settings.read())
+            rank, comm = exchange.rank, exchange.mpi_comm
+            found = [exchange.allgather(b"x" * size * rank) for size in (0, 1, 100_000)]
+            assert found == [[b"x" * size * r for r in range(3)] for size in (0, 1, 100_000)]
+            assert (comm.Get_rank(), comm.Get_size()) == (rank, 3)
+            print(exchange.kind, rank, comm.allreduce(rank))
+            exchange.close()
+            assert exchange.mpi_comm is None
+    """
+    found = run_ranks(code, 3, launcher="mpiexec")
+    assert found.stdout == [f"mpi {rank} 3\n" * 3 for rank in range(3)]
+
+
+@mpi
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_rank_that_does_not_come_is_named(run_ranks, missing):
+    code = """
+        import sys, time
+        from nvcoll import settings
+        from nvcoll._bootstrap import connect
+        from nvcoll.errors import StateError, TimeoutError
+
+        exchange = connect(settings.read())
+        exchange.allgather(b"")
+        if exchange.rank == int(sys.argv[1]):
+            time.sleep(1.5)
+            sys.exit()
+        try:
+            exchange.allgather(b"")
+        except TimeoutError as error:
+            print(error, flush=True)
+        try:
+            exchange.allgather(b"")
+        except StateError as error:
+            print(error, flush=True)
+        exchange.close()
+    """
+    found = run_ranks(code, 3, missing, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
+    for rank in {0, 1, 2} - {missing}:
+        late, unusable = found.stdout[rank].splitlines()
+        assert late.startswith(f"allgather: rank {missing} did not arrive within 0.5 s")
+        assert "an earlier call failed" in unusable
+
+
+@mpi
+def test_an_mpi_that_this_program_started_is_used(run_ranks):
+    code = """
+        from mpi4py import MPI
+        import os
+        for name in list(os.environ):
+            if name.startswith("PMI"):
+                del os.environ[name]
+        from nvcoll import settings
+        from nvcoll._bootstrap import choose, connect
+        print(*choose(settings.read()))
+        print(connect(settings.read()).allgather(b"%d" % MPI.COMM_WORLD.rank))
+    """
+    found = run_ranks(code, 2, launcher="mpiexec")
+    assert found.stdout == ["mpi mpi4py runs already, with 2 ranks\n[b'0', b'1']\n"] * 2
+
+
+@mpi
+def test_a_launcher_of_another_library(run_command):
+    code = "from nvcoll import settings, _bootstrap; _bootstrap.connect(settings.read())"
+    status, output = run_command(
+        [sys.executable, "-c", code], env={"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}
+    )
+    assert status == 1
+    assert "BootstrapError: connect: Open MPI's launcher started 3 ranks, but mpi4py's library (" in output
+    assert "sees 1; use the launcher of that library" in output
+
+
+@mpi
+def test_finalized(run_command):
+    code = (
+        "from mpi4py import MPI; MPI.Finalize(); from nvcoll import settings, _bootstrap\n"
+        "_bootstrap.connect(settings.read())"
+    )
+    status, output = run_command([sys.executable, "-c", code], env={"NVCOLL_BOOTSTRAP": "mpi"})
+    assert status == 1
+    assert "StateError: connect: MPI is finalized and cannot be started again" in output
+
+
+def test_a_launcher_without_mpi4py_names_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(BootstrapError, match=r"mpi4py does not load .* `pip install nvcoll\[mpich\]`"):
+        connect(settings.read({"NVCOLL_BOOTSTRAP": "mpi"}))
