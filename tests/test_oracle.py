@@ -30,25 +30,26 @@ def reduced(arrays, op, datatype, order=None, accumulate=None):
 
 
 @PAIRS
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 16, 64])
-def test_right_results_pass_in_any_order(datatype, op, n_ranks):
-    arrays = inputs(datatype, op, n_ranks)
-    expected, bound = reduce_all(arrays, op, datatype), tolerance(datatype, op, n_ranks)
-    for order in (range(n_ranks), range(n_ranks - 1, -1, -1)):
-        result = reduced(arrays, op, datatype, order)
-        assert_reduced(result, arrays, op, datatype)
-        np.testing.assert_allclose(result.astype(expected.dtype), expected, rtol=bound, atol=bound)
+def test_right_results_pass_in_any_order(datatype, op):
+    for n_ranks in (1, 2, 3, 16, 64):
+        arrays = inputs(datatype, op, n_ranks)
+        expected, bound = reduce_all(arrays, op, datatype), tolerance(datatype, op, n_ranks)
+        for order in (range(n_ranks), range(n_ranks - 1, -1, -1)):
+            result = reduced(arrays, op, datatype, order)
+            assert_reduced(result, arrays, op, datatype)
+            np.testing.assert_allclose(result.astype(expected.dtype), expected, rtol=bound, atol=bound)
 
 
 @PAIRS
-@pytest.mark.parametrize("n_ranks", [2, 5])
-def test_a_missing_or_doubled_rank_is_found(datatype, op, n_ranks):
-    arrays = inputs(datatype, op, n_ranks)
+def test_a_rank_that_is_missing_or_counted_twice_is_found(datatype, op):
     idempotent = op in {"MIN", "MAX", "LAND", "LOR", "BAND", "BOR"}
-    for wrong in ([*arrays[1:], arrays[1]], arrays if idempotent else [*arrays, arrays[0]]):
-        if wrong is not arrays:
+    for n_ranks in (2, 5):
+        arrays = inputs(datatype, op, n_ranks)
+        with pytest.raises(AssertionError):
+            assert_reduced(reduced([*arrays[1:], arrays[1]], op, datatype), arrays, op, datatype)
+        if not idempotent:
             with pytest.raises(AssertionError):
-                assert_reduced(reduced(wrong, op, datatype), arrays, op, datatype)
+                assert_reduced(reduced([*arrays, arrays[0]], op, datatype), arrays, op, datatype)
 
 
 @PAIRS
