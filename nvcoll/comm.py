@@ -86,6 +86,16 @@ class Comm:
         """Number of ranks."""
         return self._world.size  # type: ignore[no-any-return]
 
+    @property
+    def backend(self) -> str:
+        """Where its memory is: ``"shm"``, ``"emulated"``, or ``"self"`` for `COMM_SELF`."""
+        return self._world.backend  # type: ignore[no-any-return]
+
+    @property
+    def bootstrap(self) -> str:
+        """How its ranks found each other: ``"run"``, ``"torchrun"``, ``"mpi"``, ``"single"`` or ``"emulated"``."""
+        return self._world.exchange.kind  # type: ignore[no-any-return]
+
     def Get_rank(self) -> int:
         """Return `rank`.
 

@@ -22,7 +22,7 @@ GRACE = 5.0
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # `read` succeeds on a line (all is well), and fails at the end of the pipe (the launcher is gone).
-WATCHMAN = "read line || { kill -TERM 0; sleep 2; kill -KILL 0; }"
+WATCHMAN = "trap '' INT TERM HUP; read line || { kill -TERM 0; sleep 2; kill -KILL 0; }"
 
 LONGEST_LINE = 1 << 16  # a line without an end is written in pieces of this many bytes
 
@@ -71,7 +71,7 @@ class Launcher:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._handlers = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGCHLD)}
-        # the watchman keeps them blocked: a signal for his group must not end him
+        # a signal for the group must not end the watchman: blocked, it waits until he ignores it
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         try:
             self._watchman = subprocess.Popen(

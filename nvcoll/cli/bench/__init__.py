@@ -17,7 +17,7 @@ from nvcoll import settings
 from nvcoll.cli.bench import report, run
 from nvcoll.cli.bench.contestants import BUFFERS, PEERS, Arrays, Nvcoll
 from nvcoll.cli.bench.measure import Budget, Ranks
-from nvcoll.errors import ArgumentError, Error
+from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, OPS
 
 VERBS = ("allreduce",)
@@ -44,17 +44,23 @@ def add_parser(subparsers: Any) -> None:
         "bench",
         help="time a collective, checked, beside other libraries",
         description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  nvcoll bench allreduce -n 2\n  nvcoll run -n 4 -- nvcoll bench allreduce --max 1M\n"
         "  mpiexec -n 2 nvcoll bench allreduce --compare mpi --json new.json --plot new.png\n",
     )
-    parser.set_defaults(main=main)
     parser.add_argument("verb", choices=VERBS, help="the collective")
     parser.add_argument("-n", type=int, metavar="RANKS", help="start so many ranks on this host, as `nvcoll run` does")
     parser.add_argument("--min", type=size, default=8, metavar="BYTES", help="smallest size (default 8)")
     parser.add_argument("--max", type=size, default=64 << 20, metavar="BYTES", help="largest size (default 64M)")
     parser.add_argument("--factor", type=float, default=2, help="from one size to the next (default 2)")
-    parser.add_argument("--dtype", choices=tuple(DATATYPES), default="float32", help="datatype (default float32)")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DATATYPES),
+        default="float32",
+        metavar="TYPE",
+        help="bfloat16, int32, ... (default float32)",
+    )
     parser.add_argument("--op", choices=tuple(OPS), default="SUM", help="operator (default SUM)")
     parser.add_argument(
         "--buffer",
@@ -67,7 +73,8 @@ def add_parser(subparsers: Any) -> None:
         "--algorithm",
         action="append",
         metavar="NAME",
-        help="ring, or ring/simple, or all; one line each; may be repeated (default: what nvcoll chooses)",
+        help="ring/simple, or ring with all its protocols, or all; one line each; may be repeated (default: what nvcoll "
+        "chooses)",
     )
     parser.add_argument("--time", type=float, default=0.3, metavar="SECONDS", help="time for a line (default 0.3)")
     parser.add_argument("--iters", type=int, metavar="CALLS", help="calls in a batch, whatever their time")
@@ -93,18 +100,16 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.n is not None and settings.read().size is None:
         return _launch(args.n)
-    rank = 0
-    try:
-        from nvcoll import COMM_WORLD
+    from nvcoll import COMM_WORLD
 
-        rank = COMM_WORLD.rank
+    rank = COMM_WORLD.rank
+    try:
         return bench(COMM_WORLD, args)
-    except ArgumentError as exc:  # the same on all ranks: one of them says it
+    except ArgumentError as error:  # the same on all ranks: one of them says it
         if rank == 0:
-            print(f"nvcoll {exc}", file=sys.stderr)
-    except Error as exc:
-        print(f"nvcoll bench: rank {rank}: {exc}", file=sys.stderr)
-    return 2
+            print(f"nvcoll bench: {error}", file=sys.stderr, flush=True)
+        COMM_WORLD.Barrier()  # a launcher may end all ranks when the first of them ends
+        return 2
 
 
 def _say(text: str) -> None:
@@ -137,29 +142,28 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     _check_files(comm, args)
     tell = say if comm.rank == 0 else _nothing
     arrays = Arrays(comm, max(workload.counts), workload.datatype)
-    try:
-        peers = [PEERS[name](comm, arrays, workload.op) for name in dict.fromkeys(args.compare or ())]
-        algorithms = _algorithms(comm, args.verb, args.algorithm)
-        kinds = dict.fromkeys(args.buffer or BUFFERS[:1])
-        own = [Nvcoll(comm, arrays, workload.op, kind, algorithm) for kind in kinds for algorithm in algorithms]
-        versions = {peer.name: peer.version for peer in peers}
-        document = report.document(args.verb, args.op, comm, _options(args), versions)
-        for text in report.header(document):
-            tell(f"# {text}")
-        tell(report.heading([peer.name for peer in peers]))
-        rows = []
-        for row in run.rows(comm, workload, own, peers):
-            tell(report.line(row))
-            rows.append(row)
-    finally:
-        arrays.free()
+    peers = [PEERS[name](comm, arrays, workload.op) for name in dict.fromkeys(args.compare or ())]
+    algorithms = _algorithms(comm, args.verb, args.algorithm)
+    kinds = dict.fromkeys(args.buffer or BUFFERS[:1])
+    own = [Nvcoll(comm, arrays, workload.op, kind, algorithm) for kind in kinds for algorithm in algorithms]
+    versions = {peer.name: peer.version for peer in peers}
+    document = report.document(args.verb, args.op, comm, _options(args), versions)
+    for text in report.header(document):
+        tell(f"# {text}")
+    tell(report.heading([peer.name for peer in peers]))
+    rows = []
+    for row in run.rows(comm, workload, own, peers):
+        tell(report.line(row))
+        rows.append(row)
+    arrays.free()
     for text in report.notes(rows):
         tell(f"# {text}")
     if comm.rank == 0:
         _write(args, document, rows)
     wrong = any(row.wrong for row in rows)
     if wrong and comm.rank > 0:
-        print(f"nvcoll bench: rank {comm.rank}: some answers were wrong", file=sys.stderr)
+        print(f"nvcoll bench: rank {comm.rank}: some answers were wrong", file=sys.stderr, flush=True)
+    comm.Barrier()  # a launcher may end all ranks when the first of them ends
     return int(wrong)
 
 
@@ -171,17 +175,17 @@ def _launch(size: int) -> int:
     """Start this command again on `size` ranks; they find ``NVCOLL_SIZE`` set and do not come here."""
     from nvcoll.cli import main as command_line
 
-    return int(command_line(["run", "-n", str(size), "--", *sys.argv]))
+    return command_line(["run", "-n", str(size), "--", sys.executable, "-P", "-m", "nvcoll", *sys.argv[1:]])
 
 
 def _workload(args: argparse.Namespace) -> run.Workload:
     op, datatype = OPS[args.op], DATATYPES[args.dtype]
     if reason := op.supports(datatype):
-        raise ArgumentError(f"bench: --op {op.name} --dtype {datatype.name}: {reason}")
+        raise ArgumentError(f"--op {op.name} --dtype {datatype.name}: {reason}")
     if not args.time > 0:
-        raise ArgumentError(f"bench: --time is {args.time:g} seconds; give a number above 0, such as 0.3")
+        raise ArgumentError(f"--time is {args.time:g} seconds; give a number above 0, such as 0.3")
     if args.iters is not None and args.iters < 1:
-        raise ArgumentError(f"bench: --iters is {args.iters}; give 1 call or more")
+        raise ArgumentError(f"--iters is {args.iters}; give 1 call or more")
     counts = run.counts(args.min, args.max, args.factor, datatype.itemsize)
     return run.Workload(counts, datatype, op, Budget(args.time, args.iters))
 
@@ -191,22 +195,28 @@ def _check_files(comm: Any, args: argparse.Namespace) -> None:
     reason = ""
     if comm.rank == 0:
         if args.plot and importlib.util.find_spec("matplotlib") is None:
-            reason = 'bench: --plot needs matplotlib; pip install "nvcoll[bench]"'
+            reason = '--plot needs matplotlib; pip install "nvcoll[bench]"'
         for path in filter(None, (args.json, args.plot)):
             if not path.parent.is_dir():
-                reason = f"bench: there is no folder {path.parent} for {path.name}; make it first"
+                reason = f"there is no folder {path.parent} for {path.name}; make it first"
     if any(Ranks(comm).largest([bool(reason)])):
-        raise ArgumentError(reason or "bench: rank 0 cannot write the files that were asked for")
+        raise ArgumentError(reason or "rank 0 cannot write the files that were asked for")
 
 
 def _algorithms(comm: Any, verb: str, asked: Sequence[str] | None) -> list[str | None]:
     if not asked:
         return [None]
-    known = list(comm.algorithms(verb))
-    for name in asked:
-        if name != "all" and name.partition("/")[0] not in known:
-            raise ArgumentError(f"bench: --algorithm {name} is unknown; take all, or one of {', '.join(known)}")
-    return list(dict.fromkeys(name for given in asked for name in (known if given == "all" else [given])))
+    known = comm.algorithms(verb)
+    found: dict[str | None, None] = {}  # an ordered set
+    for given in asked:
+        names = [name for name in known if given in ("all", name, name.partition("/")[0])]
+        if not names:
+            choices = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
+            raise ArgumentError(
+                f"--algorithm {given} is unknown; take all or one of {choices}, or one as in {known[-1]}"
+            )
+        found.update(dict.fromkeys(names))
+    return list(found)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,5 +235,5 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report
         from nvcoll.cli.bench import plot
 
         host = document["machine"]
-        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {host['cpu']}, {host['cores']} cores"
+        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {host['cpu_model']}, {host['physical_cores']} cores"
         plot.save(args.plot, rows, title)

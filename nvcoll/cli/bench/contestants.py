@@ -100,7 +100,7 @@ class Nvcoll:
     buffer
         One of `BUFFERS`.
     algorithm
-        As in ``comm.Allreduce(algorithm=...)``; None lets nvcoll choose.
+        One of ``comm.algorithms()``; None lets nvcoll choose.
     """
 
     name = "nvcoll"
@@ -125,10 +125,10 @@ class Nvcoll:
 
     def chosen(self) -> str:
         """Return the algorithm and protocol of the prepared call, as ``ring/simple``."""
-        if self.algorithm is not None and "/" in self.algorithm:
+        if self.algorithm is not None:
             return self.algorithm
-        why = self.comm.explain("allreduce", self.recv.nbytes, self.arrays.datatype.dtype, self.op)
-        return self.algorithm or f"{why.algorithm}/{why.protocol}"
+        why = self.comm.explain("allreduce", self.recv.nbytes, self.arrays.datatype, self.op)
+        return f"{why.algorithm}/{why.protocol}" if why.protocol else str(why.algorithm)
 
 
 class Mpi:
@@ -150,11 +150,11 @@ class Mpi:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as exc:
             cure = 'pip install "nvcoll[mpich]"'
-            raise ArgumentError(f"bench: --compare mpi needs mpi4py and an MPI library ({exc}); {cure}") from exc
+            raise ArgumentError(f"--compare mpi needs mpi4py and an MPI library ({exc}); {cure}") from exc
         self.mpi = MPI.COMM_WORLD
         if self.mpi.size != comm.size:
             raise ArgumentError(
-                f"bench: --compare mpi needs ranks that MPI started; here nvcoll has {comm.size}, MPI {self.mpi.size}; "
+                f"--compare mpi needs ranks that MPI started; here nvcoll has {comm.size}, MPI {self.mpi.size}; "
                 f"type `mpiexec -n {max(comm.size, self.mpi.size)} nvcoll bench allreduce --compare mpi`"
             )
         self.arrays = arrays
@@ -162,12 +162,12 @@ class Mpi:
         self.version = " ".join(MPI.Get_library_version().splitlines()[0].rstrip("\0").split())
         self.op: Any = getattr(MPI, op.name, None)
         if self.op is None:
-            raise ArgumentError(f"bench: --compare mpi cannot do {op.name}, which MPI lacks; choose another --op")
+            raise ArgumentError(f"--compare mpi cannot do {op.name}, which MPI lacks; choose another --op")
         try:  # one element tells what the library lacks
             self.mpi.Allreduce(self.in_place, np.zeros(1, arrays.datatype.dtype), self.op)
         except (MPI.Exception, BufferError, ValueError, TypeError, KeyError) as exc:
             name = arrays.datatype.name
-            raise ArgumentError(f"bench: --compare mpi cannot reduce {name} with {op.name} ({exc})") from exc
+            raise ArgumentError(f"--compare mpi cannot reduce {name} with {op.name} ({exc})") from exc
 
     def prepare(self, count: int) -> None:
         """Make `call` reduce the first `count` elements."""

@@ -1,16 +1,14 @@
 """What a benchmark says: rows, the printed table, and the JSON file."""
 
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
+from nvcoll.cli import info
 from nvcoll.cli.bench.check import Verdict
 from nvcoll.cli.bench.measure import Timing, geometric_mean
 
@@ -205,47 +203,14 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"geometric mean of {peer}/nvcoll, {name}: {number(mean)} (above 1: nvcoll is faster)"
 
 
-def machine() -> dict[str, Any]:
-    """Return what this rank's host is: processor, cores, how many this process may use, system, load."""
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)),
-        "system": f"{platform.system()} {platform.release()}",
-        "load": round(os.getloadavg()[0], 2),
-    }
-
-
-def versions(peers: Mapping[str, str]) -> dict[str, str]:
-    """Return the versions of what takes part; `peers` are given by name."""
-    found = {"python": platform.python_version()}
-    for package in ("nvcoll", "numpy", "numba", "ml_dtypes", "mpi4py"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found | dict(peers)
-
-
-def _cpu() -> str:
-    try:
-        for text in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            key, _, value = text.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def header(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines above the table, from the fields of the JSON file."""
     host = document["machine"]
     yield f"{document['verb']}, {document['op']}: {document['ranks']} ranks, bootstrap {document['bootstrap']}"
     yield f"date: {document['date']}"
     yield f"command: {shlex.join(document['command'])}"
-    cores = f"{host['cores']} cores ({host['usable_cores']} usable)"
-    yield f"machine: {host['cpu']}, {cores}, {host['system']}, load {host['load']}"
+    cores = f"{host['physical_cores']} cores, {host['usable_cpus']} CPUs usable"
+    yield f"machine: {host['cpu_model']}, {cores}, load {host['load']}"
     yield "versions: " + ", ".join(f"{name} {text}" for name, text in document["versions"].items())
     yield from EXPLANATION
 
@@ -269,11 +234,11 @@ def document(verb: str, op: str, comm: Any, options: Mapping[str, Any], peers: M
         "verb": verb,
         "op": op,
         "ranks": comm.size,
-        "bootstrap": comm.bootstrap,
+        "bootstrap": info.bootstrap(os.environ)["kind"],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["nvcoll", *sys.argv[1:]],
         "settings": dict(options),
-        "machine": machine(),
-        "versions": versions(peers),
+        "machine": {**info.hardware(), "load": round(os.getloadavg()[0], 2)},
+        "versions": {name: text for name, text in info.versions().items() if text} | dict(peers),
         "explanation": list(EXPLANATION),
     }

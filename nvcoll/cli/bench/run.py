@@ -44,9 +44,9 @@ def counts(least: int, most: int, factor: float, itemsize: int) -> list[int]:
         The range is empty, or the factor does not grow it.
     """
     if most < least:
-        raise ArgumentError(f"bench: --max {most} is below --min {least}; exchange them")
+        raise ArgumentError(f"--max {most} is below --min {least}; exchange them")
     if not factor > 1:
-        raise ArgumentError(f"bench: --factor {factor:g} does not grow a size; give a number above 1, such as 2")
+        raise ArgumentError(f"--factor {factor:g} does not grow a size; give a number above 1, such as 2")
     found: dict[int, None] = {}  # an ordered set: small sizes may round to the same count
     nbytes = float(least)
     while nbytes <= most:
