@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 from nvcoll.backends.group import Member, agree
+from nvcoll.buffers import invalidate
 from nvcoll.errors import AllocationError, MismatchError, StateError
 
 ALIGN = 4096
@@ -95,10 +96,11 @@ class Heap:
             self._release(piece.number)
 
     def close(self) -> None:
-        """Give everything back. The addresses of all pieces are invalid from here on."""
+        """Give everything back. Buffers become freed ones; views of them must not be used any more."""
         with self._lock:
             self._closed = True
             self._pieces.clear()
+            invalidate(self.memory.address(self.memory.place), self.memory.extent)
             self.memory.close()
 
     def _open(self, verb: str) -> None:
