@@ -1,0 +1,326 @@
+"""`nvcoll run`: ranks of this host that start, end, and speak together."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+NVCOLL = str(Path(sys.executable).with_name("nvcoll"))
+CPUS = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def nvcoll(run_command):
+    """Run `nvcoll run` with these words; return (exit status, output)."""
+
+    def run(*words, env=None, cwd=None):
+        return run_command([NVCOLL, "run", *words], timeout=30, env=env, cwd=cwd)
+
+    return run
+
+
+def shell(text):
+    """The words that run a shell program on every rank; $R is the rank."""
+    return "--", "sh", "-c", f"R=$NVCOLL_RANK; {text}"
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Start `nvcoll run` and wait until every rank has made a file named after it that holds process ids."""
+    with contextlib.ExitStack() as stack:
+
+        def start(n, text, *options):
+            words = [NVCOLL, "run", "-n", str(n), *options, *shell(text)]
+            process = subprocess.Popen(
+                words,
+                cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            eventually(lambda: all((tmp_path / f"up{rank}").exists() for rank in range(n)))
+            pids = [int(pid) for rank in range(n) for pid in (tmp_path / f"up{rank}").read_text().split()]
+            return process, pids
+
+        yield start
+
+
+def eventually(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def running(pids):
+    """Those of `pids` that run."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+class TestPrograms:
+    def test_script_with_its_own_options(self, nvcoll, tmp_path):
+        (tmp_path / "script.py").write_text("import sys; print(sys.argv)")
+        status, output = nvcoll("-n", "1", "script.py", "-n", "5", "--", "-c", "--prefix", cwd=tmp_path)
+        assert (status, output.strip()) == (0, "['script.py', '-n', '5', '--', '-c', '--prefix']")
+
+    def test_module(self, nvcoll, tmp_path):
+        (tmp_path / "module_of_mine.py").write_text("import sys; print(__name__, sys.argv[1:])")
+        status, output = nvcoll("-n", "1", "-m", "module_of_mine", "-n", "x", cwd=tmp_path)
+        assert (status, output.strip()) == (0, "__main__ ['-n', 'x']")
+
+    def test_code(self, nvcoll):
+        status, output = nvcoll("-n", "1", "-c", "import sys; print(sys.argv)", "-m")
+        assert (status, output.strip()) == (0, "['-c', '-m']")
+
+    def test_executable(self, nvcoll):
+        status, output = nvcoll("-n", "1", "--", "echo", "--", "-n")
+        assert (status, output.strip()) == (0, "-- -n")
+
+    def test_ranks_find_each_other(self, nvcoll):
+        code = (
+            "from nvcoll import settings; from nvcoll._bootstrap import connect\n"
+            "e = connect(settings.read()); print(e.kind, e.rank, e.allgather(b'%d' % e.rank))"
+        )
+        status, output = nvcoll("-n", "3", "-c", code)
+        assert status == 0
+        assert sorted(output.splitlines()) == [f"run {rank} [b'0', b'1', b'2']" for rank in range(3)]
+
+
+class TestEnvironment:
+    def variables(self, nvcoll, *options, env=None):
+        code = "import json, os; os.write(1, json.dumps(dict(os.environ)).encode() + bytes([10]))"  # one write: whole
+        status, output = nvcoll(*options, "-c", code, env=env)
+        assert status == 0, output
+        return sorted((json.loads(line) for line in output.splitlines()), key=lambda found: int(found["NVCOLL_RANK"]))
+
+    def test_who_am_i(self, nvcoll):
+        found = self.variables(nvcoll, "-n", "3")
+        assert [(v["NVCOLL_RANK"], v["NVCOLL_SIZE"]) for v in found] == [(str(rank), "3") for rank in range(3)]
+        assert len({v["NVCOLL_KEY"] for v in found}) == 1
+        assert re.fullmatch("[0-9a-f]{64}", found[0]["NVCOLL_KEY"])
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", found[0]["NVCOLL_RENDEZVOUS"])
+
+    def test_every_run_has_a_key_of_its_own(self, nvcoll):
+        assert self.variables(nvcoll, "-n1")[0]["NVCOLL_KEY"] != self.variables(nvcoll, "-n1")[0]["NVCOLL_KEY"]
+
+    def test_as_many_ranks_as_cpus_by_default(self, nvcoll):
+        assert len(self.variables(nvcoll)) == CPUS
+
+    def test_options_set_variables(self, nvcoll):
+        options = ("--ranks-per-node", "2", "--timeout", "7.5", "--env", "A=1=2", "--env", "B=")
+        [found] = self.variables(nvcoll, "-n", "1", *options)
+        assert (found["NVCOLL_RANKS_PER_NODE"], found["NVCOLL_TIMEOUT"]) == ("2", "7.5")
+        assert (found["A"], found["B"]) == ("1=2", "")
+
+    def test_threads_are_shared_out_unless_the_user_did(self, nvcoll):
+        assert self.variables(nvcoll, "-n", "1")[0]["OMP_NUM_THREADS"] == str(CPUS)
+        assert self.variables(nvcoll, "-n", str(CPUS))[0]["OMP_NUM_THREADS"] == "1"
+        assert self.variables(nvcoll, "-n", "1", env={"OMP_NUM_THREADS": "3"})[0]["OMP_NUM_THREADS"] == "3"
+
+    def test_a_run_inside_a_run_is_one_of_its_own(self, nvcoll):
+        [found] = self.variables(nvcoll, "-n", "1", env={"NVCOLL_RANK": "7", "NVCOLL_SIZE": "9"})
+        assert (found["NVCOLL_RANK"], found["NVCOLL_SIZE"]) == ("0", "1")
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("words", "status", "message"),
+        [
+            ((), 2, "no program is named; name a script.py, -m module, -c code or -- executable"),
+            (("--",), 2, "no program is named"),
+            (("-n", "2", "-m"), 2, "no program is named"),
+            (("-n", "2", "nosuch.py"), 2, "there is no script nosuch.py; a program that is not Python's goes after --"),
+            (("-n", "2", "--", "nosuch"), 127, "cannot start nosuch: No such file or directory"),
+            (("-n", "2", "--", "/"), 126, "cannot start /: Permission denied"),
+            (("-n", "0", "-c", "1"), 2, "argument -n: expected a whole number of 1 or more, got '0'"),
+            (("--timeout", "never", "-c", "1"), 2, "argument --timeout: expected a number of seconds above 0"),
+            (("--env", "A", "-c", "1"), 2, "argument --env: expected NAME=VALUE, got 'A'"),
+            (
+                ("--env", "NVCOLL_SPIN=x", "-c", "1"),
+                2,
+                "NVCOLL_SPIN: expected a number of microseconds, or auto, got 'x'",
+            ),
+            (("--pre", "-c", "1"), 2, "unrecognized arguments: --pre"),
+        ],
+    )
+    def test_are_told_once(self, nvcoll, words, status, message):
+        found, output = nvcoll(*words)
+        assert found == status
+        assert output.count(message) == 1
+
+
+class TestStatus:
+    def test_all_is_well(self, nvcoll):
+        assert nvcoll("-n", "3", *shell("exit 0")) == (0, "")
+
+    def test_the_first_that_fails_ends_the_others(self, nvcoll):
+        start = time.monotonic()
+        status, output = nvcoll("-n", "3", *shell("[ $R = 1 ] && exit 3; sleep 60"))
+        assert (status, output) == (3, "nvcoll run: rank 1 ended with status 3; ending the other 2\n")
+        assert time.monotonic() - start < 5
+
+    def test_a_signal_is_128_and_its_number(self, nvcoll):
+        status, output = nvcoll("-n", "2", *shell("[ $R = 1 ] && kill -SEGV $$; sleep 60"))
+        assert (status, output) == (128 + 11, "nvcoll run: rank 1 was killed by SIGSEGV; ending the other 1\n")
+
+    def test_the_cause_is_the_one_that_was_killed(self, nvcoll):
+        """Rank 1 dies, and rank 0 at once complains that it did."""
+        code = (
+            "import os, signal\nfrom nvcoll import settings; from nvcoll._bootstrap import connect\n"
+            "e = connect(settings.read()); e.allgather(b'')\n"
+            "if e.rank == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "e.allgather(b'')"
+        )
+        status, output = nvcoll("-n", "2", "-c", code)
+        assert status == 128 + 9
+        assert "nvcoll run: rank 1 was killed by SIGKILL" in output
+
+    def test_what_ignores_sigterm_is_killed(self, run_command):
+        code = (
+            "import sys; from nvcoll.cli import _launcher, main; _launcher.GRACE = 0.5\n"
+            "sys.exit(main(['run', '-n', '2', '--', 'sh', '-c', sys.argv[1]]))"
+        )
+        text = "if [ $NVCOLL_RANK = 0 ]; then trap '' TERM; while :; do sleep 0.1; done; fi; sleep 0.2; exit 4"
+        status, output = run_command([sys.executable, "-c", code, text], timeout=20)
+        assert status == 4
+        assert "killed rank 0, which did not end in 0.5 s" in output
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    def test_are_passed_on(self, started, tmp_path, number):
+        text = "echo $$ > new$R; mv new$R up$R; while :; do sleep 0.05; done"
+        process, _ = started(2, f"trap 'touch got$R; exit 9' {number.name[3:]}; {text}")
+        process.send_signal(number)
+        assert process.wait(10) == 9
+        assert sorted(path.name for path in tmp_path.glob("got*")) == ["got0", "got1"]
+
+    def test_python_ranks_end_as_by_ctrl_c(self, started):
+        code = "import os, time; open('up' + os.environ['NVCOLL_RANK'], 'w').write(str(os.getpid())); time.sleep(60)"
+        process, pids = started(2, f'exec {sys.executable} -c "{code}"')
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=10)
+        assert process.returncode == 128 + signal.SIGINT
+        assert re.search(r"^nvcoll run: rank [01] was killed by SIGINT$", output, re.MULTILINE)
+        assert not running(pids)
+
+    def test_ranks_may_take_their_time_after_ctrl_c_but_not_after_three(self, started):
+        process, pids = started(1, "trap '' INT TERM; echo $$ > new0; mv new0 up0; while :; do sleep 0.05; done")
+        for _ in range(3):
+            assert running(pids)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        assert process.wait(10) == 128 + signal.SIGKILL
+        assert not running(pids)
+
+    def test_ignored_hangups_stay_ignored(self, tmp_path):
+        """As under nohup."""
+        command = f"trap '' HUP; exec {NVCOLL} run -n 1 -- sh -c 'kill -HUP $PPID $$; sleep 0.3; echo alive'"
+        run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=False)
+        assert (run.returncode, run.stdout) == (0, "alive\n")
+
+
+class TestNothingRemains:
+    TREE = "sleep 60 & echo $$ $! > new$R; mv new$R up$R; wait"
+
+    def test_if_the_launcher_is_killed(self, started):
+        process, pids = started(2, self.TREE)
+        assert len(running(pids)) == 4
+        process.kill()
+        eventually(lambda: not running(pids))
+
+    def test_if_all_of_them_ignore_the_end(self, started):
+        process, pids = started(1, "trap '' TERM HUP INT; echo $$ > new0; mv new0 up0; while :; do sleep 0.05; done")
+        process.kill()
+        eventually(lambda: not running(pids))
+
+    def test_of_children_if_a_rank_fails(self, started, tmp_path):
+        process, pids = started(
+            2, f"({self.TREE}) & while [ ! -e go ]; do sleep 0.02; done; [ $R = 0 ] && exit 5; wait"
+        )
+        assert len(running(pids)) == 4
+        (tmp_path / "go").touch()
+        assert process.wait(10) == 5
+        assert not running(pids)
+
+    def test_of_children_if_all_is_well(self, started):
+        process, pids = started(1, "sleep 60 & echo $! > new0; mv new0 up0; sleep 0.1")
+        assert process.wait(10) == 0
+        assert not running(pids)
+
+
+class TestOutput:
+    def test_lines_carry_their_rank_and_stay_whole(self, nvcoll):
+        code = (
+            "import os, sys\nrank = os.environ['NVCOLL_RANK']\n"
+            "for line in range(200):\n    for part in range(5):\n        os.write(1, (rank * 20).encode())\n"
+            "    os.write(1, b' %d\\n' % line)\nos.write(1, b'no end')"
+        )
+        status, output = nvcoll("-n", "3", "--prefix", "-c", code)
+        assert status == 0
+        for rank in range(3):
+            mine = [line for line in output.splitlines() if line.startswith(f"[{rank}] ")]
+            assert mine == [f"[{rank}] {str(rank) * 100} {line}" for line in range(200)] + [f"[{rank}] no end"]
+        assert len(output.splitlines()) == 3 * 201
+
+    def test_lines_come_at_once_and_errors_as_errors(self):
+        code = "import sys, time; print('out'); print('err', file=sys.stderr); sys.stdin.read()"
+        words = [NVCOLL, "run", "-n", "1", "--prefix", "-c", code]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(words, **pipes) as process:
+            assert process.stdout.readline() == "[0] out\n"
+            assert process.stderr.readline() == "[0] err\n"
+            process.stdin.close()
+            assert process.wait(10) == 0
+
+    def test_without_prefixes_ranks_write_themselves(self, nvcoll):
+        code = "import os, sys; sys.exit(os.fstat(1).st_ino == os.stat(f'/proc/{os.getppid()}/fd/1').st_ino)"
+        assert nvcoll("-n", "1", "-c", code)[0] == 1
+        assert nvcoll("-n", "1", "--prefix", "-c", code)[0] == 0
+        assert nvcoll("-n", "1", "--prefix", "--no-prefix", "-c", code)[0] == 1
+
+    def test_a_reader_that_leaves_ends_the_run(self):
+        words = [NVCOLL, "run", "-n", "2", "--prefix", "--", "yes"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.read(1000)
+            process.stdout.close()
+            assert process.wait(20) == 128 + signal.SIGPIPE
+            assert process.stderr.read() == b""
+
+
+class TestInput:
+    def test_goes_to_rank_0_only(self):
+        words = [NVCOLL, "run", "-n", "3", *shell("echo $R $(cat)")]
+        run = subprocess.run(words, input="text", capture_output=True, text=True, timeout=20, check=True)
+        assert sorted(run.stdout.splitlines()) == ["0 text", "1", "2"]
+
+    def test_comes_from_a_terminal_too(self):
+        """Ranks are no foreground processes; they would be stopped if they read from the terminal themselves."""
+        ours, theirs = pty.openpty()
+        # opened by the leader of a new session, it becomes the terminal of that session
+        command = f"exec < {os.ttyname(theirs)}; {NVCOLL} run -n 2 -- sh -c 'read line; echo $NVCOLL_RANK $line'"
+        with subprocess.Popen(
+            ["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            os.write(ours, b"typed\n")
+            output, _ = process.communicate(timeout=20)
+        os.close(ours)
+        os.close(theirs)
+        assert sorted(output.splitlines()) == ["0 typed", "1"]
