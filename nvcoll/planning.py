@@ -145,6 +145,9 @@ class Planner:
             base, protocol = name.split("/")
             reason = ALGORITHMS[base].supports(shape) or self._too_small(base, protocol, shape)
             found.append(Candidate(name, reason, None if reason else ALGORITHMS[base].cost(shape, LINKS["host"])))
+        if shape.size == 1 and not algorithm:
+            why = "a single rank's reduction is its contribution"
+            return Explanation(verb, shape.nbytes, datatype.name, op.name, "copy", "", why, "none", tuple(found))
         use, why = self._forced(verb, algorithm, found) if algorithm else self._chosen(verb, shape, found)
         base, protocol = use.split("/")
         return Explanation(

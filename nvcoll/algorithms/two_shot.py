@@ -61,14 +61,12 @@ def text(v: Any) -> Any:
         me, n = rank(c), size(c)
         nbytes = count * itemsize(c)
         from_, to = offset(c, send, nbytes), offset(c, recv, nbytes)
-        mine = -1 if from_ < 0 or to < 0 else from_
         for k in range(1, n):
-            signal(c, e, (me + k) % n, me, mine)
-            signal(c, e, (me + k) % n, n + me, to)
-        direct = mine >= 0
+            signal(c, e, (me + k) % n, me, from_, to)
+        direct = True
         for p in range(n):
-            its, its_to = (mine, to) if p == me else (wait_signal(c, e, p), wait_signal(c, e, n + p))
-            direct = direct and its >= 0
+            its, its_to = (from_, to) if p == me else wait_signal(c, e, p)
+            direct = direct and its >= 0 and its_to >= 0
             store(table(c) + 8 * p, heap_of(c, p) + its)
             store(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
         return direct
@@ -117,10 +115,10 @@ def text(v: Any) -> Any:
         if agree(c, e, send, recv, count):
             reduce_in_place(c, slice_at(c, count, me), slice_at(c, count, me + 1))
             for k in range(1, n):
-                signal(c, e, (me + k) % n, 2 * n + me, 0)
+                signal(c, e, (me + k) % n, n + me, 0, 0)
             for p in range(n):
                 if p != me:
-                    wait_signal(c, e, 2 * n + p)
+                    wait_signal(c, e, n + p)
         else:
             first = 0
             while first < count:

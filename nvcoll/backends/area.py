@@ -40,7 +40,7 @@ class Layout:
 
     @property
     def flags_half(self) -> int:
-        """Two-shot takes most: three flags a rank."""
+        """Ring and two-shot take most: two flags a rank."""
         return (4 * self.ranks + 64) * LINE
 
     @property

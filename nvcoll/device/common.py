@@ -67,20 +67,21 @@ def verbs(t: Any) -> SimpleNamespace:
         return area(c, p) + flags(c) + half(e) * flags_half(c) + slot * line
 
     @jit
-    def signal(c, e, p, slot, value):
-        """Tell rank p that I am here, with a value."""
+    def signal(c, e, p, slot, first, second):
+        """Tell rank p that I am here, with two values."""
         if error(c) == 0:
             at = flag(c, e, p, slot)
-            store(at + 8, value)
+            store(at + 8, first)
+            store(at + 16, second)
             store_release(at, e)
             notify(c, p)
 
     @jit
     def wait_signal(c, e, slot):
-        """Wait for a signal and return its value."""
+        """Wait for a signal and return its values."""
         at = flag(c, e, rank(c), slot)
         wait(c, at, e)
-        return load(at + 8)
+        return load(at + 8), load(at + 16)
 
     @jit
     def heap_of(c, p):

@@ -8,12 +8,14 @@ in place, sums of anything else double at every call and soon overflow.
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nvcoll import settings
+from nvcoll.cli import info
 from nvcoll.cli.bench import report, run
 from nvcoll.cli.bench.contestants import BUFFERS, PEERS, Arrays, Nvcoll
 from nvcoll.cli.bench.measure import Budget, Ranks
@@ -73,8 +75,8 @@ def add_parser(subparsers: Any) -> None:
         "--algorithm",
         action="append",
         metavar="NAME",
-        help="ring/simple, or ring with all its protocols, or all; one line each; may be repeated (default: what nvcoll "
-        "chooses)",
+        help="ring/simple, or ring with all its protocols, or all; one line each; may be repeated "
+        "(default: what nvcoll chooses)",
     )
     parser.add_argument("--time", type=float, default=0.3, metavar="SECONDS", help="time for a line (default 0.3)")
     parser.add_argument("--iters", type=int, metavar="CALLS", help="calls in a batch, whatever their time")
@@ -98,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
     int
         0; 1 if an answer was wrong; 2 if the benchmark could not run as asked.
     """
-    if args.n is not None and settings.read().size is None:
+    if args.n is not None and info.bootstrap(os.environ)["kind"] == "single":
         return _launch(args.n)
     from nvcoll import COMM_WORLD
 
@@ -138,6 +140,8 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     ArgumentError
         The options cannot be used; the message says what to type.
     """
+    if args.n not in (None, comm.size):
+        raise ArgumentError(f"-n is {args.n}, and the launcher has started {comm.size} ranks; leave -n out")
     workload = _workload(args)
     _check_files(comm, args)
     tell = say if comm.rank == 0 else _nothing
@@ -172,7 +176,7 @@ def _nothing(text: str) -> None:
 
 
 def _launch(size: int) -> int:
-    """Start this command again on `size` ranks; they find ``NVCOLL_SIZE`` set and do not come here."""
+    """Start this command again on `size` ranks; they find a launcher and do not come here."""
     from nvcoll.cli import main as command_line
 
     return command_line(["run", "-n", str(size), "--", sys.executable, "-P", "-m", "nvcoll", *sys.argv[1:]])
@@ -235,5 +239,6 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report
         from nvcoll.cli.bench import plot
 
         host = document["machine"]
-        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {host['cpu_model']}, {host['physical_cores']} cores"
+        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on "
+        title += f"{host['cpu_model']}, {host['physical_cores']} cores"
         plot.save(args.plot, rows, title)
