@@ -10,6 +10,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -20,6 +21,8 @@ ENTRY = "nvcoll_entry"
 C_FUNCTIONS = {"memcpy", "memmove", "memset"}
 """What compiled code may call besides what it is handed."""
 PACKAGE = Path(__file__).parent
+VERB_SOURCES = tuple(f"device/{name}.py" for name in ("host", "common", "simple", "low_latency", "verbs"))
+PACK_SOURCES = ("device/packs.py", "device/reduce.py")
 HEADER = len(hashlib.sha256().digest())
 
 
@@ -36,38 +39,43 @@ class Compiler:
         self._cache_dir = cache_dir
         self._engines: list[Any] = []
         self._addresses: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def schedule(self, name: str, protocol: str) -> int:
         """Return the address of an algorithm's kernel."""
-        return self._address(f"{name}-{protocol}", lambda: _schedule_text(name, protocol), 1)
+        from nvcoll.algorithms import ALGORITHMS
+
+        sources = (*VERB_SOURCES, "algorithms/_registry.py", ALGORITHMS[name].file)
+        return self._address(f"{name}-{protocol}", lambda: _schedule_text(name, protocol), sources, 1)
 
     def reducer(self, op: str, datatype: str) -> int:
         """Return the address of ``reduce(to, left, right, count)``."""
         from nvcoll.device.canonical import canonical
 
         op, datatype = canonical(op, datatype)
-        return self._address(f"reduce-{op}-{datatype}", lambda: _packs().reducer(op, datatype), 4)
+        return self._address(f"reduce-{op}-{datatype}", lambda: _packs().reducer(op, datatype), PACK_SOURCES, 4)
 
     def widener(self, datatype: str) -> int:
         """Return the address of ``widen(to, source, count, _)``."""
-        return self._address(f"widen-{datatype}", lambda: _packs().widener(datatype), 4)
+        return self._address(f"widen-{datatype}", lambda: _packs().widener(datatype), PACK_SOURCES, 4)
 
     def finisher(self, datatype: str, accumulator: str, average: bool) -> int:
         """Return the address of ``finish(to, source, count, ranks)``."""
         name = f"finish-{datatype}-{'average' if average else 'round'}"
-        return self._address(name, lambda: _packs().finisher(datatype, accumulator, average), 4)
+        return self._address(name, lambda: _packs().finisher(datatype, accumulator, average), PACK_SOURCES, 4)
 
-    def _address(self, name: str, text: Callable[[], Any], arguments: int) -> int:
-        if name not in self._addresses:
-            self._addresses[name] = self._load(self._object(name, text, arguments))
-        return self._addresses[name]
+    def _address(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> int:
+        with self._lock:  # ranks that are threads share a compiler
+            if name not in self._addresses:
+                self._addresses[name] = self._load(self._object(name, text, sources, arguments))
+            return self._addresses[name]
 
-    def _object(self, name: str, text: Callable[[], Any], arguments: int) -> bytes:
+    def _object(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> bytes:
         """Return the object file of a text, from the cache if it is there."""
         folder = _private_folder(self._cache_dir)
         if folder is None:
             return compile_host(text(), arguments)
-        path = folder / f"{name}-{_digest()}.o"
+        path = folder / f"{name}-{_digest(*sources)}.o"
         found = _read(path)
         if found is None:
             with _locked(folder / "lock"):  # one rank compiles, the others wait for its file
@@ -94,11 +102,27 @@ def _packs() -> Any:
 
 def _schedule_text(name: str, protocol: str) -> Any:
     from nvcoll.algorithms import ALGORITHMS
-    from nvcoll.device import host, verbs
+    from nvcoll.device import verbs
+
+    algorithm = ALGORITHMS[name]
+    return verbs.entry(*_vocabulary(protocol), algorithm.text, algorithm.rounds)
+
+
+@cache
+def _vocabulary(protocol: str) -> tuple[Any, Any]:
+    """Return the target's primitives and the verbs: made once, so that Numba compiles each verb once."""
+    from nvcoll.device import verbs
+
+    target, common = _common()
+    return target, verbs.vocabulary(target, common, protocol)
+
+
+@cache
+def _common() -> tuple[Any, Any]:
+    from nvcoll.device import common, host
 
     target = host.primitives()
-    algorithm = ALGORITHMS[name]
-    return verbs.entry(target, verbs.vocabulary(target, protocol), algorithm.text, algorithm.rounds)
+    return target, common.verbs(target)
 
 
 @cache
@@ -142,19 +166,23 @@ def compile_host(text: Any, arguments: int) -> bytes:
 
 
 @cache
-def _digest() -> str:
-    """Return a digest of all that machine code depends on: the texts, the compilers, the processor."""
+def _platform() -> str:
+    """Return what machine code depends on besides its text: the compilers, the processor, the structs."""
     import platform
     from importlib.metadata import version
 
     llvm, _ = _llvm()
     told = [platform.python_version(), version("numba"), version("llvmlite"), llvm.get_default_triple()]
     told += [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), _fields()]
-    digest = hashlib.sha256("\n".join(told).encode())
-    for folder in ("device", "algorithms"):
-        for path in sorted((PACKAGE / folder).glob("*.py")):
-            digest.update(path.read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    return "\n".join(told)
+
+
+@cache
+def _digest(*sources: str) -> str:
+    """Return a digest of all that an object file depends on, files of the package given by their paths in it."""
+    digest = hashlib.sha256(_platform().encode())
+    for source in ("jit.py", *sources):
+        digest.update((PACKAGE / source).read_bytes())
     return digest.hexdigest()[:24]
 
 

@@ -83,6 +83,11 @@ class Algorithm:
     def __doc__(self) -> str:  # type: ignore[override]
         return str(self._module.__doc__)
 
+    @property
+    def file(self) -> str:
+        """The file that defines it, by its path in the package."""
+        return f"algorithms/{self._module.__name__.rpartition('.')[2]}.py"
+
     def supports(self, shape: Shape) -> str | None:
         """Return why the algorithm cannot serve a call, or None."""
         reason: str | None = self._module.supports(shape)

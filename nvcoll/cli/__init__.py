@@ -17,15 +17,16 @@ def commands() -> list[str]:
     return sorted(found.name for found in pkgutil.iter_modules(__path__) if not found.name.startswith("_"))
 
 
-def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser(names: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with these subcommands."""
+    found = argparse.ArgumentParser(
         prog="nvcoll", description="Collectives on symmetric memory, with mpi4py's names.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"nvcoll {importlib.metadata.version('nvcoll')}")
-    subparsers = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+    found.add_argument("--version", action="version", version=f"nvcoll {importlib.metadata.version('nvcoll')}")
+    subparsers = found.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     for name in names:
         importlib.import_module(f"nvcoll.cli.{name}").add_parser(subparsers)
-    return parser
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     known = commands()
     # import only the module that is asked for: `nvcoll run` should start fast
-    args = _parser(argv[:1] if argv and argv[0] in known else known).parse_args(argv)
+    args = parser(argv[:1] if argv and argv[0] in known else known).parse_args(argv)
     try:
         return int(importlib.import_module(f"nvcoll.cli.{args.subcommand}").main(args))
     except Error as error:

@@ -270,4 +270,5 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"nvcoll run: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"nvcoll run: {text}\n")  # one write: ranks write there too
+    sys.stderr.flush()

@@ -3,23 +3,24 @@
 from types import SimpleNamespace
 from typing import Any
 
-from nvcoll.device import common, low_latency, simple
+from nvcoll.device import low_latency, simple
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
 
 
-def vocabulary(t: Any, protocol: str) -> SimpleNamespace:
+def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     """Return every verb and field that a schedule may use, bound to a target and a protocol.
 
     Parameters
     ----------
     t
         Primitives of a target.
+    v
+        Common verbs on them.
     protocol
         A name in `PROTOCOLS`.
     """
-    v = common.verbs(t)
     p = PROTOCOLS[protocol](t, v)
     jit, load, store, copy = t.jit, t.load, t.store, t.copy
     width, itemsize, table = t.field.width, t.field.itemsize, t.field.table

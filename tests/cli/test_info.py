@@ -164,7 +164,10 @@ class TestCommandLine:
         assert "usage: nvcoll" in capsys.readouterr().err
 
     def test_only_the_module_asked_for_is_imported(self, run_command):
-        code = "import sys; from nvcoll.cli import main; main(['info']); print(*[m for m in sys.modules if m.startswith('nvcoll.cli')])"
+        code = (
+            "import sys; from nvcoll.cli import main; main(['info'])\n"
+            "print(*[name for name in sys.modules if name.startswith('nvcoll.cli')])"
+        )
         status, output = run_command([sys.executable, "-c", code])
         assert (status, output.splitlines()[-1]) == (0, "nvcoll.cli nvcoll.cli.info")
 

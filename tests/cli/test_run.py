@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from nvcoll import cli
+from nvcoll.cli import run
+
 NVCOLL = str(Path(sys.executable).with_name("nvcoll"))
 CPUS = len(os.sched_getaffinity(0))
 
@@ -21,10 +24,10 @@ CPUS = len(os.sched_getaffinity(0))
 def nvcoll(run_command):
     """Run `nvcoll run` with these words; return (exit status, output)."""
 
-    def run(*words, env=None, cwd=None):
-        return run_command([NVCOLL, "run", *words], timeout=30, env=env, cwd=cwd)
+    def start(*words, env=None):
+        return run_command([NVCOLL, "run", *words], timeout=30, env=env)
 
-    return run
+    return start
 
 
 def shell(text):
@@ -74,69 +77,76 @@ def running(pids):
     return found
 
 
+def parse(*words):
+    """What the command line makes of these words."""
+    return cli.parser(["run"]).parse_args(["run", *words])
+
+
 class TestPrograms:
-    def test_script_with_its_own_options(self, nvcoll, tmp_path):
-        (tmp_path / "script.py").write_text("import sys; print(sys.argv)")
-        status, output = nvcoll("-n", "1", "script.py", "-n", "5", "--", "-c", "--prefix", cwd=tmp_path)
-        assert (status, output.strip()) == (0, "['script.py', '-n', '5', '--', '-c', '--prefix']")
-
-    def test_module(self, nvcoll, tmp_path):
-        (tmp_path / "module_of_mine.py").write_text("import sys; print(__name__, sys.argv[1:])")
-        status, output = nvcoll("-n", "1", "-m", "module_of_mine", "-n", "x", cwd=tmp_path)
-        assert (status, output.strip()) == (0, "__main__ ['-n', 'x']")
-
-    def test_code(self, nvcoll):
-        status, output = nvcoll("-n", "1", "-c", "import sys; print(sys.argv)", "-m")
-        assert (status, output.strip()) == (0, "['-c', '-m']")
-
-    def test_executable(self, nvcoll):
-        status, output = nvcoll("-n", "1", "--", "echo", "--", "-n")
-        assert (status, output.strip()) == (0, "-- -n")
+    @pytest.mark.parametrize(
+        ("words", "command"),
+        [
+            (
+                (__file__, "-n", "5", "--", "-c", "--prefix"),
+                [sys.executable, __file__, "-n", "5", "--", "-c", "--prefix"],
+            ),
+            (("-m", "package.module", "-n", "x"), [sys.executable, "-m", "package.module", "-n", "x"]),
+            (("-c", "1 + 1", "-m", "--"), [sys.executable, "-c", "1 + 1", "-m", "--"]),
+            (("--", "echo", "--", "-n"), ["echo", "--", "-n"]),
+            (("--prefix", "--", "-n"), ["-n"]),
+        ],
+        ids=["script", "module", "code", "executable", "like an option"],
+    )
+    def test_have_their_own_options(self, words, command):
+        args = parse("-n", "3", *words)
+        assert run.command(args) == command
+        assert args.n == "3"
 
     def test_ranks_find_each_other(self, nvcoll):
         code = (
-            "from nvcoll import settings; from nvcoll._bootstrap import connect\n"
-            "e = connect(settings.read()); print(e.kind, e.rank, e.allgather(b'%d' % e.rank))"
+            "import sys; from nvcoll import settings; from nvcoll._bootstrap import connect\n"
+            "e = connect(settings.read()); print(e.kind, e.rank, e.allgather(sys.argv[1].encode() * e.rank))"
         )
-        status, output = nvcoll("-n", "3", "-c", code)
+        status, output = nvcoll("-n", "3", "-c", code, "-n")
         assert status == 0
-        assert sorted(output.splitlines()) == [f"run {rank} [b'0', b'1', b'2']" for rank in range(3)]
+        assert sorted(output.splitlines()) == [f"run {rank} [b'', b'-n', b'-n-n']" for rank in range(3)]
 
 
 class TestEnvironment:
-    def variables(self, nvcoll, *options, env=None):
-        code = "import json, os; os.write(1, json.dumps(dict(os.environ)).encode() + bytes([10]))"  # one write: whole
-        status, output = nvcoll(*options, "-c", code, env=env)
-        assert status == 0, output
-        return sorted((json.loads(line) for line in output.splitlines()), key=lambda found: int(found["NVCOLL_RANK"]))
-
     def test_who_am_i(self, nvcoll):
-        found = self.variables(nvcoll, "-n", "3")
-        assert [(v["NVCOLL_RANK"], v["NVCOLL_SIZE"]) for v in found] == [(str(rank), "3") for rank in range(3)]
-        assert len({v["NVCOLL_KEY"] for v in found}) == 1
-        assert re.fullmatch("[0-9a-f]{64}", found[0]["NVCOLL_KEY"])
-        assert re.fullmatch(r"127\.0\.0\.1:\d+", found[0]["NVCOLL_RENDEZVOUS"])
+        code = "import json, os; os.write(1, json.dumps(dict(os.environ)).encode() + bytes([10]))"  # one write: whole
+        inherited = {"NVCOLL_RANK": "7", "NVCOLL_SIZE": "9", "NVCOLL_KEY": "00"}  # of a run around this one
+        keys = set()
+        for _ in range(2):
+            status, output = nvcoll("--env", "A=1", "-c", code, env=inherited)
+            assert status == 0, output
+            found = sorted((json.loads(line) for line in output.splitlines()), key=lambda v: int(v["NVCOLL_RANK"]))
+            assert len(found) == CPUS  # by default
+            assert [v["NVCOLL_RANK"] for v in found] == [str(rank) for rank in range(CPUS)]
+            assert {v["NVCOLL_SIZE"] for v in found} == {str(CPUS)}
+            assert {v["A"] for v in found} == {"1"}
+            assert re.fullmatch(r"127\.0\.0\.1:\d+", found[0]["NVCOLL_RENDEZVOUS"])
+            assert re.fullmatch("[0-9a-f]{64}", found[0]["NVCOLL_KEY"])
+            keys |= {v["NVCOLL_KEY"] for v in found}
+        assert len(keys) == 2  # one a run
 
-    def test_every_run_has_a_key_of_its_own(self, nvcoll):
-        assert self.variables(nvcoll, "-n1")[0]["NVCOLL_KEY"] != self.variables(nvcoll, "-n1")[0]["NVCOLL_KEY"]
+    def test_options_set_variables(self):
+        args = parse(
+            "--ranks-per-node", "2", "--timeout", "7.5", "--env", "A=1=2", "--env", "B=", "--prefix", "-c", "1"
+        )
+        assert run.variables(args, {"HOME": "/", "A": "0", "OMP_NUM_THREADS": "3", "NVCOLL_RANK": "1"}) == {
+            "HOME": "/",
+            "A": "1=2",
+            "B": "",
+            "NVCOLL_RANKS_PER_NODE": "2",
+            "NVCOLL_TIMEOUT": "7.5",
+            "OMP_NUM_THREADS": "3",
+            "PYTHONUNBUFFERED": "1",
+        }
 
-    def test_as_many_ranks_as_cpus_by_default(self, nvcoll):
-        assert len(self.variables(nvcoll)) == CPUS
-
-    def test_options_set_variables(self, nvcoll):
-        options = ("--ranks-per-node", "2", "--timeout", "7.5", "--env", "A=1=2", "--env", "B=")
-        [found] = self.variables(nvcoll, "-n", "1", *options)
-        assert (found["NVCOLL_RANKS_PER_NODE"], found["NVCOLL_TIMEOUT"]) == ("2", "7.5")
-        assert (found["A"], found["B"]) == ("1=2", "")
-
-    def test_threads_are_shared_out_unless_the_user_did(self, nvcoll):
-        assert self.variables(nvcoll, "-n", "1")[0]["OMP_NUM_THREADS"] == str(CPUS)
-        assert self.variables(nvcoll, "-n", str(CPUS))[0]["OMP_NUM_THREADS"] == "1"
-        assert self.variables(nvcoll, "-n", "1", env={"OMP_NUM_THREADS": "3"})[0]["OMP_NUM_THREADS"] == "3"
-
-    def test_a_run_inside_a_run_is_one_of_its_own(self, nvcoll):
-        [found] = self.variables(nvcoll, "-n", "1", env={"NVCOLL_RANK": "7", "NVCOLL_SIZE": "9"})
-        assert (found["NVCOLL_RANK"], found["NVCOLL_SIZE"]) == ("0", "1")
+    @pytest.mark.parametrize(("n", "threads"), [(1, CPUS), (CPUS, 1), (5 * CPUS, 1)])
+    def test_threads_are_shared_out(self, n, threads):
+        assert run.variables(parse("-n", str(n), "-c", "1"), {}) == {"OMP_NUM_THREADS": str(threads)}
 
 
 class TestMistakes:
@@ -149,21 +159,26 @@ class TestMistakes:
             (("-n", "2", "nosuch.py"), 2, "there is no script nosuch.py; a program that is not Python's goes after --"),
             (("-n", "2", "--", "nosuch"), 127, "cannot start nosuch: No such file or directory"),
             (("-n", "2", "--", "/"), 126, "cannot start /: Permission denied"),
-            (("-n", "0", "-c", "1"), 2, "argument -n: expected a whole number of 1 or more, got '0'"),
-            (("--timeout", "never", "-c", "1"), 2, "argument --timeout: expected a number of seconds above 0"),
-            (("--env", "A", "-c", "1"), 2, "argument --env: expected NAME=VALUE, got 'A'"),
-            (
-                ("--env", "NVCOLL_SPIN=x", "-c", "1"),
-                2,
-                "NVCOLL_SPIN: expected a number of microseconds, or auto, got 'x'",
-            ),
-            (("--pre", "-c", "1"), 2, "unrecognized arguments: --pre"),
+            (("--env", "NVCOLL_SPIN=x", "-c", "1"), 2, "NVCOLL_SPIN: expected a number of microseconds, or auto"),
         ],
     )
-    def test_are_told_once(self, nvcoll, words, status, message):
-        found, output = nvcoll(*words)
-        assert found == status
-        assert output.count(message) == 1
+    def test_are_told_once(self, capsys, words, status, message):
+        assert cli.main(["run", *words]) == status
+        assert capsys.readouterr().err.count(f"nvcoll run: {message}") == 1
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("-n", "0", "-c", "1"), "argument -n: expected a whole number of 1 or more, got '0'"),
+            (("--timeout", "never", "-c", "1"), "argument --timeout: expected a number of seconds above 0"),
+            (("--env", "A", "-c", "1"), "argument --env: expected NAME=VALUE, got 'A'"),
+            (("--pre", "-c", "1"), "unrecognized arguments: --pre"),
+        ],
+    )
+    def test_of_options(self, capsys, words, message):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["run", *words])
+        assert message in capsys.readouterr().err
 
 
 class TestStatus:
@@ -218,7 +233,7 @@ class TestSignals:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=10)
         assert process.returncode == 128 + signal.SIGINT
-        assert re.search(r"^nvcoll run: rank [01] was killed by SIGINT$", output, re.MULTILINE)
+        assert re.search(r"nvcoll run: rank [01] was killed by SIGINT\n", output)
         assert not running(pids)
 
     def test_ranks_may_take_their_time_after_ctrl_c_but_not_after_three(self, started):
@@ -233,8 +248,8 @@ class TestSignals:
     def test_ignored_hangups_stay_ignored(self, tmp_path):
         """As under nohup."""
         command = f"trap '' HUP; exec {NVCOLL} run -n 1 -- sh -c 'kill -HUP $PPID $$; sleep 0.3; echo alive'"
-        run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=False)
-        assert (run.returncode, run.stdout) == (0, "alive\n")
+        found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=20, check=False)
+        assert (found.returncode, found.stdout) == (0, "alive\n")
 
 
 class TestNothingRemains:
@@ -308,8 +323,8 @@ class TestOutput:
 class TestInput:
     def test_goes_to_rank_0_only(self):
         words = [NVCOLL, "run", "-n", "3", *shell("echo $R $(cat)")]
-        run = subprocess.run(words, input="text", capture_output=True, text=True, timeout=20, check=True)
-        assert sorted(run.stdout.splitlines()) == ["0 text", "1", "2"]
+        found = subprocess.run(words, input="text", capture_output=True, text=True, timeout=20, check=True)
+        assert sorted(found.stdout.splitlines()) == ["0 text", "1", "2"]
 
     def test_comes_from_a_terminal_too(self):
         """Ranks are no foreground processes; they would be stopped if they read from the terminal themselves."""
