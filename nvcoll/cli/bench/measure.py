@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll.cli.bench.contestants import Contestant
-from nvcoll.ops import MAX, SUM
+from nvcoll.ops import SUM
 
 MOST_CALLS = 1000  # a batch; at 1 us a call the clock's 50 ns are then 0.005 %
 LEAST_BATCHES, MOST_BATCHES = 5, 50
@@ -107,9 +107,7 @@ class Ranks:
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """Return the largest of each value over the ranks."""
-        total = np.array(values, dtype=np.float64)
-        self.comm.Allreduce(total.copy(), total, MAX)
-        return [float(value) for value in total]
+        return [float(value) for value in self.gather(values).max(axis=0)]
 
 
 def measure(ranks: Ranks, contestants: Sequence[Contestant], budget: Budget) -> list[Timing]:
