@@ -95,7 +95,7 @@ def command(args: argparse.Namespace) -> list[str]:
     """
     for flag, words in ("-m", args.module), ("-c", args.code):
         if words:
-            return [sys.executable, flag, *words]
+            return [sys.executable, flag, *words, *args.program]  # argparse parts the words at a --
     if args.program[:1] == ["--"] and args.program[1:]:
         return list(args.program[1:])
     if args.module is not None or args.code is not None or args.program[:1] in ([], ["--"]):

@@ -196,6 +196,29 @@ def test_budget():
     assert measure.Budget(1.0, calls=7).plan([1e-3])[0] == [7]
 
 
+def test_measurements_take_turns():
+    told = []
+
+    class Told:
+        def __init__(self, name):
+            self.call = lambda: told.append(name)
+
+    class Crowd(Alone):
+        def Barrier(self):
+            told.append("|")
+
+    first, second = measure.measure(measure.Ranks(Crowd()), [Told("a"), Told("b")], measure.Budget(1e-9, calls=2))
+    rounds = "".join(told).split("|")[3:]
+    assert rounds == ["aaaaa", "bbbbb"] * measure.LEAST_BATCHES, "one to warm up, a batch of two, and two one by one"
+    assert first.batches.shape == (1, measure.LEAST_BATCHES)
+    assert second.calls == 2
+    told.clear()
+    [alone] = measure.measure(measure.Ranks(Crowd()), [Told("a")], measure.Budget(1e-9))
+    assert alone.calls == 1
+    assert "".join(told).split("|")[2:] == ["aa"] * measure.LEAST_BATCHES
+    assert alone.p99 == pytest.approx(np.percentile(alone.batches, 99)), "a batch of one call is a single call"
+
+
 def test_statistics():
     found = timing([1.0, 2.0, 9.0], [3.0, 3.0, 1.0])
     assert found.seconds == 3, "the median of the slower rank"

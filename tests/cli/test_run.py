@@ -104,17 +104,18 @@ class TestPrograms:
 
     def test_ranks_find_each_other(self, nvcoll):
         code = (
-            "import sys; from nvcoll import settings; from nvcoll._bootstrap import connect\n"
-            "e = connect(settings.read()); print(e.kind, e.rank, e.allgather(sys.argv[1].encode() * e.rank))"
+            "import os, sys; from nvcoll import settings; from nvcoll._bootstrap import connect\n"
+            "e = connect(settings.read()); found = e.allgather(sys.argv[1].encode() * e.rank)\n"
+            "os.write(1, f'{e.kind} {e.rank} {found}{os.linesep}'.encode())"  # in one piece
         )
         status, output = nvcoll("-n", "3", "-c", code, "-n")
-        assert status == 0
+        assert status == 0, output
         assert sorted(output.splitlines()) == [f"run {rank} [b'', b'-n', b'-n-n']" for rank in range(3)]
 
 
 class TestEnvironment:
     def test_who_am_i(self, nvcoll):
-        code = "import json, os; os.write(1, json.dumps(dict(os.environ)).encode() + bytes([10]))"  # one write: whole
+        code = "import json, os; os.write(1, json.dumps(dict(os.environ)).encode() + bytes([10]))"  # in one piece
         inherited = {"NVCOLL_RANK": "7", "NVCOLL_SIZE": "9", "NVCOLL_KEY": "00"}  # of a run around this one
         keys = set()
         for _ in range(2):
