@@ -146,18 +146,16 @@ def pause(typing: Any) -> Any:
 
 
 def _reader(fields: tuple[str, ...], name: str, *, through_world: bool) -> Any:
-    """Make ``name(c)``, which reads a field of the call, or of its world."""
-    offset = 8 * fields.index(name)
-    if through_world:
+    """Make ``name(c)``, which reads a field of the call, or of its world. An intrinsic compiles ten times as fast as text."""
+    offset = ir.Constant(I64, 8 * fields.index(name))
 
-        @njit(inline="always")
-        def read(c: int) -> Any:
-            return load(load(c) + offset)
-    else:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base = builder.load(_at(builder, args[0]), align=8) if through_world else args[0]
+        return builder.load(_at(builder, builder.add(base, offset)), align=8)
 
-        @njit(inline="always")
-        def read(c: int) -> Any:
-            return load(c + offset)
+    @intrinsic
+    def read(typing: Any, c: Any) -> Any:
+        return types.int64(types.int64), emit
 
     return read
 
@@ -171,7 +169,7 @@ def primitives() -> SimpleNamespace:
     named |= {name: _reader(CALL_FIELDS, name, through_world=False) for name in CALL_FIELDS}
     return SimpleNamespace(
         name="host",
-        jit=njit(error_model="numpy"),
+        jit=njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True),
         field=SimpleNamespace(**named),
         load=load,
         store=store,

@@ -128,7 +128,7 @@ def measure(ranks: Ranks, contestants: Sequence[Contestant], budget: Budget) -> 
                 ranks.barrier()
                 _batch(contestant.call, _warm(calls[index]))  # the one before left its own data in the caches
                 batches[index].append(_batch(contestant.call, calls[index]))
-                singles[index] += _one_by_one(contestant.call, _single(calls[index]))
+                singles[index] += _one_by_one(contestant.call, _single(calls[index])) or batches[index][-1:]
     return [
         Timing(count, ranks.gather(batch), ranks.gather([float(np.percentile(single, 99))])[:, 0])
         for count, batch, single in zip(calls, batches, singles, strict=True)
@@ -146,8 +146,8 @@ def _warm(calls: int) -> int:
 
 
 def _single(calls: int) -> int:
-    """Return how many calls are timed one by one after a batch of `calls`."""
-    return min(calls, 100)
+    """Return how many calls are timed one by one after a batch of `calls`; a batch of one is such a call itself."""
+    return min(calls, 100) if calls > 1 else 0
 
 
 def _estimate(ranks: Ranks, call: Callable[[], object]) -> float:
