@@ -2,13 +2,13 @@
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import pkgutil
 import signal
 import sys
 from collections.abc import Sequence
 
+from nvcoll import __version__
 from nvcoll.errors import ArgumentError, Error
 
 
@@ -22,7 +22,7 @@ def parser(names: Sequence[str]) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="nvcoll", description="Collectives on symmetric memory, with mpi4py's names.", allow_abbrev=False
     )
-    found.add_argument("--version", action="version", version=f"nvcoll {importlib.metadata.version('nvcoll')}")
+    found.add_argument("--version", action="version", version=f"nvcoll {__version__}")
     subparsers = found.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     for name in names:
         importlib.import_module(f"nvcoll.cli.{name}").add_parser(subparsers)
