@@ -387,5 +387,7 @@ class RendezvousServer:
         session.gone[connection.rank] = how
         if session.waiting:
             self._judge(session, LOST, sorted(session.gone))
+        else:
+            session.deadline = math.inf
         if len(session.gone) == self.size:
             self._sessions = {number: other for number, other in self._sessions.items() if other is not session}

@@ -141,6 +141,19 @@ class TestDeadline:
         for exchange in ranks:
             exchange.close()
 
+    def test_of_one_that_died_meanwhile_does_not_count(self, server):
+        ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([0.3, 10, 10])]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(ranks[0].allgather, b"")
+            time.sleep(0.1)
+            ranks[0]._channel.sock.shutdown(socket.SHUT_RDWR)
+            assert isinstance(waiting.exception(), PeerLostError)
+            time.sleep(0.4)
+        with pytest.raises(PeerLostError, match="rank 0 has died"):
+            ranks[1].allgather(b"")
+        for exchange in ranks:
+            exchange.close()
+
     def test_a_server_that_is_stuck(self, monkeypatch):
         monkeypatch.setattr(_bootstrap, "GREETING_SECONDS", 0.3)
         with socket.create_server(("127.0.0.1", 0)) as silent:

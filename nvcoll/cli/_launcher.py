@@ -2,6 +2,7 @@
 
 All ranks, and what they start, share one process group. It is led by a watchman: a shell that reads from a pipe of
 the launcher's and ends the group when that pipe breaks, so that nothing stays behind even if the launcher is killed.
+Only what makes itself a daemon, in a session of its own, escapes.
 """
 
 import contextlib
