@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,12 @@ import pytest
 from nvcoll.buffers import IN_PLACE
 from nvcoll.cli import bench
 from nvcoll.cli.bench import contestants, measure, plot, report, run
-from nvcoll.cli.bench.check import COMBINE, INEXACT, Data, Verdict
+from nvcoll.cli.bench.check import Verdict
 from nvcoll.errors import ArgumentError
-from nvcoll.ops import DATATYPES, OPS, SUM
 
 NVCOLL = Path(sys.executable).with_name("nvcoll")
 MPIEXEC = Path(sys.executable).with_name("mpiexec")
 QUICK = ["--max", "4K", "--factor", "16", "--time", "0.01"]
-PAIRS = [(op, kind) for op in OPS.values() for kind in DATATYPES.values() if op.supports(kind) is None]
 
 
 class Heap(np.ndarray):
@@ -142,81 +141,6 @@ def test_counts():
 def test_options_that_cannot_be_used(options, words):
     with pytest.raises(ArgumentError, match=words):
         output(Alone(), *options)
-
-
-@pytest.mark.parametrize("size", [1, 3, 64])
-@pytest.mark.parametrize(("op", "datatype"), PAIRS, ids=[f"{op.name}-{datatype.name}" for op, datatype in PAIRS])
-def test_check_knows_right_from_wrong(op, datatype, size):
-    data = Data(op, datatype, size, seed=1)
-    given = np.empty((size, 100), datatype.dtype)
-    for rank in range(size):
-        data.fill(given[rank], rank)
-    wide = (
-        np.dtype(np.complex128 if datatype.kind == "complex" else np.float64)
-        if datatype.name in INEXACT
-        else given.dtype
-    )
-    result = COMBINE[op.name].reduce(given.astype(wide), axis=0)
-    if op.name == "AVG":
-        result = np.trunc(result.astype(np.longdouble) / size) if datatype.name not in INEXACT else result / size
-    result = result.astype(datatype.dtype)
-    assert data.check(result).wrong == 0
-    assert data.check(result).error <= data.tolerance()
-    spoilt = result.copy()
-    if datatype.name in INEXACT:
-        spoilt[13] = 3 * spoilt[13] + size
-    else:
-        spoilt[13] = not spoilt[13] if datatype.kind == "bool" else spoilt[13] ^ 3
-    assert data.check(spoilt).wrong == 1
-    if datatype.name in INEXACT:
-        spoilt[2] = np.nan
-        assert data.check(spoilt) == Verdict(np.inf, 2)
-
-
-def test_data_differ_between_ranks_seeds_and_chunks_and_not_between_lengths(monkeypatch):
-    monkeypatch.setattr("nvcoll.cli.bench.check.CHUNK", 8)
-    first, other, longer = np.empty(16), np.empty(16), np.empty(20)
-    double = DATATYPES["float64"]
-    Data(SUM, double, 2).fill(first, 0)
-    Data(SUM, double, 2).fill(longer, 0)
-    assert np.array_equal(first, longer[:16])
-    assert len(np.unique(first)) == 16
-    for seed, rank in ((0, 1), (1, 0)):
-        Data(SUM, double, 2, seed).fill(other, rank)
-        assert not (first == other).any()
-
-
-def test_budget():
-    budget = measure.Budget(seconds=1.0)
-    calls, rounds = budget.plan([1e-6, 1e-3, 10.0])
-    assert calls == [1000, 50, 1]
-    assert rounds == measure.LEAST_BATCHES
-    assert budget.plan([1e-6]) == ([1000], measure.MOST_BATCHES)
-    assert budget.plan([1e-3]) == ([50], 9), "the calls around a batch count too"
-    assert measure.Budget(1.0, calls=7).plan([1e-3])[0] == [7]
-
-
-def test_measurements_take_turns():
-    told = []
-
-    class Told:
-        def __init__(self, name):
-            self.call = lambda: told.append(name)
-
-    class Crowd(Alone):
-        def Barrier(self):
-            told.append("|")
-
-    first, second = measure.measure(measure.Ranks(Crowd()), [Told("a"), Told("b")], measure.Budget(1e-9, calls=2))
-    rounds = "".join(told).split("|")[3:]
-    assert rounds == ["aaaaa", "bbbbb"] * measure.LEAST_BATCHES, "one to warm up, a batch of two, and two one by one"
-    assert first.batches.shape == (1, measure.LEAST_BATCHES)
-    assert second.calls == 2
-    told.clear()
-    [alone] = measure.measure(measure.Ranks(Crowd()), [Told("a")], measure.Budget(1e-9))
-    assert alone.calls == 1
-    assert "".join(told).split("|")[2:] == ["aa"] * measure.LEAST_BATCHES
-    assert alone.p99 == pytest.approx(np.percentile(alone.batches, 99)), "a batch of one call is a single call"
 
 
 def test_statistics():
@@ -379,9 +303,33 @@ def test_ranks_of_nvcoll_run(run_command, tmp_path, command):
 
 
 def test_ranks_started_by_itself(run_command):
-    status, text = run_command([NVCOLL, "bench", "allreduce", "-n", "2", "--dtype", "bfloat16", "--op", "AVG", *QUICK])
+    status, text = run_command([NVCOLL, "bench", "allreduce", "-n", "2", "--dtype", "bfloat16", "--max", "8"])
     assert status == 0, text
-    assert "allreduce, AVG: 2 ranks, bootstrap run" in text
+    assert "allreduce, SUM: 2 ranks, bootstrap run" in text
+
+
+def test_an_answer_that_is_wrong_on_one_rank_is_wrong(run_ranks, tmp_path):
+    program = """
+        import sys
+        from nvcoll import Comm
+        from nvcoll.cli import main
+
+        right = Comm.Allreduce
+
+        def spoilt(comm, sendbuf, recvbuf=None, *rest, **keywords):
+            right(comm, sendbuf, recvbuf, *rest, **keywords)
+            if comm.rank == 1 and recvbuf is not None and recvbuf.size == 32:
+                recvbuf[31] += 1
+
+        Comm.Allreduce = spoilt
+        sys.exit(main(sys.argv[1:]))
+    """
+    path = tmp_path / "x.json"
+    ranks = run_ranks(program, 2, "bench", "allreduce", *QUICK, "--json", path, check=False)
+    assert ranks.returncode == 1, str(ranks)
+    assert re.search(r"^# WRONG: nvcoll symmetric \S+, 128 bytes: 4 elements", ranks.stdout[0], re.MULTILINE)
+    assert "nvcoll bench: rank 1: some answers were wrong" in ranks.stderr
+    assert [row["time_us"] is None for row in json.loads(path.read_text())["rows"]] == [False, True, False]
 
 
 @pytest.mark.mpi
