@@ -1,0 +1,78 @@
+"""The order in which each algorithm combines contributions, as it documents it, in NumPy and to the last bit."""
+
+from functools import reduce
+
+import numpy as np
+
+from nvcoll.ops import DATATYPES
+from tests.oracle import COMBINE
+
+# Operators whose results on floats depend on the order; the others are exact in any.
+DEPEND = {"SUM", "AVG", "PROD"}
+
+
+def exact(call, given, node_sizes):
+    """The result of a call to the last bit, or None where NumPy's own operator may differ in the sign of a zero."""
+    datatype = DATATYPES[call.datatype]
+    if call.op not in DEPEND or datatype.kind not in {"float", "complex"} or (datatype.kind, call.op) == ("complex", "PROD"):
+        return None
+    working = [array.astype(datatype.accumulate) for array in given]
+    total = ORDERS[call.algorithm.split("/")[0]](working, COMBINE[call.op], node_sizes)
+    if call.op == "AVG":
+        reals = total.view(np.dtype(f"float{datatype.dtype.itemsize * 4}")) if datatype.kind == "complex" else total
+        total = (reals / len(given)).view(total.dtype)
+    return total.astype(datatype.dtype)
+
+
+def rank_order(arrays, combine, node_sizes=None):
+    """((a0 a1) a2) a3 ..."""
+    return reduce(combine, arrays)
+
+
+def folded(arrays, combine):
+    """The first ranks combine in pairs until their number is a power of two."""
+    extra = len(arrays) - (1 << len(arrays).bit_length() - 1)
+    pairs = [combine(arrays[2 * k], arrays[2 * k + 1]) for k in range(extra)]
+    return pairs + arrays[2 * extra :]
+
+
+def near_first(arrays, combine, node_sizes=None):
+    """A tree whose leaves are neighbours: (a0 a1) (a2 a3)."""
+    arrays = folded(arrays, combine)
+    while len(arrays) > 1:
+        arrays = [combine(left, right) for left, right in zip(arrays[::2], arrays[1::2], strict=True)]
+    return arrays[0]
+
+
+def far_first(arrays, combine, node_sizes=None):
+    """A tree whose leaves are half of the ranks apart: (a0 a2) (a1 a3)."""
+    arrays = folded(arrays, combine)
+    while len(arrays) > 1:
+        half = len(arrays) // 2
+        arrays = [combine(left, right) for left, right in zip(arrays[:half], arrays[half:], strict=True)]
+    return arrays[0]
+
+
+def along_the_ring(arrays, combine, node_sizes=None):
+    """Slice k begins at rank k and takes up each next rank's part."""
+    size, count = len(arrays), len(arrays[0])
+    each = -(-count // size) if count else 1
+    slices = [[array[k * each : (k + 1) * each] for array in arrays] for k in range(size)]
+    return np.concatenate([reduce(combine, parts[k:] + parts[:k]) for k, parts in enumerate(slices)])
+
+
+def nodes_then_tree(arrays, combine, node_sizes):
+    """Rank order in each node, and a tree whose leaves are neighbouring nodes."""
+    ends = np.cumsum(node_sizes)
+    sums = [rank_order(arrays[end - size : end], combine) for size, end in zip(node_sizes, ends, strict=True)]
+    return near_first(sums, combine)
+
+
+ORDERS = {
+    "one_shot": rank_order,
+    "two_shot": rank_order,
+    "ring": along_the_ring,
+    "recursive_doubling": near_first,
+    "halving_doubling": far_first,
+    "nvrar": nodes_then_tree,
+}
