@@ -68,7 +68,7 @@ def test_an_mpi_that_this_program_started_is_used(run_ranks):
         from mpi4py import MPI
         import os
         for name in list(os.environ):
-            if name.startswith("PMI"):
+            if name.startswith(("PMI", "OMPI")):
                 del os.environ[name]
         from nvcoll import settings
         from nvcoll._bootstrap import choose, connect
