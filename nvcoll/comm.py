@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,9 @@ class Comm:
     def __getattr__(self, attribute: str) -> Any:
         # Only reached while the attribute is absent: this is how a communicator comes to life on first use.
         if attribute in ("_plans", "_world", "_between", "_token"):
-            self._open()
+            with _opening:
+                if attribute not in self.__dict__:
+                    self._open()
             return self.__dict__[attribute]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
 
@@ -351,6 +354,7 @@ def _judge(sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec
     return send, recv, handle
 
 
+_opening = threading.RLock()
 COMM_WORLD = Comm(open_world, "COMM_WORLD")
 COMM_SELF = Comm(open_self, "COMM_SELF")
 _forked = False

@@ -153,7 +153,7 @@ def _build(
     layout = Layout(len(memory.members), settings.scratch)
     piece = heap.allocate(settings.scratch, "Init")
     slices = min(topology.node_sizes)
-    state = open_area(memory, piece, here, layout, settings, crowded, slices)
+    state = open_area(memory, piece, here, layout, settings, slices)
     exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet
     compiler = compiler or Compiler(settings.cache_dir)
     planner = Planner(state, layout, here, slices, rules, compiler, crowded, settings.timeout)

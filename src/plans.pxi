@@ -116,6 +116,7 @@ cdef class State:
         self.world.wake = <int64_t><uintptr_t>&wake_peer
         self.world.board = private["board"]
         self.world.timeout = private["timeout"]
+        self.world.spin_alone = self.world.spin
         self.world.yields = private["yields"]
         self.world.fd = private["fd"]
         self.keep = keep
@@ -202,6 +203,7 @@ cdef extern from "Python.h":
     const int PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE
 
 cdef enum:
+    MOST = 16384            # plans kept
     ENTRIES = 256           # of the direct-mapped front of the table: the plans of a program's inner loop
 
 
@@ -232,6 +234,9 @@ cdef class Plans:
 
     def add(self, int64_t code, int64_t nbytes, op, Plan plan):
         """Keep a plan. `op` is compared by identity in `run`, so every handle in use is added."""
+        if len(self.table) >= MOST:  # a program whose sizes never repeat: begin anew rather than grow without end
+            self.table.clear()
+            memset(self.entries, 0, sizeof(self.entries))
         self.table[code, nbytes, op] = plan
         cdef Entry* e = &self.entries[self.slot(code, nbytes, <void*>op)]
         e.code = code

@@ -53,6 +53,7 @@ cdef extern from *:
     int nv_byte_locked(int, int64_t) noexcept nogil
     int nv_little() noexcept nogil
     int sched_yield() noexcept nogil
+    int sched_getcpu() noexcept nogil
     int PyErr_CheckSignals() except -1
 
 WORLD_FIELDS = (
@@ -85,7 +86,8 @@ cdef struct World:
     int64_t board           # offset in an area
     int64_t error_peer      # the rank that the error is about, or -1
     int64_t timeout         # nanoseconds
-    int64_t yields          # sched_yield calls before sleeping
+    int64_t spin_alone      # polls where the rank has its core for itself
+    int64_t yields          # sched_yield calls before sleeping, likewise
     int64_t fd              # descriptor whose record locks tell who is alive, or -1
     int64_t sequence        # calls begun
     int64_t busy            # a call is running
@@ -100,6 +102,7 @@ cdef struct Note:
 cdef struct Board:
     Note notes[2]
     int64_t state           # one of STATES
+    int64_t core            # 1 + the core it was last seen waiting on
 
 STATES = ("running", "failed", "left")
 ERRORS = ("none", "timeout", "peer lost", "peer failed", "mismatch", "interrupted")
@@ -116,6 +119,8 @@ cdef enum:
 
 cdef int64_t LOOK_AFTER = 20_000_000      # wait so long (ns) before looking for the reason, and between looks
 cdef int64_t NAP = 2_000_000              # first sleep; a lost wake-up costs no more than this
+cdef int64_t SPIN_SHARED = 10             # polls where ranks share a core
+cdef int64_t YIELDS_SHARED = 4            # where the launcher gave each rank a scheduling group of its own, yields do nothing
 cdef int64_t LONGEST_NAP = 50_000_000
 
 
@@ -167,14 +172,28 @@ cdef bint interrupted(World* w) noexcept with gil:
         return True
 
 
+cdef bint share_core(World* w) noexcept nogil:
+    """Tell whether a peer was last seen waiting on this rank's core. It cannot come while this rank spins there."""
+    cdef int64_t core = 1 + sched_getcpu()
+    cdef int64_t p
+    board_of(w, w.rank).core = core
+    for p in range(w.size):
+        if p != w.rank and board_of(w, p).core == core:
+            return True
+    return False
+
+
 cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nogil:
     """Wait until *word == expected. Called by kernels once spinning has not helped; returns 0, or the error."""
     cdef int64_t* bell = <int64_t*>((<int64_t*>w.peers)[w.rank] + w.bell)
     cdef int64_t started, looked, now, nap = NAP
     cdef int64_t k, error, about = -1
+    cdef bint shared
     if w.error:
         return w.error
-    for k in range(w.yields):
+    shared = share_core(w)
+    w.spin = min(w.spin_alone, SPIN_SHARED) if shared else w.spin_alone
+    for k in range(YIELDS_SHARED if shared else w.yields):
         sched_yield()
         if nv_load(word) == expected:
             return 0

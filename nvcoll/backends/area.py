@@ -19,6 +19,10 @@ from nvcoll.errors import ArgumentError
 LINE = 64
 BOARD, BELL, EPOCH, FLAGS = 0, 64, 128, 192
 
+SPIN = 20.0
+"""Microseconds of spinning before the core is yielded, where ranks do not share cores."""
+YIELDS = 50
+"""Yields of the core before sleeping; each takes some 0.3 us if nobody else wants the core."""
 POLLS_PER_MICROSECOND = 30
 """Polls of a flag, with a pause each, in a microsecond; it need only be roughly right."""
 
@@ -66,7 +70,7 @@ class Layout:
 
 
 def open_area(
-    memory: Member, piece: Piece, topology: Any, layout: Layout, settings: Any, crowded: bool, slices: int
+    memory: Member, piece: Piece, topology: Any, layout: Layout, settings: Any, slices: int
 ) -> State:
     """Return the state with which a rank's kernels find its own area and its peers'.
 
@@ -80,8 +84,6 @@ def open_area(
         How the area is divided.
     settings
         Timeout and spinning.
-    crowded
-        Whether ranks share cores.
     slices
         Ranks of the smallest node.
     """
@@ -105,7 +107,7 @@ def open_area(
         "local_rank": topology.local_rank,
         "slices": slices,
         "epoch": piece.address + EPOCH,
-        "spin": _polls(settings.spin, crowded),
+        "spin": int((SPIN if settings.spin is None else settings.spin) * POLLS_PER_MICROSECOND),
         "bell": BELL,
         "flags": FLAGS,
         "flags_half": layout.flags_half,
@@ -123,13 +125,8 @@ def open_area(
     waiting = {
         "board": BOARD,
         "timeout": int(settings.timeout * 1e9),
-        "yields": 20 if crowded else 200,
+        "yields": YIELDS,
         "fd": memory.descriptor,
     }
     return State(values, waiting, (arrays, private, memory, piece))
 
-
-def _polls(spin: float | None, oversubscribed: bool) -> int:
-    """Return how often to poll before yielding. Where ranks share cores, spinning keeps the awaited one from running."""
-    microseconds = spin if spin is not None else (0.5 if oversubscribed else 50.0)
-    return int(microseconds * POLLS_PER_MICROSECOND)
