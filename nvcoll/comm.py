@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nvcoll._plan import Plans
+from nvcoll._plan import Plan, Plans
 from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, parse
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.failures import failure
@@ -17,6 +17,10 @@ from nvcoll.ops import SUM, Datatype, Op, as_datatype, as_op
 from nvcoll.planning import Explanation
 from nvcoll.world import World, open_self, open_world
 
+LIVING = ("_world", "_between", "_plans", "_kept", "_token")
+"""Attributes of a communicator that is alive."""
+MOST_KEPT = 16384
+"""Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 KINDS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c"}
 
 
@@ -45,7 +49,7 @@ class Comm:
 
     def __getattr__(self, attribute: str) -> Any:
         # Only reached while the attribute is absent: this is how a communicator comes to life on first use.
-        if attribute in ("_plans", "_world", "_between", "_token"):
+        if attribute in LIVING:
             with _opening:
                 if attribute not in self.__dict__:
                     self._open()
@@ -62,13 +66,14 @@ class Comm:
         self._world = world
         self._between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
         self._plans = Plans(IN_PLACE)
+        self._kept: dict[Any, Plan] = {}
         self._token = np.zeros(1, np.uint8)  # what a barrier sends
 
     def _close(self) -> None:
         """Give back what `_open` took; a later use opens anew."""
         if "_world" in self.__dict__:
             world = self.__dict__.pop("_world")
-            del self._plans
+            del self._plans, self._kept
             between = self.__dict__.pop("_between")
             if between is not None:
                 between.close()
@@ -270,13 +275,16 @@ class Comm:
         if self._between is not None:
             self._between.allreduce(send, recv, handle, algorithm)
             return
-        key = op if algorithm is None else (handle, algorithm)
-        plan = self._plans.find(_code(datatype), nbytes, key)
+        key = (datatype.name, nbytes, handle.name, algorithm)
+        plan = self._kept.get(key)
         if plan is None:
             planner = self._world.planner
-            told = planner.explain("allreduce", recv.count, datatype, handle, algorithm)
-            plan = planner.plan(told, datatype, handle)
-            self._plans.add(_code(datatype), nbytes, key, plan)
+            plan = planner.plan(planner.explain("allreduce", recv.count, datatype, handle, algorithm), datatype, handle)
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = plan
+        if algorithm is None:
+            self._plans.add(_code(datatype), nbytes, op, plan)
         if not plan.run(send.address, recv.address):
             raise failure(self._world, plan.describe)
 
@@ -395,7 +403,7 @@ def _in_child() -> None:
     global _forked
     _forked = True
     for comm in (COMM_WORLD, COMM_SELF):
-        for name in ("_world", "_plans", "_between"):
+        for name in LIVING:
             if name in comm.__dict__:
                 _inherited.append(comm.__dict__.pop(name))  # kept: closing them would speak for the parent
 

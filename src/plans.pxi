@@ -217,7 +217,7 @@ cdef struct Entry:
 cdef class Plans:
     """The plans of one communicator, found by datatype, size and operator.
 
-    `run` serves buffers with the buffer protocol in C order. Everything else goes by `find` and `Plan.run`.
+    `run` serves buffers with the buffer protocol in C order; everything else takes the long way, in nvcoll.comm.
     """
     cdef Entry entries[ENTRIES]
     cdef dict table
@@ -228,16 +228,15 @@ cdef class Plans:
         self.table = {}
         self.in_place = in_place
 
-    def find(self, int64_t code, int64_t nbytes, op):
-        """Return the plan that was added for this key, or None."""
-        return self.table.get((code, nbytes, op))
-
     def add(self, int64_t code, int64_t nbytes, op, Plan plan):
-        """Keep a plan. `op` is compared by identity in `run`, so every handle in use is added."""
+        """Keep a plan for `run`, where `op` is known by identity: mpi4py's handles cannot be hashed."""
         if len(self.table) >= MOST:  # a program whose sizes never repeat: begin anew rather than grow without end
             self.table.clear()
             memset(self.entries, 0, sizeof(self.entries))
-        self.table[code, nbytes, op] = plan
+        self.table[code, nbytes, <uintptr_t><void*>op] = (plan, op)
+        self.front(code, nbytes, op, plan)
+
+    cdef void front(self, int64_t code, int64_t nbytes, op, Plan plan) noexcept:
         cdef Entry* e = &self.entries[self.slot(code, nbytes, <void*>op)]
         e.code = code
         e.nbytes = nbytes
@@ -293,10 +292,11 @@ cdef class Plans:
         if e.code == code and e.nbytes == recv.len and e.op == <void*>op and code != 0:
             plan = <Plan>e.plan
         else:
-            plan = self.table.get((code, recv.len, op))
-            if plan is None or code == 0:
+            kept = self.table.get((code, recv.len, <uintptr_t><void*>op))
+            if kept is None or code == 0:
                 return None
-            self.add(code, recv.len, op, plan)
+            plan = kept[0]
+            self.front(code, recv.len, op, plan)
         state = plan.state
         state.enter()
         if plan.kernel == NULL:
