@@ -130,6 +130,7 @@ def test_counts():
         (["--time", "0"], "--time is 0 seconds; give a number above 0"),
         (["--iters", "0"], "--iters is 0; give 1 call or more"),
         (["--op", "BXOR"], "--op BXOR --dtype float32: BXOR is defined for integers"),
+        (["--plot", "x.jpx"], "--plot x.jpx has no suffix of a picture; end it in .png, .pdf, .svg"),
         (["-n", "3"], "-n is 3, and the launcher has started 1 ranks; leave -n out"),
         (
             ["--algorithm", "rign"],

@@ -1,4 +1,4 @@
-"""``nvcoll bench``: how long a collective takes, beside the libraries it competes with.
+"""Tell how long a collective takes, beside the libraries it competes with.
 
 Every line is checked before it is timed: all ranks reduce random data, and each compares what it got with a reference
 in float64. A wrong answer is never timed; its line says WRONG, and the exit status is 1. The timed calls reduce zeros:
@@ -23,6 +23,7 @@ from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, OPS
 
 VERBS = ("allreduce",)
+PICTURES = (".png", ".pdf", ".svg")
 
 
 def size(text: str) -> int:
@@ -84,7 +85,9 @@ def add_parser(subparsers: Any) -> None:
         "--compare", action="append", choices=tuple(PEERS), help="also time this library, by turns, on ordinary arrays"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, each batch too, to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw times and ratios to FILE (.png, .pdf, .svg)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"draw times and ratios to FILE ({', '.join(PICTURES)})"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -200,6 +203,8 @@ def _check_files(comm: Any, args: argparse.Namespace) -> None:
     if comm.rank == 0:
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             reason = '--plot needs matplotlib; pip install "nvcoll[bench]"'
+        elif args.plot and args.plot.suffix not in PICTURES:
+            reason = f"--plot {args.plot.name} has no suffix of a picture; end it in {', '.join(PICTURES)}"
         for path in filter(None, (args.json, args.plot)):
             if not path.parent.is_dir():
                 reason = f"there is no folder {path.parent} for {path.name}; make it first"
