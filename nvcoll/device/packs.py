@@ -132,13 +132,18 @@ def _divide(builder: Any, value: Any, ranks: Any, datatype: str) -> Any:
     """Divide a pack by the number of ranks; integers towards zero."""
     scalar, lanes = value.type.element, value.type.count
     if datatype.startswith(("float", "complex")):
-        divisor, divide = builder.sitofp(ranks, scalar), builder.fdiv
-    else:
-        divisor = builder.trunc(ranks, scalar) if scalar.width < 64 else ranks
-        divide = builder.sdiv if datatype.startswith("int") else builder.udiv
-    vector = ir.Constant(value.type, ir.Undefined)
+        return builder.fdiv(value, _repeat(builder, builder.sitofp(ranks, scalar), lanes))
+    # In 32 bits or more: 200 ranks are no int8, and 256 would divide by zero.
+    wide = ir.VectorType(ir.IntType(max(32, scalar.width)), lanes)
+    signed = datatype.startswith("int")
+    value = (builder.sext if signed else builder.zext)(value, wide)
+    divisor = _repeat(builder, builder.trunc(ranks, wide.element), lanes)
+    return builder.trunc((builder.sdiv if signed else builder.udiv)(value, divisor), ir.VectorType(scalar, lanes))
+
+
+def _repeat(builder: Any, value: Any, lanes: int) -> Any:
+    """Return a vector of one value."""
+    vector = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     for lane in range(lanes):
-        vector = builder.insert_element(vector, divisor, ir.Constant(ir.IntType(32), lane))
-    return divide(value, vector)
-
-
+        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
+    return vector
