@@ -44,7 +44,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Call:
-    """One collective call; rank r has its arrays at ``places[r % len(places)]`` and arrives ``delays[r]`` seconds late."""
+    """A collective call. Rank r has its arrays at ``places[r % len(places)]``; `delays` are (rank, seconds)."""
 
     algorithm: str | None
     datatype: str

@@ -1,4 +1,4 @@
-"""Every algorithm and protocol gives the right bits on any number of ranks and nodes, for any type, operator and count."""
+"""Every algorithm and protocol gives the right bits on any ranks and nodes, for any type, operator and count."""
 
 import itertools
 
