@@ -201,10 +201,10 @@ def _check_files(comm: Any, args: argparse.Namespace) -> None:
     """Refuse files that rank 0 will not be able to write: before the measurement, not after it."""
     reason = ""
     if comm.rank == 0:
-        if args.plot and importlib.util.find_spec("matplotlib") is None:
-            reason = '--plot needs matplotlib; pip install "nvcoll[bench]"'
-        elif args.plot and args.plot.suffix not in PICTURES:
+        if args.plot and args.plot.suffix not in PICTURES:
             reason = f"--plot {args.plot.name} has no suffix of a picture; end it in {', '.join(PICTURES)}"
+        elif args.plot and importlib.util.find_spec("matplotlib") is None:
+            reason = '--plot needs matplotlib; pip install "nvcoll[bench]"'
         for path in filter(None, (args.json, args.plot)):
             if not path.parent.is_dir():
                 reason = f"there is no folder {path.parent} for {path.name}; make it first"
