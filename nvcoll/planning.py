@@ -1,6 +1,8 @@
 """From a call's shape to its plan: which algorithm, by which rule, with which arguments."""
 
 import json
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from nvcoll import _selection
 from nvcoll._plan import Plan, State
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends.area import LINE, Layout
+from nvcoll.device.common import STAMP_BITS
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
 from nvcoll.ops import DATATYPES, OPS, Datatype, Op
@@ -209,7 +212,7 @@ class Planner:
         return capacity, -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
 
     def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> Plan:
-        """Make the plan of a call that was explained. `size` is the number of ranks that AVG divides by, if not these."""
+        """Make the plan of a call that was explained; AVG divides by `size`, which is all ranks of this planner by default."""
         count = told.nbytes // datatype.itemsize
         shape = self.shape(count, datatype)
         call = {"count": count, "itemsize": datatype.itemsize, "width": shape.width}
@@ -223,7 +226,7 @@ class Planner:
         if op.name == "AVG" or "widen" in call:
             call["finish"] = self.compiler.finisher(datatype.name, datatype.accumulate, op.name == "AVG")
         signature = pack_signature(told, datatype, op)
-        call["stamp"] = (signature * 31 + count * 7) % 251 + 1
+        call["stamp"] = pack_stamp(signature, count)
         kernel = self.compiler.schedule(told.algorithm, told.protocol)
         return Plan(self.state, kernel, call, signature, self.compiler, told)
 
@@ -241,6 +244,11 @@ def pack_signature(told: Explanation, datatype: Datatype, op: Op) -> int:
     for digit, base in digits:
         number = number * base + digit
     return number
+
+
+def pack_stamp(signature: int, count: int) -> int:
+    """Return what flags carry of a call, so that no rank takes those of a call that does not match for its own."""
+    return zlib.crc32(struct.pack("<2q", signature, count)) & ((1 << STAMP_BITS) - 1)
 
 
 def describe_signature(number: int, count: int) -> str:

@@ -1,7 +1,7 @@
 """Verbs that do not depend on the protocol: where I am, epochs, signals, waiting, and arithmetic on blocks.
 
 Every verb takes the call `c` first, and those that communicate take the call's tag `e` next: the epoch, shifted left by
-eight bits, and the call's stamp below. A flag is a tag, so flags of another call, or of a call that does not match
+STAMP_BITS, and the call's stamp below. A flag is a tag, so flags of another call, or of a call that does not match
 on another rank, are never taken for one's own.
 
 Two halves of every area take turns by the parity of the epoch. The half of epoch k is written again in epoch
@@ -15,6 +15,8 @@ from typing import Any
 
 BLOCK = 16384
 """Bytes of accumulators that are worked on at a time: half of a first-level cache."""
+STAMP_BITS = 24
+"""Bits of a tag that tell calls of the same epoch apart; the other 40 are for the epoch."""
 
 
 def verbs(t: Any) -> SimpleNamespace:
@@ -33,11 +35,11 @@ def verbs(t: Any) -> SimpleNamespace:
         """Open the next epoch and return its tag."""
         now = load(epoch(c)) + 1  # grow the epoch, never zero it: a late peer may still read the old flag
         store(epoch(c), now)
-        return (now << 8) | stamp(c)
+        return (now << STAMP_BITS) | stamp(c)
 
     @jit
     def half(e):
-        return (e >> 8) & 1
+        return (e >> STAMP_BITS) & 1
 
     @jit
     def area(c, p):
