@@ -1,36 +1,30 @@
 """Comm: MPI's verbs. Each validates, finds the plan and runs it; all judgement on arguments is here or in `buffers`."""
 
 import atexit
-import os
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from nvcoll._plan import Plan, Plans
-from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, parse
-from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.buffers import Buffer, Spec, check_pair, is_in_place, parse
+from nvcoll.errors import ArgumentError, DatatypeError
 from nvcoll.failures import failure
-from nvcoll.hosts import Between
+from nvcoll.lifecycle import Living
 from nvcoll.ops import SUM, Datatype, Op, as_datatype, as_op
 from nvcoll.planning import Explanation
-from nvcoll.world import World, open_self, open_world
+from nvcoll.world import open_self, open_world
 
-LIVING = ("_world", "_between", "_plans", "_kept", "_token")
-"""Attributes of a communicator that is alive."""
 MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 KINDS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c"}
 
 
 def _code(datatype: Datatype) -> int:
-    """Number a datatype as the fast route of `Plans` does; bfloat16, which it never sees, gets a number of its own."""
+    """Return the number that the fast route gives a datatype; bfloat16, which it never sees, has one of its own."""
     kind = "B" if datatype.name == "bfloat16" else KINDS[datatype.kind]
     return ord(kind) << 8 | datatype.itemsize
 
 
-class Comm:
+class Comm(Living):
     """A group of ranks that call collectives together. `COMM_WORLD` and `COMM_SELF` are the two there are.
 
     Nothing happens when it is made: the first use finds the other ranks, takes memory and is collective.
@@ -43,66 +37,30 @@ class Comm:
         For messages.
     """
 
-    def __init__(self, opener: Callable[[], World], name: str) -> None:
-        self._opener = opener
-        self.name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        # Only reached while the attribute is absent: this is how a communicator comes to life on first use.
-        if attribute in LIVING:
-            with _opening:
-                if attribute not in self.__dict__:
-                    self._open()
-            return self.__dict__[attribute]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
-
-    def _open(self) -> None:
-        if _forked:
-            raise StateError(
-                f"{self.name}: this process was forked from a rank and is none itself; start ranks with a launcher, "
-                "and use the 'spawn' start method for helper processes"
-            )
-        world = self._opener()
-        self._world = world
-        self._between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
-        self._plans = Plans(IN_PLACE)
-        self._kept: dict[Any, Plan] = {}
-        self._token = np.zeros(1, np.uint8)  # what a barrier sends
-
-    def _close(self) -> None:
-        """Give back what `_open` took; a later use opens anew."""
-        if "_world" in self.__dict__:
-            world = self.__dict__.pop("_world")
-            del self._plans, self._kept
-            between = self.__dict__.pop("_between")
-            if between is not None:
-                between.close()
-            world.close()
-
     def __repr__(self) -> str:
-        if "_world" not in self.__dict__:
+        if not self.alive:
             return f"<nvcoll.Comm {self.name}, not in use yet>"
         return f"<nvcoll.Comm {self.name}: rank {self.rank} of {self.size}, {self._world.backend}>"
 
     @property
     def rank(self) -> int:
-        """This process's rank, from 0."""
-        return self._world.rank  # type: ignore[no-any-return]
+        """Rank of this process, from 0."""
+        return self._world.rank
 
     @property
     def size(self) -> int:
         """Number of ranks."""
-        return self._world.size  # type: ignore[no-any-return]
+        return self._world.size
 
     @property
     def backend(self) -> str:
         """Where its memory is: ``"shm"``, ``"emulated"``, or ``"self"`` for `COMM_SELF`."""
-        return self._world.backend  # type: ignore[no-any-return]
+        return self._world.backend
 
     @property
     def bootstrap(self) -> str:
         """How its ranks found each other: ``"run"``, ``"torchrun"``, ``"mpi"``, ``"single"`` or ``"emulated"``."""
-        return self._world.exchange.kind  # type: ignore[no-any-return]
+        return str(self._world.exchange.kind)
 
     def Get_rank(self) -> int:
         """Return `rank`.
@@ -241,7 +199,8 @@ class Comm:
         stream
             A CUDA stream for arrays on a GPU; None for arrays of the host.
         algorithm
-            Name of an algorithm (``"ring"``), or with a protocol (``"ring/simple"``), instead of the chosen one. The same on all ranks.
+            Name of an algorithm (``"ring"``), or with a protocol (``"ring/simple"``), to use instead of the one that
+            would be chosen. The same on all ranks.
 
         Raises
         ------
@@ -267,7 +226,7 @@ class Comm:
         self._allreduce(sendbuf, recvbuf, op, stream, algorithm)
 
     def _allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
-        """The long way of `Allreduce`: judge everything, make the plan if there is none, and run it."""
+        """Go the long way of `Allreduce`: judge everything, make the plan if there is none, and run it."""
         send, recv, handle = _judge(sendbuf, recvbuf, op, stream)
         datatype, nbytes = recv.datatype, recv.nbytes
         if recv.count == 0:
@@ -322,8 +281,8 @@ class Comm:
                 f"explain: nbytes is {nbytes}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
             )
         if self._between is not None:
-            return self._between.explain(nbytes // datatype.itemsize, datatype, handle)  # type: ignore[no-any-return]
-        return self._world.planner.explain("allreduce", nbytes // datatype.itemsize, datatype, handle)  # type: ignore[no-any-return]
+            return self._between.explain(nbytes // datatype.itemsize, datatype, handle)
+        return self._world.planner.explain("allreduce", nbytes // datatype.itemsize, datatype, handle)
 
     def algorithms(self, verb: str = "allreduce") -> list[str]:
         """Return the names that ``algorithm=`` takes.
@@ -362,10 +321,8 @@ def _judge(sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec
     return send, recv, handle
 
 
-_opening = threading.RLock()
 COMM_WORLD = Comm(open_world, "COMM_WORLD")
 COMM_SELF = Comm(open_self, "COMM_SELF")
-_forked = False
 
 
 def Init() -> None:
@@ -395,19 +352,7 @@ def Is_initialized() -> bool:
     -------
     bool
     """
-    return "_world" in COMM_WORLD.__dict__
+    return COMM_WORLD.alive
 
 
-def _in_child() -> None:
-    """In a forked child the parent's ranks are strangers: forget them, and say so on use."""
-    global _forked
-    _forked = True
-    for comm in (COMM_WORLD, COMM_SELF):
-        for name in LIVING:
-            if name in comm.__dict__:
-                _inherited.append(comm.__dict__.pop(name))  # kept: closing them would speak for the parent
-
-
-_inherited: list[Any] = []
 atexit.register(Finalize)
-os.register_at_fork(after_in_child=_in_child)

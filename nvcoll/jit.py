@@ -136,7 +136,9 @@ def _llvm() -> tuple[Any, Callable[[], Any]]:
     cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
 
     def machine() -> Any:
-        return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True, reloc="pic", codemodel="jitdefault")
+        return target.create_target_machine(
+            cpu=cpu, features=features, opt=3, jit=True, reloc="pic", codemodel="jitdefault"
+        )
 
     return llvm, machine
 
@@ -151,7 +153,7 @@ def compile_host(text: Any, arguments: int) -> bytes:
     from numba import cfunc, types
 
     llvm, machine = _llvm()
-    compiled = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)
+    compiled: Any = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)
     module = llvm.parse_assembly(compiled.inspect_llvm().replace(compiled._wrapper_name, ENTRY))
     for function in module.functions:
         if not function.is_declaration and function.name != ENTRY:
@@ -235,9 +237,9 @@ def _write(path: Path, code: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, path)
+            Path(temporary).replace(path)
         except OSError:
-            os.unlink(temporary)
+            Path(temporary).unlink()
             raise
 
 

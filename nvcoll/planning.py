@@ -212,7 +212,7 @@ class Planner:
         return capacity, -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN
 
     def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> Plan:
-        """Make the plan of a call that was explained; AVG divides by `size`, which is all ranks of this planner by default."""
+        """Make the plan of a call that was explained; AVG divides by `size`, by default this planner's ranks."""
         count = told.nbytes // datatype.itemsize
         shape = self.shape(count, datatype)
         call = {"count": count, "itemsize": datatype.itemsize, "width": shape.width}

@@ -31,7 +31,13 @@ def slots(shape: Shape) -> tuple[int, int]:
     return shape.size, shape.slices
 
 
-@algorithm("node_scatter", verb="scatter between hosts", source="NVRAR, arXiv 2511.09557", order="rank order in a node", rounds=False)
+@algorithm(
+    "node_scatter",
+    verb="scatter between hosts",
+    source="NVRAR, arXiv 2511.09557",
+    order="rank order in a node",
+    rounds=False,
+)
 def scatter(v: Any) -> Any:
     size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
     wait_reduce_all, jit = v.wait_reduce_all, v.jit

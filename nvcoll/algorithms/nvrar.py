@@ -37,9 +37,11 @@ def slots(shape: Shape) -> tuple[int, int]:
     return largest + 2 + steps(len(shape.node_sizes)) + slices, slices
 
 
-@algorithm("nvrar", verb="allreduce", source="NVRAR, arXiv 2511.09557", order="rank order in a node, binary tree over nodes")
+@algorithm(
+    "nvrar", verb="allreduce", source="NVRAR, arXiv 2511.09557", order="rank order in a node, binary tree over nodes"
+)
 def text(v: Any) -> Any:
-    rank, width, itemsize, begin, put, load = v.rank, v.width, v.itemsize, v.begin, v.put, v.load
+    width, itemsize, begin, put, load = v.width, v.itemsize, v.begin, v.put, v.load
     nodes, node, local_rank, slices, node_ranks, node_starts = (
         v.nodes, v.node, v.local_rank, v.slices, v.node_ranks, v.node_starts,
     )  # fmt: skip

@@ -33,7 +33,9 @@ def slots(shape: Shape) -> tuple[int, int]:
     return steps(shape.size) + 2, 1
 
 
-@algorithm("recursive_doubling", verb="allreduce", source="Thakur, Rabenseifner & Gropp 2005", order="binary tree over ranks")
+@algorithm(
+    "recursive_doubling", verb="allreduce", source="Thakur, Rabenseifner & Gropp 2005", order="binary tree over ranks"
+)
 def text(v: Any) -> Any:
     rank, size, width, itemsize, begin, put = v.rank, v.size, v.width, v.itemsize, v.begin, v.put
     wait_copy, wait_reduce, accumulators, fill, finish_to = (

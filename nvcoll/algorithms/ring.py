@@ -1,4 +1,4 @@
-"""Ring: slices travel around a ring, growing by one contribution at every stop; then the finished ones travel once more.
+"""Ring: slices travel around a ring and grow by a contribution at every stop; then the finished ones go round again.
 
     rank      0           1           2           3           4
     step 1    a0.0 ->     a1.1 ->     a2.2 ->     a3.3 ->     a4.4 -> (to rank 0)

@@ -8,9 +8,9 @@
 2 (n - 1)/n M bytes leave each rank: the least there is. Any number of ranks and elements.
 
 Between processes that share memory, data need not be sent: ranks first tell each other where in the symmetric heap
-their buffers lie. If all do lie there, each rank reduces its slice from where the others have theirs and writes the result
-to where they want it. If a single one does not, all go through scratch memory, in rounds. So an array of any
-kind may meet an array of any other kind in one call.
+their buffers lie. If all do lie there, each rank reduces its slice from where the others have theirs and writes the
+result to where they want it. If a single one does not, all go through scratch memory, in rounds. So an array of
+any kind may meet an array of any other kind in one call.
 """
 
 from typing import Any
@@ -35,9 +35,7 @@ def slots(shape: Shape) -> tuple[int, int]:
     return 2 * shape.size, shape.size
 
 
-@algorithm(
-    "two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False
-)
+@algorithm("two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False)
 def text(v: Any) -> Any:
     rank, size, itemsize, width, capacity = v.rank, v.size, v.itemsize, v.width, v.capacity
     begin, put, signal, wait_signal, wait_copy, wait_reduce_all = (

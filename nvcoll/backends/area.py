@@ -49,29 +49,32 @@ class Layout:
 
     @property
     def lines(self) -> int:
+        """Offset of the lines of the low-latency protocol."""
         return FLAGS + 2 * self.flags_half
 
     @property
     def lines_half(self) -> int:
+        """Size of a half of them."""
         return self.scratch // 16 // LINE * LINE
 
     @property
     def data(self) -> int:
+        """Offset of the data of the simple protocol."""
         return self.lines + 2 * self.lines_half
 
     @property
     def data_half(self) -> int:
+        """Size of a half of them, or ArgumentError where scratch memory is too small."""
         half = (self.scratch - self.data) // 2 // LINE * LINE
         if half < LINE * (4 * self.ranks + 64):
             raise ArgumentError(
-                f"NVCOLL_SCRATCH: {self.scratch} bytes are too few for {self.ranks} ranks on a node; raise it, 8M is the default"
+                f"NVCOLL_SCRATCH: {self.scratch} bytes are too few for {self.ranks} ranks on a node; "
+                "raise it, 8M is the default"
             )
         return half
 
 
-def open_area(
-    memory: Member, piece: Piece, topology: Any, layout: Layout, settings: Any, slices: int
-) -> State:
+def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, settings: Any, slices: int) -> State:
     """Return the state with which a rank's kernels find its own area and its peers'.
 
     Parameters
@@ -129,4 +132,3 @@ def open_area(
         "fd": memory.descriptor,
     }
     return State(values, waiting, (arrays, private, memory, piece))
-

@@ -56,7 +56,9 @@ class LocalExchange:
             hub.barrier.wait(hub.timeout)
         except threading.BrokenBarrierError:
             if hub.abandoned:
-                raise PeerLostError(f"emulate: rank {self.rank} waits for a rank that failed; see its exception") from None
+                raise PeerLostError(
+                    f"emulate: rank {self.rank} waits for a rank that failed; see its exception"
+                ) from None
             raise TimeoutError(f"emulate: ranks did not arrive at rank {self.rank} within {hub.timeout:g} s") from None
 
     def abandon(self) -> None:
@@ -79,11 +81,9 @@ class EmulatedMemory(Member):
         Memory of all ranks, from `reserve`.
     """
 
-    descriptor = -1
-
     def __init__(self, exchange: LocalExchange, segment: Any) -> None:
         self.segment = segment
-        super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, segment.size // exchange.size)
+        super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, segment.size // exchange.size, -1)
 
 
 def reserve(size: int, extent: int | None) -> Any:

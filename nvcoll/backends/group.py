@@ -39,16 +39,18 @@ class Member:
         Which of them this is.
     extent
         Bytes of each heap.
+    descriptor
+        File descriptor whose record locks tell which members live, or -1.
     """
 
     segment: Any
-    descriptor: int
 
-    def __init__(self, exchange: Any, members: tuple[int, ...], place: int, extent: int) -> None:
+    def __init__(self, exchange: Any, members: tuple[int, ...], place: int, extent: int, descriptor: int) -> None:
         self.exchange = exchange
         self.members = members
         self.place = place
         self.extent = extent
+        self.descriptor = descriptor
 
     def address(self, place: int) -> int:
         """Return where the heap of a member begins."""

@@ -31,17 +31,13 @@ class SharedMemory(Member):
         members = topology.nodes[topology.node]
         size = (extent or physical_memory()) // 4096 * 4096
         self.segment = _map(exchange, topology.local_rank, members, size * len(members))
-        super().__init__(exchange, members, topology.local_rank, size)
-
-    @property
-    def descriptor(self) -> int:
-        """File descriptor whose record locks tell which ranks live."""
-        return int(self.segment.fd)
+        super().__init__(exchange, members, topology.local_rank, size, self.segment.fd)
 
 
 def _map(exchange: Any, local_rank: int, members: tuple[int, ...], nbytes: int) -> Any:
     """Create the node's segment on its first rank, map it on all, and remove its name."""
-    name, segment, problem = f"/nvcoll-{secrets.token_hex(12)}", None, ""
+    name, problem = f"/nvcoll-{secrets.token_hex(12)}", ""
+    segment: Any = None
     if local_rank == 0:
         try:
             segment = _bootstrap.Segment.create(name, nbytes)

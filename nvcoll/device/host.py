@@ -146,7 +146,7 @@ def pause(typing: Any) -> Any:
 
 
 def _reader(fields: tuple[str, ...], name: str, *, through_world: bool) -> Any:
-    """Make ``name(c)``, which reads a field of the call, or of its world. An intrinsic compiles ten times as fast as text."""
+    """Make ``name(c)``, which reads a field of the call, or of its world. An intrinsic compiles faster than text."""
     offset = ir.Constant(I64, 8 * fields.index(name))
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
