@@ -13,7 +13,7 @@ release = version = importlib.metadata.version("nvcoll")
 
 extensions = [
     "myst_parser",
-    "nvcoll_tables",
+    "nvcoll_table",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
 ]

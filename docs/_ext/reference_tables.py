@@ -1,11 +1,9 @@
-"""The directive ``nvcoll-table``: text made from the package's own tables, so that the reference cannot differ."""
+"""Text of the reference, made from the package's own tables, so that it cannot differ from the code."""
 
 import argparse
 import importlib
 import os
-
-from sphinx.errors import ExtensionError
-from sphinx.util.docutils import SphinxDirective
+from unittest import mock
 
 from nvcoll import cli, ops, settings
 from nvcoll.algorithms import ALGORITHMS
@@ -28,12 +26,19 @@ def settings_table(internal):
 
 
 def algorithms_text():
-    """Tell of each algorithm in the registry what its file says: docstring with picture, order, source."""
+    """Tell of each algorithm that a call may name what its file says: docstring with picture, order, source."""
     parts = []
     for algorithm in ALGORITHMS.values():
-        facts = table(("verb", "order of reduction", "source"), [(algorithm.verb, algorithm.order, algorithm.source)])
-        parts.append(f"## `{algorithm.name}`\n\n{algorithm.__doc__}\n\n{facts}\n")
+        if algorithm.verb == "allreduce":
+            facts = table(("order of reduction", "source"), [(algorithm.order, algorithm.source)])
+            parts.append(f"## `{algorithm.name}`\n\n{algorithm.__doc__}\n\n{facts}\n")
     return "\n".join(parts)
+
+
+def helpers_text():
+    """Tell of the kernels that are parts of an all-reduce, a file once."""
+    docs = {algorithm.__doc__: algorithm for algorithm in ALGORITHMS.values() if algorithm.verb != "allreduce"}
+    return "\n\n".join(docs)
 
 
 def operators_table():
@@ -56,12 +61,13 @@ def datatypes_table():
 
 def cli_text():
     """Show the help of every subcommand."""
-    os.environ["COLUMNS"] = "100"  # argparse fills lines to the width of the terminal
     parser = argparse.ArgumentParser(prog="nvcoll")
     subparsers = parser.add_subparsers()
     for name in cli.commands():
         importlib.import_module(f"nvcoll.cli.{name}").add_parser(subparsers)
-    return "\n".join(f"## `nvcoll {name}`\n\n```text\n{p.format_help()}```\n" for name, p in subparsers.choices.items())
+    with mock.patch.dict(os.environ, COLUMNS="100"):  # argparse fills lines to the width of the terminal
+        helps = {name: command.format_help() for name, command in subparsers.choices.items()}
+    return "\n".join(f"## `nvcoll {name}`\n\n```text\n{text}```\n" for name, text in helps.items())
 
 
 TABLES = {
@@ -69,23 +75,7 @@ TABLES = {
     "cli": cli_text,
     "datatypes": datatypes_table,
     "internal-settings": lambda: settings_table(internal=True),
+    "helpers": helpers_text,
     "operators": operators_table,
     "settings": lambda: settings_table(internal=False),
 }
-
-
-class Table(SphinxDirective):
-    """``{nvcoll-table} NAME``: the Markdown that the function called NAME in `TABLES` returns."""
-
-    required_arguments = 1
-
-    def run(self):
-        [name] = self.arguments
-        if name not in TABLES:
-            raise ExtensionError(f"nvcoll-table: no table {name!r}; there are {', '.join(TABLES)}")
-        return self.parse_text_to_nodes(TABLES[name](), allow_section_headings=True)
-
-
-def setup(app):
-    app.add_directive("nvcoll-table", Table)
-    return {"parallel_read_safe": True}
