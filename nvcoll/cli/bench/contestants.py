@@ -4,6 +4,7 @@ A peer is a small class: a `name`, a `version`, and `prepare(count)`, which sets
 write the class and put it into `PEERS`.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nvcoll.buffers import IN_PLACE
+from nvcoll.cli import info
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import Datatype, Op
 
@@ -146,6 +148,9 @@ class Mpi:
     call: Callable[[], object]
 
     def __init__(self, comm: Any, arrays: Arrays, op: Op) -> None:
+        # A rank that somebody else started is a world of its own to MPI: told without starting MPI in it.
+        if comm.size > 1 and (kind := info.bootstrap(os.environ)["kind"]) != "mpi":
+            raise _not_of_mpi(f"these were started by {kind}", comm.size)
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as exc:
@@ -153,10 +158,7 @@ class Mpi:
             raise ArgumentError(f"--compare mpi needs mpi4py and an MPI library ({exc}); {cure}") from exc
         self.mpi = MPI.COMM_WORLD
         if self.mpi.size != comm.size:
-            raise ArgumentError(
-                f"--compare mpi needs ranks that MPI started; here nvcoll has {comm.size}, MPI {self.mpi.size}; "
-                f"type `mpiexec -n {max(comm.size, self.mpi.size)} nvcoll bench allreduce --compare mpi`"
-            )
+            raise _not_of_mpi(f"nvcoll has {comm.size}, MPI {self.mpi.size}", max(comm.size, self.mpi.size))
         self.arrays = arrays
         self.in_place = MPI.IN_PLACE
         self.version = " ".join(MPI.Get_library_version().splitlines()[0].rstrip("\0").split())
@@ -173,6 +175,13 @@ class Mpi:
         """Make `call` reduce the first `count` elements."""
         self.send = self.recv = self.arrays.plain()[:count]
         self.call = partial(self.mpi.Allreduce, self.in_place, self.recv, self.op)
+
+
+def _not_of_mpi(fact: str, size: int) -> ArgumentError:
+    return ArgumentError(
+        f"--compare mpi needs ranks that MPI started; {fact}; "
+        f"type `mpiexec -n {size} nvcoll bench allreduce --compare mpi`"
+    )
 
 
 PEERS = {"mpi": Mpi}
