@@ -261,7 +261,9 @@ def train(comm: Comm, digits: Digits, options: argparse.Namespace, report: bool 
     with comm.empty((options.batch, WIDTH), options.dtype) as buffer:
         sums = PartialSums(comm, buffer)
         network = Network(sums, options.hidden, options.dtype, options.seed)
-        comm.Barrier()  # or the first Allreduce would count how much later the other ranks have started
+        # The first call compiles a kernel if the cache lacks it, and waits for the last rank to start: not training.
+        buffer.fill(0)
+        comm.Allreduce(buffer)
         start = perf_counter()
         train_epochs(network, digits, options, report)
         seconds, allreduce_seconds, calls = perf_counter() - start, sums.seconds, sums.calls
@@ -335,7 +337,8 @@ def describe(options: argparse.Namespace) -> None:
     nbytes = options.batch * WIDTH * np.dtype(options.dtype).itemsize
     plan = COMM_WORLD.explain("allreduce", nbytes, options.dtype)
     print(f"hidden columns by rank: {widths}")
-    print(f"Allreduce of {nbytes} bytes ({options.dtype}): {plan.algorithm}, protocol {plan.protocol}: {plan.reason}")
+    chosen = f"{plan.algorithm}/{plan.protocol}" if plan.protocol else plan.algorithm
+    print(f"Allreduce of {nbytes} bytes ({options.dtype}): {chosen}, because {plan.reason}")
 
 
 def summarize(run: Training, digits: Digits) -> None:
