@@ -23,7 +23,7 @@ LAYERS = (
     {"emulation"},
     {"comm"},
     {"requests"},
-    {"failures", "hosts"},
+    {"failures", "hosts", "lifecycle"},
     {"world"},
     {"planning"},
     {"jit"},
