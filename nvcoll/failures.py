@@ -21,26 +21,36 @@ def failure(world: Any, told: Explanation) -> BaseException:
     if interruption is not None:
         return interruption  # type: ignore[no-any-return]
     kind, peer = state.failure
-    verb, number = told.verb.capitalize(), state.sequence
     boards = state.boards()
     who = _namer(world)
-    where = f"{verb} (call {number} on rank {world.rank})"
+    where = f"{told.verb.capitalize()} (call {state.sequence} on rank {world.rank})"
+    if kind == "peer failed":  # what it failed for is the cause here too
+        kind, about = boards[peer][4]
+        if kind == "timeout":
+            vain = f"{who(peer)} waited in vain for {who(about) if about >= 0 else 'data'}"
+            return _timeout(f"{where}: {vain} until its NVCOLL_TIMEOUT was over", world)
+        if kind != "peer lost":
+            return PeerLostError(f"{where}: {who(peer)} gave up in its call {boards[peer][0]}; see its exception")
+        peer = about
     if kind == "timeout":
-        missing = [who(p) for p, board in enumerate(boards) if board[0] < number and p != _place(world)]
-        late = f"did not arrive: {', '.join(missing)}" if missing else "all ranks arrived, and data did not"
-        return TimeoutError(
-            f"{where}: no answer within the timeout of NVCOLL_TIMEOUT; {late}. "
-            "See what those ranks do, or raise NVCOLL_TIMEOUT if they are only slow"
-        )
+        return _timeout(f"{where}: no answer within the timeout of NVCOLL_TIMEOUT", world)
     if kind == "mismatch":
         mine, its = (describe_signature(*boards[p][1:3]) for p in (_place(world), peer))
         return MismatchError(f"{where}: this rank calls {mine}; {who(peer)} calls {its}; make the calls agree")
     if kind == "peer lost":
         how = "has left" if boards[peer][3] == "left" else "has ended"
-        return PeerLostError(f"{where}: {who(peer)} {how} in or before call {number}; see its output, and start all ranks anew")
-    if kind == "peer failed":
-        return PeerLostError(f"{where}: {who(peer)} gave up in its call {boards[peer][0]}; see its exception")
+        return PeerLostError(
+            f"{where}: {who(peer)} {how} in or before call {state.sequence}; see its output, and start all ranks anew"
+        )
     return Error(f"{where}: {kind}")
+
+
+def _timeout(what: str, world: Any) -> TimeoutError:
+    """Return the error that names the ranks which have not begun this call."""
+    state, who = world.planner.state, _namer(world)
+    missing = [who(p) for p, board in enumerate(state.boards()) if board[0] < state.sequence]
+    late = f"did not arrive: {', '.join(missing)}" if missing else "all ranks have arrived by now"
+    return TimeoutError(f"{what}; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if they are only slow")
 
 
 def _place(world: Any) -> int:

@@ -151,19 +151,27 @@ cdef class State:
         return caught.pop(<uintptr_t>&self.world, None)
 
     def boards(self):
-        """Return (sequence, signature, count, state) of every rank's latest call."""
+        """Return (sequence, signature, count, state, (error, rank)) of every rank: its latest call, and why it failed."""
         found = []
         cdef Board* board
         cdef Note* its
+        cdef int64_t state
         for p in range(self.world.size):
             board = board_of(&self.world, p)
             its = &board.notes[nv_load(&board.notes[1].sequence) > nv_load(&board.notes[0].sequence)]
-            found.append((nv_load(&its.sequence), its.signature, its.count, STATES[nv_load(&board.state)]))
+            state = nv_load(&board.state)
+            why = ERRORS[state >> 8 & 255], (state >> 16) - 1
+            found.append((nv_load(&its.sequence), its.signature, its.count, STATES[state & 255], why))
         return found
 
     def leave(self):
-        """Tell the peers that this rank takes no more part."""
-        nv_store(&board_of(&self.world, self.world.rank).state, LEFT)
+        """Tell the peers that this rank takes no more part. One that failed has told them already."""
+        if not self.world.error:
+            nv_store(&board_of(&self.world, self.world.rank).state, LEFT)
+
+    def fail(self, error):
+        """Make the communicator unusable for a reason that is not in a kernel: one of ERRORS."""
+        fail(&self.world, ERRORS.index(error), -1)
 
     def set_timeout(self, seconds):
         """Set how long a wait may take, in seconds."""
@@ -258,7 +266,6 @@ cdef class Plans:
         cdef Py_buffer send
         cdef Py_buffer recv
         cdef bint both = False
-        cdef object result = None
         if recvbuf is None or sendbuf is recvbuf:
             recvbuf = sendbuf
         elif sendbuf is not self.in_place:
@@ -275,11 +282,14 @@ cdef class Plans:
             except Exception:
                 return None
             # Everything but the common case of two equal, disjoint buffers is judged on the long way.
-            if (send.len == recv.len and code_of(send.format, send.itemsize) == code_of(recv.format, recv.itemsize)
-                    and (<char*>send.buf + send.len <= <char*>recv.buf or <char*>recv.buf + recv.len <= <char*>send.buf)):
-                result = self.go(&recv, <uintptr_t>send.buf, op)
-            PyBuffer_Release(&send)
-            return result
+            try:
+                if (send.len == recv.len and code_of(send.format, send.itemsize) == code_of(recv.format, recv.itemsize)
+                        and (<char*>send.buf + send.len <= <char*>recv.buf
+                             or <char*>recv.buf + recv.len <= <char*>send.buf)):
+                    return self.go(&recv, <uintptr_t>send.buf, op)
+                return None
+            finally:
+                PyBuffer_Release(&send)
         finally:
             PyBuffer_Release(&recv)
 

@@ -101,7 +101,7 @@ cdef struct Note:
 
 cdef struct Board:
     Note notes[2]
-    int64_t state           # one of STATES
+    int64_t state           # one of STATES; if it is FAILED, why: error << 8, and (the rank it is about + 1) << 16
     int64_t core            # 1 + the core it was last seen waiting on
 
 STATES = ("running", "failed", "left")
@@ -129,34 +129,54 @@ cdef inline Board* board_of(World* w, int64_t rank) noexcept nogil:
 
 
 cdef void fail(World* w, int64_t error, int64_t peer) noexcept nogil:
-    """Make the communicator unusable, and let peers that look at the board know."""
+    """Make the communicator unusable, and let peers that look at the board know, with the first cause of it all."""
+    cdef int64_t why = error << 8 | (peer + 1) << 16
+    if error == PEER_FAILED:
+        why = nv_load(&board_of(w, peer).state) & ~255
     w.error_peer = peer
     w.error = error
-    nv_store(&board_of(w, w.rank).state, FAILED)
+    nv_store(&board_of(w, w.rank).state, FAILED | why)
 
 
 cdef int64_t look_around(World* w, int64_t* about) noexcept nogil:
-    """Find out why nothing comes: a peer that ended, gave up, or is in a call that does not match. 0 if all is well."""
-    cdef int64_t turn = w.sequence & 1
+    """Find out why nothing comes: a peer in a call that does not match, one that ended, or one that gave up. 0 if all is well.
+
+    In this order, for a peer that gave up may have done so because of one of the others.
+    """
+    cdef int64_t turn = w.sequence & 1, found = 0
     cdef Note* mine = &board_of(w, w.rank).notes[turn]
     cdef Note* its
     cdef int64_t p, state
     for p in range(w.size):
-        if p == w.rank:
+        # A rank that has begun the next call has sent all that anybody needs of it in this one, whatever became of it.
+        if p == w.rank or nv_load(&board_of(w, p).notes[turn ^ 1].sequence) > w.sequence:
             continue
-        about[0] = p
         its = &board_of(w, p).notes[turn]
-        state = nv_load(&board_of(w, p).state)
+        state = nv_load(&board_of(w, p).state) & 255
         if nv_load(&its.sequence) == w.sequence and (its.signature != mine.signature or its.count != mine.count):
+            about[0] = p
             return MISMATCH
-        if state == FAILED:
-            return PEER_FAILED
-        # A rank that left, or ended, after it began this call may have sent all that we need.
-        if state == LEFT and nv_load(&its.sequence) < w.sequence:
-            return PEER_LOST
-        if w.fd >= 0 and state == RUNNING and not nv_byte_locked(<int>w.fd, p):
-            return PEER_LOST
-    return 0
+        if found != PEER_LOST and is_lost(w, p, state, nv_load(&its.sequence)):
+            about[0], found = p, PEER_LOST
+        if not found and state == FAILED:
+            about[0], found = p, PEER_FAILED
+    return found
+
+
+cdef bint is_lost(World* w, int64_t p, int64_t state, int64_t sequence) noexcept nogil:
+    """Tell whether a rank takes no more part. One that left after it began this call may have sent all that we need."""
+    if state == LEFT:
+        return sequence < w.sequence
+    return state == RUNNING and w.fd >= 0 and not nv_byte_locked(<int>w.fd, p)
+
+
+cdef int64_t first_missing(World* w) noexcept nogil:
+    """Return the first rank that has not begun this call, or -1."""
+    cdef int64_t p
+    for p in range(w.size):
+        if nv_load(&board_of(w, p).notes[0].sequence) < w.sequence > nv_load(&board_of(w, p).notes[1].sequence):
+            return p
+    return -1
 
 
 cdef dict caught = {}       # address of a World -> the exception that a signal handler raised during a wait
@@ -216,7 +236,7 @@ cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nog
         nap = min(2 * nap, LONGEST_NAP)
         error = look_around(w, &about)
         if not error and now - started >= w.timeout:
-            error, about = TIMED_OUT, -1
+            error, about = TIMED_OUT, first_missing(w)
         if not error and interrupted(w):
             error, about = INTERRUPTED, -1
         # What arrived while we looked counts, unless it belongs to another call than ours.
