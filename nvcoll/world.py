@@ -60,21 +60,22 @@ class World:
 
 def open_world() -> World:
     """Find the other ranks and set everything up. Collective: every rank of the launch does it."""
-    exchange = _bootstrap.connect(settings_.read())
-    try:
+    with contextlib.ExitStack() as undo:
+        exchange = _bootstrap.connect(settings_.read())
+        undo.callback(exchange.close)
         settings, rules = _agree_on_settings(exchange)
         cores = exchange.allgather(_topology.usable_cpus())
         identities = exchange.allgather(_bootstrap.host_identity())
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
         memory = SharedMemory(exchange, topology, settings.heap)
+        undo.callback(memory.close)
         here = topology
         if len(topology.nodes) > 1:  # kernels see the ranks of this node only; `nvcoll.hosts` joins the nodes
             members = topology.nodes[topology.node]
             here = _topology.detect(topology.local_rank, [identities[rank] for rank in members])
-        return _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, "shm")
-    except BaseException:
-        exchange.close()
-        raise
+        world = _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, "shm")
+        undo.pop_all()
+    return world
 
 
 def _agree_on_settings(exchange: Any) -> tuple[Any, dict[str, Any]]:

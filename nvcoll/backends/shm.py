@@ -4,12 +4,12 @@ One segment holds the heaps of a node's ranks side by side, so a peer's memory i
 address space only; pages are taken when memory is allocated, so that a full /dev/shm is an error and not a crash.
 """
 
+import contextlib
 import secrets
 from typing import Any
 
 from nvcoll import _bootstrap
 from nvcoll.backends.group import Member, agree, physical_memory
-from nvcoll.errors import AllocationError
 
 
 class SharedMemory(Member):
@@ -45,20 +45,18 @@ def _map(exchange: Any, local_rank: int, members: tuple[int, ...], nbytes: int) 
             problem = str(exc)
     try:
         names = agree(exchange, name.encode(), problem, "shared memory cannot be created")
-        if segment is None:
-            try:
-                segment = _bootstrap.Segment.open(names[members[0]].decode(), nbytes)
-            except OSError as exc:
-                problem = str(exc)
-        if segment is not None:
+        try:
+            segment = segment or _bootstrap.Segment.open(names[members[0]].decode(), nbytes)
             segment.lock(local_rank)
+        except OSError as exc:
+            problem = str(exc)
         agree(exchange, b"", problem, "shared memory cannot be mapped")
-    except AllocationError:
+    except BaseException:
         if segment is not None:
-            if local_rank == 0:
-                segment.unlink()
             segment.close()
         raise
-    if local_rank == 0:
-        segment.unlink()
+    finally:
+        if segment is not None:
+            with contextlib.suppress(FileNotFoundError):  # who comes first does it: the rank that made it may be gone
+                segment.unlink()
     return segment
