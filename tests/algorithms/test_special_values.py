@@ -1,0 +1,128 @@
+"""NaN, infinities, zeros of both signs: whatever the result is, all ranks have the same bits of it."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+import nvcoll
+from nvcoll.ops import DATATYPES, OPS
+from nvcoll.planning import candidates
+from tests.oracle import supported
+
+FLOATS = [(name, op) for name, op in supported() if DATATYPES[name].kind in {"float", "complex"}]
+WORLDS = [(2, None), (3, None), (5, [2, 3]), (8, [1, 3, 4])]
+COUNT = 301
+
+# The sum of infinity and its negative, and widening of signalling NaNs, are what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
+
+
+def words(datatype, rank):
+    """Random bit patterns, in half of the places NaNs of random payload, infinities, zeros and the smallest numbers."""
+    dtype = DATATYPES[datatype].dtype
+    part = dtype.itemsize // (2 if dtype.kind == "c" else 1)
+    unsigned, reals = np.dtype(f"u{part}"), DATATYPES[datatype].dtype if dtype.kind != "c" else np.dtype(f"f{part}")
+    rng = np.random.default_rng([ord(datatype[0]), part, rank])
+    bits = rng.integers(0, 1 << 8 * part, COUNT * dtype.itemsize // part, dtype=np.uint64).astype(unsigned)
+    infinity = np.array(np.inf, reals).view(unsigned)
+    sign = unsigned.type(1 << 8 * part - 1)
+    chosen = [bits, bits, bits | infinity, infinity | 0 * bits, 0 * bits, 0 * bits + 1]
+    bits = np.choose(rng.integers(0, len(chosen), len(bits)), chosen) ^ (bits & sign)
+    return bits.astype(unsigned).view(dtype)
+
+
+@pytest.mark.parametrize(("size", "nodes"), WORLDS)
+def test_all_ranks_have_the_same_bits(size, nodes):
+    calls = list(itertools.product(FLOATS, candidates()))
+
+    def main(comm):
+        results = []
+        for (datatype, op), algorithm in calls:
+            result = np.empty(COUNT, DATATYPES[datatype].dtype)
+            comm.Allreduce(words(datatype, comm.rank), result, OPS[op], algorithm=algorithm)
+            results.append(result.tobytes())
+        return results
+
+    outcomes = nvcoll.emulate(size, nodes).run(main)
+    apart = [call for call, *results in zip(calls, *outcomes, strict=True) if len(set(results)) > 1]
+    assert not apart
+
+
+@pytest.mark.parametrize("algorithm", candidates())
+@pytest.mark.parametrize("datatype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_nan_on_any_rank_is_one_in_the_result(datatype, algorithm):
+    size = 5
+    dtype = DATATYPES[datatype].dtype
+
+    def main(comm):
+        data = np.full(2 * size, comm.rank).astype(dtype)
+        data[comm.rank] = np.nan
+        infinite = np.full(4, [np.inf, -np.inf, np.inf, 1]).astype(dtype)
+        if comm.rank == size - 1:
+            infinite[2] = -np.inf
+        found = {}
+        for op in ("MIN", "MAX", "SUM", "PROD", "AVG"):
+            result = np.empty_like(data)
+            comm.Allreduce(data, result, OPS[op], algorithm=algorithm)
+            found[op] = result.astype(np.float64).tolist()
+        comm.Allreduce(infinite, algorithm=algorithm)
+        return found, infinite.astype(np.float64).tolist()
+
+    for found, infinite in nvcoll.emulate(size).run(main):
+        numbers = {"MIN": 0, "MAX": 4, "SUM": 10, "PROD": 0, "AVG": 2}
+        for op, number in numbers.items():
+            assert np.isnan(found[op][:size]).all(), op
+            assert found[op][size:] == [number] * size
+        np.testing.assert_equal(infinite, [np.inf, -np.inf, np.nan, 5])
+
+
+@pytest.mark.parametrize("algorithm", candidates())
+@pytest.mark.parametrize("datatype", ["float16", "bfloat16"])
+def test_sums_that_a_16_bit_float_cannot_hold_on_the_way(datatype, algorithm):
+    """2048 + 1 is 2048 in a float16, and 60000 + 60000 infinite; float32 keeps both until the end."""
+    columns = {"float16": [[2048, 60000], [1, 60000], [1, -60000]], "bfloat16": [[256, 3e38], [1, 0], [1, -3e38]]}[
+        datatype
+    ]
+
+    def main(comm):
+        x = np.array(columns[comm.rank], DATATYPES[datatype].dtype)
+        comm.Allreduce(x, algorithm=algorithm)
+        y = np.array(columns[comm.rank], DATATYPES[datatype].dtype)
+        comm.Allreduce(y, op=nvcoll.AVG, algorithm=algorithm)
+        return x.astype(float).tolist(), y.astype(float).tolist()
+
+    for total, average in nvcoll.emulate(3).run(main):
+        if datatype == "float16":
+            assert total == [2050, 60000]
+            assert average == [float(np.float16(2050 / 3)), 20000]
+        else:
+            assert total == [258, 0]
+            assert average == [86, 0]
+
+
+@pytest.mark.parametrize("algorithm", candidates())
+def test_averages_of_integers_go_towards_zero(algorithm):
+    columns = [[-3, 3, -7, 7, -128], [0, 0, -1, 0, 0], [0, 0, 0, 0, 127]]
+
+    def main(comm):
+        x = np.array(columns[comm.rank], np.int8)
+        comm.Allreduce(x, op=nvcoll.AVG, algorithm=algorithm)
+        y = np.array([250 + comm.rank], np.uint16)
+        comm.Allreduce(y, op=nvcoll.AVG, algorithm=algorithm)
+        return [*x.tolist(), *y.tolist()]
+
+    assert nvcoll.emulate(3).run(main) == [[-1, 1, -2, 2, 0, 251]] * 3
+
+
+def test_averages_over_more_ranks_than_the_type_can_hold():
+    def main(comm):
+        found = []
+        for datatype in (np.int8, np.uint8):
+            x = np.array([comm.rank == 0, 100 * (comm.rank == 1), 0], datatype)
+            comm.Allreduce(x, op=nvcoll.AVG, algorithm="one_shot")
+            found += x.tolist()
+        return found
+
+    assert nvcoll.emulate(256).run(main) == [[0] * 6] * 256
+    assert nvcoll.emulate(100).run(main) == [[0, 1, 0, 0, 1, 0]] * 100
