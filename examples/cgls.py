@@ -87,7 +87,7 @@ def cgls(comm: Comm, matrix: Array, b: Array, max_steps: int) -> Fit:
         length = first_length = gradient @ gradient
         for step in range(1, max_steps + 1):
             q = matrix @ p
-            alpha = length / over_ranks(comm, q @ q, SUM)
+            alpha = length / over_ranks(comm, float(q @ q), SUM)
             x += alpha * p
             r -= alpha * q
             comm.Allreduce(matrix.T @ r, gradient)
@@ -120,7 +120,8 @@ def bumps_at(places: Array, grid: int) -> Array:
     centres = np.linspace(0, 1, grid)
     width = 1 / grid
     east, north = (np.exp(-(((at[:, None] - centres) / width) ** 2)) for at in places.T)
-    return (east[:, :, None] * north[:, None, :]).reshape(len(places), grid**2)
+    rows: Array = (east[:, :, None] * north[:, None, :]).reshape(len(places), grid**2)
+    return rows
 
 
 def rows_of(rank: int, size: int, count: int) -> slice:
@@ -135,7 +136,7 @@ def report(comm: Comm, fit: Fit, seconds: float, count: int) -> None:
     # A rank without rows has no residual: it gives what changes neither the smallest nor the largest.
     lowest = over_ranks(comm, fit.residuals.min(initial=np.inf), MIN)
     highest = over_ranks(comm, fit.residuals.max(initial=-np.inf), MAX)
-    mean_square = over_ranks(comm, fit.residuals @ fit.residuals, SUM) / count
+    mean_square = over_ranks(comm, float(fit.residuals @ fit.residuals), SUM) / count
     slowest = over_ranks(comm, seconds, MAX)
     if comm.rank == 0:
         print(f"{count} measurements, {fewest:.0f} to {most:.0f} a rank; {len(fit.x)} bumps")
