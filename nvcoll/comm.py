@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from nvcoll.buffers import Buffer, Spec, check_pair, is_in_place, parse
+from nvcoll._plan import Plans
+from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, parse
 from nvcoll.errors import ArgumentError, DatatypeError
 from nvcoll.failures import failure
 from nvcoll.lifecycle import Living
@@ -217,8 +218,9 @@ class Comm(Living):
         -----
         All ranks get bitwise equal results. 16-bit floats are summed in float32 and rounded once.
         """
-        if algorithm is None and stream is None:
-            done = self._plans.run(sendbuf, recvbuf, op)
+        plans = self._plans.get(algorithm)
+        if plans is not None and stream is None:
+            done = plans.run(sendbuf, recvbuf, op)
             if done is True:
                 return
             if done is not None:
@@ -242,8 +244,7 @@ class Comm(Living):
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        if algorithm is None:
-            self._plans.add(_code(datatype), nbytes, op, plan)
+        self._plans.setdefault(algorithm, Plans(IN_PLACE)).add(_code(datatype), nbytes, op, plan)
         if not plan.run(send.address, recv.address):
             raise failure(self._world, plan.describe)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.buffers import IN_PLACE
 from nvcoll.errors import StateError
 from nvcoll.hosts import Between
 from nvcoll.world import World
@@ -35,7 +34,7 @@ class Living:
 
     _world: World
     _between: Between | None  # joins the nodes, where there are several
-    _plans: Plans  # the fast route
+    _plans: dict[str | None, Plans]  # the fast route, for each algorithm asked for; None leaves the choice to the rules
     _kept: dict[Any, Plan]  # the long way
     _token: Any  # what a barrier sends
     _forked = False
@@ -71,7 +70,7 @@ class Living:
         except BaseException:
             world.close()
             raise
-        living: tuple[Any, ...] = (world, between, Plans(IN_PLACE), {}, np.zeros(1, np.uint8))
+        living: tuple[Any, ...] = (world, between, {}, {}, np.zeros(1, np.uint8))
         self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:
