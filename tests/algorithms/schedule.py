@@ -1,0 +1,103 @@
+"""Schedules run by plain Python on verbs that only take notes: who sends what to whom, and what is waited for."""
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+from types import SimpleNamespace
+
+from nvcoll.algorithms import ALGORITHMS, Shape
+
+SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
+
+
+@dataclass
+class Notes:
+    """What one rank did in a call.
+
+    Attributes
+    ----------
+    sent : list of (epoch, receiver, slot, bytes)
+        Data it put into slots of others.
+    awaited : list of (epoch, sender or None, slot, bytes)
+        Data it waited for in slots of its own; None where any sender will do.
+    told, heard : list of (epoch, receiver, slot) and of (epoch, slot)
+        Signals it gave and waited for.
+    written : list of (first, last) bytes
+        Parts of the result that it wrote itself.
+    """
+
+    sent: list = field(default_factory=list)
+    awaited: list = field(default_factory=list)
+    told: list = field(default_factory=list)
+    heard: list = field(default_factory=list)
+    written: list = field(default_factory=list)
+
+
+def run(name, rank, shape, capacity=1 << 62, direct=False):
+    """Run an algorithm's schedule for one rank and return its notes; `direct` if buffers are on the symmetric heap."""
+    notes = Notes()
+    kernel = ALGORITHMS[name].text(SimpleNamespace(**verbs(rank, shape, capacity, direct, notes)))
+    kernel(None, SEND, RECV, shape.count)
+    return notes
+
+
+def verbs(rank, shape, capacity, direct, notes):
+    """What a schedule may use."""
+    starts = list(accumulate(shape.node_sizes, initial=0))
+    node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
+    tables = {RANKS: range(shape.size), STARTS: starts}
+    epochs = [0]
+
+    def begin(c):
+        epochs[0] += 1
+        return epochs[0]
+
+    def load(address):
+        return next((values[(address - at) // 8] for at, values in tables.items() if 0 <= address - at < 1 << 40), 0)
+
+    def write(to, nbytes):
+        if RECV <= to < WORK:
+            notes.written.append((to - RECV, to - RECV + nbytes))
+
+    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
+        notes.awaited.extend((e, None, slot + j, n * shape.itemsize) for j in range(k) if j != me)
+
+    def wait_copy(c, e, slot, to, nbytes):
+        notes.awaited.append((e, None, slot, nbytes))
+        write(to, nbytes)
+
+    def wait_signal(c, e, slot):
+        notes.heard.append((e, slot))
+        return (0, 0) if direct else (-1, -1)
+
+    constants = {
+        "rank": rank, "size": shape.size, "nodes": len(shape.node_sizes), "node": node,
+        "local_rank": rank - starts[node], "slices": shape.slices, "itemsize": shape.itemsize, "width": shape.width, "capacity": capacity,
+        "widen": int(shape.width != shape.itemsize), "node_ranks": RANKS, "node_starts": STARTS, "table": WORK,
+        "blocks": WORK,
+    }  # fmt: skip
+    return {
+        **{name: lambda c, value=value: value for name, value in constants.items()},
+        "BLOCK": 16384,
+        "jit": lambda function: function,
+        "begin": begin,
+        "load": load,
+        "store": lambda address, value: None,
+        "copy": lambda to, source, nbytes: None,
+        "combine": lambda c, sources, k, acc, n: None,
+        "heap_of": lambda c, p: 0,
+        "offset": lambda c, address, nbytes: 0 if direct else -1,
+        "accumulators": lambda c, recv: recv if shape.width == shape.itemsize else WORK,
+        "fill": lambda c, acc, source, n: None,
+        "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
+        "put": lambda c, e, p, slot, source, nbytes: notes.sent.append((e, p, slot, nbytes)),
+        "wait_copy": wait_copy,
+        "wait_reduce": lambda c, e, p, slot, acc, n: notes.awaited.append((e, p, slot, n * shape.width)),
+        "wait_reduce_all": wait_reduce_all,
+        "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),
+        "wait_signal": wait_signal,
+    }
+
+
+def world(node_sizes, count=1, itemsize=4, width=None):
+    """The shape of a call in a world of nodes of given sizes."""
+    return Shape(tuple(node_sizes), count, itemsize, width or itemsize, min(node_sizes))
