@@ -19,7 +19,7 @@ from nvcoll.errors import ArgumentError
 LINE = 64
 BOARD, BELL, EPOCH, FLAGS = 0, 64, 128, 192
 
-SPIN = 20.0
+SPIN = 100.0
 """Microseconds of spinning before the core is yielded, where ranks do not share cores."""
 YIELDS = 50
 """Yields of the core before sleeping; each takes some 0.3 us if nobody else wants the core."""

@@ -36,7 +36,9 @@ def _binary(op: str, datatype: str, items: int, times: int) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         to, *operands = args
-        packs = [[builder.load(_pointer(builder, a, vector, k * step), align=1) for a in operands] for k in range(times)]
+        packs = [
+            [builder.load(_pointer(builder, a, vector, k * step), align=1) for a in operands] for k in range(times)
+        ]
         results = [reduce.OPERATORS[op](builder, left, right, datatype) for left, right in packs]
         for k, result in enumerate(results):
             builder.store(result, _pointer(builder, to, vector, k * step), align=1)
