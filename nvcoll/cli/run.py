@@ -66,9 +66,6 @@ def add_parser(subparsers: Any) -> None:
         help=f"how many ranks (default: {cpus}, one a CPU)",
     )
     parser.add_argument(
-        "--ranks-per-node", type=_checked("count"), metavar="K", help="split the ranks into virtual nodes of K"
-    )
-    parser.add_argument(
         "--timeout", type=_checked("seconds"), metavar="S", help="seconds a call waits for other ranks (NVCOLL_TIMEOUT)"
     )
     parser.add_argument(
@@ -120,8 +117,6 @@ def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str,
     result.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size)))
     if args.prefix:
         result.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would hold lines back until the rank ends
-    if args.ranks_per_node is not None:
-        result["NVCOLL_RANKS_PER_NODE"] = args.ranks_per_node
     if args.timeout is not None:
         result["NVCOLL_TIMEOUT"] = args.timeout
     result.update(args.env)

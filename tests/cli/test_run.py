@@ -132,14 +132,11 @@ class TestEnvironment:
         assert len(keys) == 2  # one a run
 
     def test_options_set_variables(self):
-        args = parse(
-            "--ranks-per-node", "2", "--timeout", "7.5", "--env", "A=1=2", "--env", "B=", "--prefix", "-c", "1"
-        )
+        args = parse("--timeout", "7.5", "--env", "A=1=2", "--env", "B=", "--prefix", "-c", "1")
         assert run.variables(args, {"HOME": "/", "A": "0", "OMP_NUM_THREADS": "3", "NVCOLL_RANK": "1"}) == {
             "HOME": "/",
             "A": "1=2",
             "B": "",
-            "NVCOLL_RANKS_PER_NODE": "2",
             "NVCOLL_TIMEOUT": "7.5",
             "OMP_NUM_THREADS": "3",
             "PYTHONUNBUFFERED": "1",
