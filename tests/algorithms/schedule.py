@@ -70,11 +70,21 @@ def verbs(rank, shape, capacity, direct, notes):
         return (0, 0) if direct else (-1, -1)
 
     constants = {
-        "rank": rank, "size": shape.size, "nodes": len(shape.node_sizes), "node": node,
-        "local_rank": rank - starts[node], "slices": shape.slices, "itemsize": shape.itemsize, "width": shape.width, "capacity": capacity,
-        "widen": int(shape.width != shape.itemsize), "node_ranks": RANKS, "node_starts": STARTS, "table": WORK,
+        "rank": rank,
+        "size": shape.size,
+        "nodes": len(shape.node_sizes),
+        "node": node,
+        "local_rank": rank - starts[node],
+        "slices": shape.slices,
+        "itemsize": shape.itemsize,
+        "width": shape.width,
+        "capacity": capacity,
+        "widen": int(shape.width != shape.itemsize),
+        "node_ranks": RANKS,
+        "node_starts": STARTS,
+        "table": WORK,
         "blocks": WORK,
-    }  # fmt: skip
+    }
     return {
         **{name: lambda c, value=value: value for name, value in constants.items()},
         "BLOCK": 16384,
