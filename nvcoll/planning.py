@@ -22,6 +22,8 @@ PAYLOAD = 56
 LINKS = {"host": Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)}
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 VERBS = ("allreduce",)
+ROUND = 384 << 10
+"""Bytes of a message that go through scratch memory at a time, so that slots stay in a core's second-level cache."""
 SLOT_ALIGN = 2 * LINE
 """Processors fetch lines in pairs: neighbours in a pair would be taken from each other."""
 
@@ -199,7 +201,7 @@ class Planner:
         _, parts = ALGORITHMS[base].slots(shape)
         slot = self._slot_bytes(base, protocol, shape)
         held = (slot // LINE * PAYLOAD if protocol == "low_latency" else slot) // shape.width
-        return max(0, held - LINE // shape.itemsize) * parts
+        return min(max(0, held - LINE // shape.itemsize) * parts, ROUND // shape.itemsize)
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
         """Return the elements of a round and the bytes between slots, as close together as the message allows."""
