@@ -6,7 +6,17 @@ from nvcoll.errors import Error, MismatchError, PeerLostError, TimeoutError
 from nvcoll.planning import Explanation, describe_signature
 
 
-def failure(world: Any, told: Explanation) -> BaseException:
+def cause(world: Any) -> tuple[str, int]:
+    """Return why a communicator is unusable: the kind of failure that came first, and the place of its rank or -1.
+
+    A rank that fails because another one did takes over the cause.
+    """
+    state = world.planner.state
+    kind, peer = state.failure
+    return state.boards()[peer][4] if kind == "peer failed" else (kind, peer)
+
+
+def failure(world: Any, told: Explanation, number: int | None = None) -> BaseException:
     """Return the exception for the failure that a communicator's state records.
 
     Parameters
@@ -15,33 +25,33 @@ def failure(world: Any, told: Explanation) -> BaseException:
         The world whose call failed.
     told
         What the call was to do.
+    number
+        Which call of the user's it was, if not the same as the kernels'.
     """
     state = world.planner.state
     interruption = state.interruption()
     if interruption is not None:
         return interruption  # type: ignore[no-any-return]
-    kind, peer = state.failure
+    (own, peer), (kind, about) = state.failure, cause(world)
     boards = state.boards()
     who = _namer(world)
-    where = f"{told.verb.capitalize()} (call {state.sequence} on rank {world.rank})"
-    if kind == "peer failed":  # what it failed for is the cause here too
-        kind, about = boards[peer][4]
-        if kind == "timeout":
-            vain = f"{who(peer)} waited in vain for {who(about) if about >= 0 else 'data'}"
-            return _timeout(f"{where}: {vain} until its NVCOLL_TIMEOUT was over", world)
-        if kind != "peer lost":
-            return PeerLostError(f"{where}: {who(peer)} gave up in its call {boards[peer][0]}; see its exception")
-        peer = about
+    number = number or state.sequence
+    where = f"{told.verb.capitalize()} (call {number} on rank {world.rank})"
     if kind == "timeout":
-        return _timeout(f"{where}: no answer within the timeout of NVCOLL_TIMEOUT", world)
+        vain = (
+            f"{who(peer)} waited in vain for {who(about) if about >= 0 else 'data'} until its NVCOLL_TIMEOUT was over"
+        )
+        return _timeout(f"{where}: {vain if own == 'peer failed' else 'no answer within NVCOLL_TIMEOUT'}", world)
+    if kind == "peer lost" and about >= 0:
+        how = "has left" if boards[about][3] == "left" else "has ended"
+        return PeerLostError(
+            f"{where}: {who(about)} {how} in or before call {number}; see its output, and start all ranks anew"
+        )
+    if own == "peer failed":
+        return PeerLostError(f"{where}: {who(peer)} gave up in or before call {number}; see its exception")
     if kind == "mismatch":
         mine, its = (describe_signature(*boards[p][1:3]) for p in (_place(world), peer))
         return MismatchError(f"{where}: this rank calls {mine}; {who(peer)} calls {its}; make the calls agree")
-    if kind == "peer lost":
-        how = "has left" if boards[peer][3] == "left" else "has ended"
-        return PeerLostError(
-            f"{where}: {who(peer)} {how} in or before call {state.sequence}; see its output, and start all ranks anew"
-        )
     return Error(f"{where}: {kind}")
 
 

@@ -192,11 +192,11 @@ class Planner:
         return half // max(slots, 1) // SLOT_ALIGN * SLOT_ALIGN
 
     def _too_small(self, base: str, protocol: str, shape: Shape) -> str | None:
-        if self._capacity(base, protocol, shape) > 0:
+        if self.capacity(base, protocol, shape) > 0:
             return None
         return f"{self.layout.scratch} bytes of scratch memory are too few for {shape.size} ranks; raise NVCOLL_SCRATCH"
 
-    def _capacity(self, base: str, protocol: str, shape: Shape) -> int:
+    def capacity(self, base: str, protocol: str, shape: Shape) -> int:
         """Return the elements of a round: what the slots hold, less a cache line that slices may be rounded up by."""
         _, parts = ALGORITHMS[base].slots(shape)
         slot = self._slot_bytes(base, protocol, shape)
@@ -206,7 +206,7 @@ class Planner:
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
         """Return the elements of a round and the bytes between slots, as close together as the message allows."""
         _, parts = ALGORITHMS[base].slots(shape)
-        capacity = self._capacity(base, protocol, shape)
+        capacity = self.capacity(base, protocol, shape)
         part = -(-min(shape.count, capacity) // parts) + LINE // shape.itemsize
         nbytes = part * shape.width
         if protocol == "low_latency":

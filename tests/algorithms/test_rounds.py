@@ -24,7 +24,7 @@ def elements_of_a_round(size, nodes, name, datatype):
 
     def main(comm):
         planner = comm._world.planner
-        return planner._capacity(base, protocol, planner.shape(1, DATATYPES[datatype]))
+        return planner.capacity(base, protocol, planner.shape(1, DATATYPES[datatype]))
 
     return nvcoll.emulate(size, nodes).run(main)[0]
 
