@@ -120,7 +120,8 @@ cdef enum:
 cdef int64_t LOOK_AFTER = 20_000_000      # wait so long (ns) before looking for the reason, and between looks
 cdef int64_t NAP = 2_000_000              # first sleep; a lost wake-up costs no more than this
 cdef int64_t SPIN_SHARED = 10             # polls where ranks share a core
-cdef int64_t YIELDS_SHARED = 4            # where the launcher gave each rank a scheduling group of its own, yields do nothing
+cdef int64_t SWITCH = 600                 # a yield that lasts longer (ns) let somebody else run
+cdef int64_t VAIN_YIELDS = 3              # launchers that give each rank a scheduling group of its own make yields do nothing
 cdef int64_t LONGEST_NAP = 50_000_000
 
 
@@ -207,16 +208,22 @@ cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nog
     """Wait until *word == expected. Called by kernels once spinning has not helped; returns 0, or the error."""
     cdef int64_t* bell = <int64_t*>((<int64_t*>w.peers)[w.rank] + w.bell)
     cdef int64_t started, looked, now, nap = NAP
-    cdef int64_t k, error, about = -1
+    cdef int64_t k, error, about = -1, vain = 0
     cdef bint shared
     if w.error:
         return w.error
     shared = share_core(w)
     w.spin = min(w.spin_alone, SPIN_SHARED) if shared else w.spin_alone
-    for k in range(YIELDS_SHARED if shared else w.yields):
+    for k in range(w.yields):
+        now = nv_now()
         sched_yield()
         if nv_load(word) == expected:
             return 0
+        # A yield that comes back at once gave the core to nobody, though a peer wants it: only sleep lets that peer run.
+        if shared and nv_now() - now < SWITCH:
+            vain += 1
+            if vain == VAIN_YIELDS:
+                break
     started = looked = nv_now()
     while True:
         # Sleep. The order is: say so, look once more, sleep; a peer's is: write, look whether anybody sleeps, wake.

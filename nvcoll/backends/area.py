@@ -21,7 +21,7 @@ BOARD, BELL, EPOCH, FLAGS = 0, 64, 128, 192
 
 SPIN = 100.0
 """Microseconds of spinning before the core is yielded, where ranks do not share cores."""
-YIELDS = 50
+YIELDS = 100
 """Yields of the core before sleeping; each takes some 0.3 us if nobody else wants the core."""
 POLLS_PER_MICROSECOND = 30
 """Polls of a flag, with a pause each, in a microsecond; it need only be roughly right."""
