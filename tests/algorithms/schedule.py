@@ -5,6 +5,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
+from nvcoll.device.common import BLOCK
 
 SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
 
@@ -46,6 +47,7 @@ def verbs(rank, shape, capacity, direct, notes):
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
     tables = {RANKS: range(shape.size), STARTS: starts}
     epochs = [0]
+    parts = {}  # bytes put into slots that are not full yet
 
     def begin(c):
         epochs[0] += 1
@@ -58,7 +60,14 @@ def verbs(rank, shape, capacity, direct, notes):
         if RECV <= to < WORK:
             notes.written.append((to - RECV, to - RECV + nbytes))
 
-    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
+    def put_part(c, e, p, slot, offset, source, nbytes):
+        assert offset == parts.get((e, p, slot), 0), "a part is left out, or sent twice"
+        parts[e, p, slot] = offset + nbytes
+
+    def put_end(c, e, p, slot):
+        notes.sent.append((e, p, slot, parts.pop((e, p, slot), 0)))
+
+    def wait_all(c, e, k, me, slot, mine, n):
         notes.awaited.extend((e, None, slot + j, n * shape.itemsize) for j in range(k) if j != me)
 
     def wait_copy(c, e, slot, to, nbytes):
@@ -87,22 +96,25 @@ def verbs(rank, shape, capacity, direct, notes):
     }
     return {
         **{name: lambda c, value=value: value for name, value in constants.items()},
-        "BLOCK": 16384,
+        "BLOCK": BLOCK,
         "jit": lambda function: function,
         "begin": begin,
         "load": load,
         "store": lambda address, value: None,
         "copy": lambda to, source, nbytes: None,
-        "combine": lambda c, sources, k, acc, n: None,
+        "combine": lambda c, *_: None,
         "heap_of": lambda c, p: 0,
         "offset": lambda c, address, nbytes: 0 if direct else -1,
         "accumulators": lambda c, recv: recv if shape.width == shape.itemsize else WORK,
         "fill": lambda c, acc, source, n: None,
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
         "put": lambda c, e, p, slot, source, nbytes: notes.sent.append((e, p, slot, nbytes)),
+        "put_part": put_part,
+        "put_end": put_end,
         "wait_copy": wait_copy,
         "wait_reduce": lambda c, e, p, slot, acc, n: notes.awaited.append((e, p, slot, n * shape.width)),
-        "wait_reduce_all": wait_reduce_all,
+        "wait_all": wait_all,
+        "wait_reduce_all": lambda c, e, k, me, slot, mine, acc, n: wait_all(c, e, k, me, slot, mine, n),
         "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),
         "wait_signal": wait_signal,
     }

@@ -10,6 +10,7 @@ from nvcoll import algorithms
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.algorithms._registry import power_below, steps
 from nvcoll.backends.area import LINE, Layout
+from nvcoll.device.common import BLOCK
 from nvcoll.planning import candidates
 from tests.algorithms import schedule
 
@@ -53,6 +54,13 @@ def test_what_is_sent_is_waited_for_fits_its_slot_and_makes_the_result(name, ite
                 covered[first:last] = b"\1" * (last - first)
             assert all(covered), f"rank {rank} of {sizes} never writes some of {count} elements"
             assert len(covered) == shape.nbytes, f"rank {rank} of {sizes} writes beyond {count} elements"
+
+
+@EVERY_ALGORITHM
+def test_slices_of_several_blocks(name):
+    for sizes, (itemsize, width) in itertools.product([(2,), (3,), (5,), (2, 3)], [(4, 4), (2, 4), (16, 16), (1, 1)]):
+        shape = schedule.world(sizes, 3 * shape_size(sizes) * BLOCK // width + 17, itemsize, width)
+        check_traffic(name, shape, [schedule.run(name, rank, shape) for rank in range(shape.size)])
 
 
 def check_traffic(name, shape, notes):

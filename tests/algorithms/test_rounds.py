@@ -46,6 +46,19 @@ def test_many_rounds_follow_each_other_without_a_pause():
     judge(calls, 3)
 
 
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_slices_of_several_blocks(monkeypatch, size):
+    monkeypatch.setenv("NVCOLL_SCRATCH", "8M")
+    calls = []
+    for turn, name in enumerate(candidates()):
+        # 16 KiB of accumulators are worked on at a time; some ranks have whole blocks, others a part at the end.
+        for datatype, op in (("float32", "SUM"), TYPES[1 + turn % 4]):
+            width = DATATYPES[DATATYPES[datatype].accumulate].itemsize
+            count = 5 * size * 16384 // width
+            calls += [Call(name, datatype, op, count + extra, SIDES[:2]) for extra in (0, 1001)]
+    judge(calls, size)
+
+
 def test_ranks_that_are_late_between_rounds_lose_nothing():
     delays = [((0, 0.02),), ((1, 0.01), (2, 0.02)), ()]
     calls = [Call(n, "float32", "SUM", 30_011, SIDES[:3], delays[k % 3]) for k, n in enumerate(candidates())]
