@@ -7,9 +7,9 @@ import numpy as np
 from nvcoll.ops import DATATYPES
 from tests.oracle import COMBINE
 
-# Operators by kind of type whose results depend on the order. Products of complex numbers do, in the signs of zeros,
-# and NumPy's may have other signs.
-DEPEND = {"bool": (), "int": (), "uint": (), "float": ("SUM", "AVG", "PROD"), "complex": ("SUM", "AVG")}
+# Operators by kind of type whose results depend on the order; MIN and MAX do where zeros differ in sign, and in NaNs.
+# Products of complex numbers do, in the signs of zeros, and NumPy's may have other signs.
+DEPEND = {"bool": (), "int": (), "uint": (), "float": ("SUM", "AVG", "PROD", "MIN", "MAX"), "complex": ("SUM", "AVG")}
 
 
 def exact(call, given, node_sizes):
@@ -17,12 +17,23 @@ def exact(call, given, node_sizes):
     datatype = DATATYPES[call.datatype]
     if call.op not in DEPEND[datatype.kind]:
         return None
+    combine = extreme(call.op) if call.op in {"MIN", "MAX"} else COMBINE[call.op]
     working = [array.astype(datatype.accumulate) for array in given]
-    total = ORDERS[call.algorithm.split("/")[0]](working, COMBINE[call.op], node_sizes)
+    total = ORDERS[call.algorithm.split("/")[0]](working, combine, node_sizes)
     if call.op == "AVG":
         reals = total.view(np.dtype(f"float{datatype.dtype.itemsize * 4}")) if datatype.kind == "complex" else total
         total = (reals / len(given)).view(total.dtype)
     return total.astype(datatype.dtype)
+
+
+def extreme(op):
+    """MIN or MAX as kernels define it: of equal numbers (zeros) the right one, of two NaNs the left one."""
+    compare = np.less if op == "MIN" else np.greater
+
+    def combine(left, right):
+        return np.where(np.isnan(left) | (compare(left, right) & ~np.isnan(right)), left, right)
+
+    return combine
 
 
 def rank_order(arrays, combine, node_sizes=None):
@@ -58,8 +69,14 @@ def along_the_ring(arrays, combine, node_sizes=None):
     """Slice k begins at rank k and takes up each next rank's part."""
     size, count = len(arrays), len(arrays[0])
     each = -(-count // size) if count else 1
-    slices = [[array[k * each : (k + 1) * each] for array in arrays] for k in range(size)]
-    return np.concatenate([reduce(combine, parts[k:] + parts[:k]) for k, parts in enumerate(slices)])
+    slices = []
+    for k in range(size):
+        parts = [array[k * each : (k + 1) * each] for array in arrays]
+        total = reduce(combine, parts[k:])
+        if k:  # rank 0 gets the sum from the last rank, and the lower rank's operand is on the left
+            total = reduce(combine, parts[1:k], combine(parts[0], total))
+        slices.append(total)
+    return np.concatenate(slices)
 
 
 def nodes_then_tree(arrays, combine, node_sizes):
