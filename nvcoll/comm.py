@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from nvcoll._plan import Plans
+from nvcoll._plan import Plan, Plans
 from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, parse
-from nvcoll.errors import ArgumentError, DatatypeError
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.failures import failure
 from nvcoll.lifecycle import Living
 from nvcoll.ops import SUM, Datatype, Op, as_datatype, as_op
@@ -224,7 +224,7 @@ class Comm(Living):
             if done is True:
                 return
             if done is not None:
-                raise failure(self._world, done.describe)
+                raise self._failure(done)
         self._allreduce(sendbuf, recvbuf, op, stream, algorithm)
 
     def _allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
@@ -246,7 +246,14 @@ class Comm(Living):
             self._kept[key] = plan
         self._plans.setdefault(algorithm, Plans(IN_PLACE)).add(_code(datatype), nbytes, op, plan)
         if not plan.run(send.address, recv.address):
-            raise failure(self._world, plan.describe)
+            raise self._failure(plan)
+
+    def _failure(self, plan: Plan) -> BaseException:
+        """Return the error of a call that ended early."""
+        world = self.__dict__.get("_world")  # looked up as an attribute, it would come to life again
+        if world is None or world.planner.state.failure is None:
+            return StateError(f"{plan.describe.verb.capitalize()}: another thread finalized {self.name} meanwhile")
+        return failure(world, plan.describe)
 
     def explain(self, verb: str, nbytes: int, dtype: Any = np.float32, op: Any = SUM) -> Explanation:
         """Say which algorithm would serve a call, and why. Not collective, and nothing is sent.

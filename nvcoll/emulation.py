@@ -46,19 +46,25 @@ class Emulation:
         """
         from nvcoll.world import open_emulated
 
-        with open_emulated(self.size, self.node_sizes) as worlds:
-            outcomes: list[Any] = [None] * self.size
-            failures: list[tuple[int, BaseException]] = []
-            threads = [
-                threading.Thread(
-                    target=_rank, args=(k, world, fn, args, outcomes, failures), daemon=True, name=f"rank {k}"
-                )
-                for k, world in enumerate(worlds)
-            ]
-            for thread in threads:
-                thread.start()
+        worlds = open_emulated(self.size, self.node_sizes)
+        outcomes: list[Any] = [None] * self.size
+        failures: list[tuple[int, BaseException]] = []
+        threads = [
+            threading.Thread(target=_rank, args=(k, world, fn, args, outcomes, failures), daemon=True, name=f"rank {k}")
+            for k, world in enumerate(worlds)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
             for thread in threads:
                 thread.join()
+        except BaseException:  # Ctrl-C: ranks end at their next collective call, or with the process
+            for world in worlds:
+                world.exchange.abandon()
+                world.leave()
+            raise
+        for world in worlds:
+            world.retire()
         if failures:
             raise _first(failures)
         return outcomes

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nvcoll.errors import Error, MismatchError, PeerLostError, TimeoutError
+from nvcoll.errors import Error, MismatchError, PeerLostError, StateError, TimeoutError
 from nvcoll.planning import Explanation, describe_signature
 
 
@@ -52,6 +52,8 @@ def failure(world: Any, told: Explanation, number: int | None = None) -> BaseExc
     if kind == "mismatch":
         mine, its = (describe_signature(*boards[p][1:3]) for p in (_place(world), peer))
         return MismatchError(f"{where}: this rank calls {mine}; {who(peer)} calls {its}; make the calls agree")
+    if kind == "finalized":
+        return StateError(f"{where}: another thread finalized the communicator meanwhile")
     return Error(f"{where}: {kind}")
 
 

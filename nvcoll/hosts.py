@@ -260,13 +260,21 @@ class Between:
                 continue
             waited = time.monotonic() - started
             time.sleep(min(waited / 16, LONGEST_SLEEP) if waited > EAGER_SECONDS else 0)
-            if waited > LOOK_AFTER and (notice := self._notices.read(self._calls)) is not None:
-                raise self._lost(*notice)
+            if waited > LOOK_AFTER:
+                self._look()
             if waited > timeout + min(timeout, PATIENCE):
                 raise TimeoutError(
                     f"{self._where()}: no answer within NVCOLL_TIMEOUT from {_ranks(self._notices.partners)}, on other "
                     f"nodes, or one of them. {CURE}"
                 )
+
+    def _look(self) -> None:
+        """Raise if there is no use in waiting on."""
+        if self._world.planner.state.failure is not None:
+            raise StateError(f"{self._where()}: another thread finalized the communicator meanwhile")
+        notice = self._notices.read(self._calls)
+        if notice is not None:
+            raise self._lost(*notice)
 
     def _lost(self, rank: int, kind: str, about: int) -> BaseException:
         """Return the error that a notice of another node stands for."""
@@ -289,6 +297,9 @@ class Between:
         """Tell the other nodes, and free the communicator between them if MPI is through with it."""
         if self._mpi.Is_finalized():
             return
+        if not self._turn.acquire(blocking=False):  # another thread is in a call: it notices, wherever it waits
+            self._world.leave()
+            self._turn.acquire(timeout=1.0)
         self._notices.send(self._calls + 1, LEFT, -1)
         if self._owners != self._mpi.COMM_NULL and self._world.planner.state.failure is None:
             self._owners.Free()

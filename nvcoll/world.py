@@ -3,7 +3,6 @@
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from nvcoll import _bootstrap, _topology
 from nvcoll import settings as settings_
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
-from nvcoll.backends.heap import Heap
+from nvcoll.backends.heap import Heap, Piece
 from nvcoll.backends.shm import SharedMemory
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
@@ -34,28 +33,39 @@ class World:
         Makes plans for the ranks that share memory.
     heap
         Allocator of that memory.
+    area
+        What the kernels talk through, scratch memory included.
     backend
         ``"shm"``, ``"emulated"`` or ``"self"``.
     """
 
-    def __init__(self, exchange: Any, topology: Any, planner: Planner, heap: Heap, backend: str) -> None:
+    def __init__(self, exchange: Any, topology: Any, planner: Planner, heap: Heap, area: Piece, backend: str) -> None:
         self.exchange = exchange
         self.topology = topology
         self.planner = planner
         self.heap = heap
+        self.area = area
         self.backend = backend
         self.rank: int = exchange.rank
         self.size: int = exchange.size
 
-    def leave(self) -> None:
-        """Tell the ranks that share memory that this one takes no more part."""
-        self.planner.state.leave()
+    def leave(self) -> bool:
+        """Take no more part, and tell the ranks that share memory. Returns whether no thread is in a call any more."""
+        return self.planner.state.leave()
 
     def close(self) -> None:
         """Leave, and give everything back."""
-        self.leave()
-        self.heap.close()
+        if self.leave():
+            self.heap.close()
+        else:  # a thread is in a call that does not end: the memory goes with it
+            self.heap.retire()
         self.exchange.close()
+
+    def retire(self) -> None:
+        """Leave, but keep the memory of Buffers, which goes with the last reference to them."""
+        if self.leave():
+            self.heap.memory.give(self.area.offset, self.area.nbytes)
+        self.heap.retire()
 
 
 def open_world() -> World:
@@ -103,9 +113,8 @@ def open_self() -> World:
     return _build(exchange, topology, topology, memory, settings, read_rules(settings.rules), False, "self")
 
 
-@contextlib.contextmanager
-def open_emulated(size: int, node_sizes: tuple[int, ...]) -> Iterator[list[World]]:
-    """Set up a world of threads; its memory is given back at the end."""
+def open_emulated(size: int, node_sizes: tuple[int, ...]) -> list[World]:
+    """Set up a world of threads; its memory lives as long as anything refers to it."""
     settings = settings_.read()
     rules = read_rules(settings.rules)
     hub, segment = Hub(size, settings.timeout), reserve(size, settings.heap)
@@ -130,12 +139,9 @@ def open_emulated(size: int, node_sizes: tuple[int, ...]) -> Iterator[list[World
         thread.start()
     for thread in threads:
         thread.join()
-    try:
-        if problems:
-            raise problems[0]
-        yield worlds
-    finally:
-        segment.close()
+    if problems:
+        raise problems[0]
+    return worlds
 
 
 def _build(
@@ -158,4 +164,4 @@ def _build(
     exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet
     compiler = compiler or Compiler(settings.cache_dir)
     planner = Planner(state, layout, here, slices, rules, compiler, crowded, settings.timeout)
-    return World(exchange, topology, planner, heap, backend)
+    return World(exchange, topology, planner, heap, piece, backend)

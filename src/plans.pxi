@@ -125,6 +125,8 @@ cdef class State:
         if self.world.busy or self.world.error:
             from nvcoll.errors import StateError
 
+            if self.world.error == FINALIZED:
+                raise StateError("this communicator was finalized; take a new one, or call Init")
             if self.world.error:
                 raise StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
             raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
@@ -165,9 +167,24 @@ cdef class State:
         return found
 
     def leave(self):
-        """Tell the peers that this rank takes no more part. One that failed has told them already."""
-        if not self.world.error:
+        """Take no more part, tell the peers, and end the call that another thread is in.
+
+        Returns
+        -------
+        bool
+            Whether no call uses the memory any more. A long reduction may not end within a second.
+        """
+        if self.world.busy and not self.world.error:
+            fail(&self.world, FINALIZED, -1)
+        elif not self.world.error:  # one that failed has told them already
             nv_store(&board_of(&self.world, self.world.rank).state, LEFT)
+            self.world.error = FINALIZED
+        for _ in range(1000):
+            if not self.world.busy:
+                return True
+            with nogil:
+                usleep(1000)
+        return False
 
     def fail(self, error):
         """Make the communicator unusable for a reason that is not in a kernel: one of ERRORS."""

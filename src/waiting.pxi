@@ -54,6 +54,7 @@ cdef extern from *:
     int nv_little() noexcept nogil
     int sched_yield() noexcept nogil
     int sched_getcpu() noexcept nogil
+    int usleep(unsigned int) noexcept nogil
     int PyErr_CheckSignals() except -1
 
 WORLD_FIELDS = (
@@ -105,7 +106,7 @@ cdef struct Board:
     int64_t core            # 1 + the core it was last seen waiting on
 
 STATES = ("running", "failed", "left")
-ERRORS = ("none", "timeout", "peer lost", "peer failed", "mismatch", "interrupted")
+ERRORS = ("none", "timeout", "peer lost", "peer failed", "mismatch", "interrupted", "finalized")
 cdef enum:
     RUNNING = 0
     FAILED = 1
@@ -116,6 +117,7 @@ cdef enum:
     PEER_FAILED = 3
     MISMATCH = 4
     INTERRUPTED = 5
+    FINALIZED = 6
 
 cdef int64_t LOOK_AFTER = 20_000_000      # wait so long (ns) before looking for the reason, and between looks
 cdef int64_t NAP = 2_000_000              # first sleep; a lost wake-up costs no more than this
@@ -236,6 +238,8 @@ cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nog
         nv_store(bell, 0)
         if nv_load(word) == expected:
             return 0
+        if nv_load(&w.error):  # another thread finalizes
+            return w.error
         now = nv_now()
         if now - looked < LOOK_AFTER:
             continue

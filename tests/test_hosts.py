@@ -268,6 +268,29 @@ tell(sum=total())
         assert told == [right, right]
 
 
+def test_another_thread_finalizes(on_nodes):
+    """One rank of each node waits inside it, one for MPI."""
+    program = """
+total()
+if comm.rank == 3:
+    time.sleep(2)
+else:
+    waiting = threading.Thread(target=lambda: tell(**attempt(comm.Allreduce, np.ones(4))))
+    waiting.start()
+    time.sleep(0.5)
+    nvcoll.Finalize()
+    waiting.join()
+time.sleep(2)
+nvcoll.Finalize()
+tell(sum=total())
+"""
+    told = on_nodes(program, 4, 2)
+    assert [rank.pop() for rank in told] == [{"sum": [10.0] * 3}] * 4
+    for [one] in told[:3]:
+        assert one["kind"] in {"StateError", "PeerLostError"}
+        assert one["seconds"] < SOON
+
+
 def test_a_killed_rank_ends_the_run_and_nothing_remains(on_nodes):
     before = segments()
     on_nodes("total()\nif comm.rank == 3: os.kill(os.getpid(), signal.SIGKILL)\ntotal()", 4, 2, check=False)

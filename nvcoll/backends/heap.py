@@ -103,8 +103,13 @@ class Heap:
         with self._lock:
             self._closed = True
             self._pieces.clear()
-            invalidate(self.memory.address(self.memory.place), self.memory.extent)
-            self.memory.close()
+            if not invalidate(self.memory.address(self.memory.place), self.memory.extent):
+                self.memory.close()  # else it goes with the last view: to use one must not crash the process
+
+    def retire(self) -> None:
+        """Refuse to allocate and free from here on, but leave the memory where it is."""
+        with self._lock:
+            self._closed = True
 
     def _open(self, verb: str) -> None:
         if self._closed:

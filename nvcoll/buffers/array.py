@@ -80,19 +80,26 @@ _owners: weakref.WeakSet[Owner] = weakref.WeakSet()
 _lock = threading.Lock()  # emulated ranks are threads; a set must not grow while another looks through it
 
 
-def invalidate(address: int, nbytes: int) -> None:
+def invalidate(address: int, nbytes: int) -> bool:
     """Make freed Buffers of those that lie in a range of addresses, which is about to be unmapped.
 
     Parameters
     ----------
     address, nbytes
         The memory of a heap. Verbs refuse views into it from here on.
+
+    Returns
+    -------
+    bool
+        Whether views into it live on, which keep it alive.
     """
     with _lock:
-        owners = list(_owners)
-    for owner in owners:
-        if address <= owner.allocation.address < address + nbytes and not owner.freed:
+        found = [weakref.ref(one) for one in _owners if address <= one.allocation.address < address + nbytes]
+    for one in found:
+        if (owner := one()) is not None and not owner.freed:
             owner.end()
+        owner = None
+    return any(one() is not None for one in found)
 
 
 class Buffer(np.ndarray[Any, Any]):
