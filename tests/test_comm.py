@@ -10,6 +10,7 @@ import pytest
 
 import nvcoll
 from nvcoll import COMM_SELF, COMM_WORLD, IN_PLACE
+from nvcoll import comm as comm_module
 from nvcoll.ops import DATATYPES
 from nvcoll.planning import candidates
 
@@ -165,7 +166,8 @@ class TestForms:
                 comm.Allreduce(x)
                 comm.Allreduce(x, np.empty(shape, np.float32))
             if comm.rank == 0:  # nothing is sent, so the others need not come
-                comm.Allreduce(np.empty(shape))
+                for algorithm in (None, *comm.algorithms()):
+                    comm.Allreduce(np.empty(shape), algorithm=algorithm)
             x = np.ones(())
             comm.Allreduce(x)
             return float(x)
@@ -352,6 +354,15 @@ class TestLife:
         comm.Allreduce(send, op=op, algorithm="ring/simple")
         assert send.tolist() == [-3, 0, 2]
         assert comm.explain("allreduce", 4).algorithm == "copy"
+
+    def test_sizes_that_never_repeat_keep_no_more_than_so_many_plans(self):
+        send = np.random.default_rng(0).integers(0, 256, 17_000, dtype=np.uint8)
+        for count in (*range(1, len(send)), 5, 300, len(send) - 1):
+            recv = np.zeros(count, np.uint8)
+            COMM_SELF.Allreduce(send[:count], recv, nvcoll.MAX if count % 2 else nvcoll.MIN)
+            assert count % 100 or recv.tobytes() == send[:count].tobytes()
+        assert recv.tobytes() == send[: len(recv)].tobytes()
+        assert len(COMM_SELF._kept) <= comm_module.MOST_KEPT < len(send)
 
     def test_a_forked_child_is_no_rank(self, run_command):
         program = """

@@ -34,6 +34,13 @@ def test_two_thousand_calls(monkeypatch, size, nodes):
     judge([random_call(rng, size) for _ in range(2000)], size, nodes, seed=size)
 
 
+@pytest.mark.parametrize("microseconds", ["0", "300"])
+def test_ranks_that_sleep_at_once_and_ranks_that_spin(monkeypatch, microseconds):
+    monkeypatch.setenv("NVCOLL_SPIN", microseconds)
+    rng = np.random.default_rng(2)
+    judge([random_call(rng, 4) for _ in range(200)], 4)
+
+
 def test_a_call_repeated_in_a_hurry_with_nobody_in_step():
     rng = np.random.default_rng(1)
     for name in candidates():
