@@ -76,10 +76,7 @@ class Heap:
                 try:
                     self.memory.take(offset, taken)
                 except OSError as exc:
-                    problem = (
-                        f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; "
-                        "free memory, or mount a larger /dev/shm"
-                    )
+                    problem = f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; free some memory"
             try:
                 agree(self.memory.exchange, b"", problem, f"{verb}: out of memory")
             except AllocationError:
