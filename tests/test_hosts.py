@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import segments, wait_until_empty
-from tests.crew import PRELUDE
+from tests.crew import OPEN_MPI, PRELUDE
 
 pytestmark = pytest.mark.mpi
 
-# Where Open MPI is the library: tests run as root, and on fewer cores than ranks.
-OPEN_MPI = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
 SOON = 5  # seconds: the limit for what takes less than a tenth of one on an idle machine
 SHORT = 2  # seconds: a timeout that ranks which have met do not need
 START = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + PRELUDE
