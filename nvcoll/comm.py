@@ -1,6 +1,8 @@
 """Comm: MPI's verbs. Each validates, finds the plan and runs it; all judgement on arguments is here or in `buffers`."""
 
 import atexit
+import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ from nvcoll.ops import SUM, Datatype, Op, as_datatype, as_op
 from nvcoll.planning import Explanation
 from nvcoll.world import open_self, open_world
 
+MOST_ELEMENTS = 2**59
+"""Elements of an array, so that the bytes of the widest type fit an address."""
 MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 KINDS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c"}
@@ -113,10 +117,8 @@ class Comm(Living):
             On all ranks, if they ask for different sizes.
         """
         datatype = as_datatype(dtype, "empty", "dtype")
-        count = int(np.prod(shape, dtype=np.int64))
-        if count < 0 or np.min(shape, initial=0) < 0:
-            raise ArgumentError(f"empty: shape {shape} has a negative dimension; give sizes of 0 or more")
-        return Buffer.on(self._world.heap.allocate(count * datatype.itemsize), shape, datatype)
+        dims = _dimensions(shape)  # judged before anything is sent or taken
+        return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
 
     def zeros(self, shape: Any, dtype: Any = np.float32) -> Buffer:
         """Allocate an array of zeros on the symmetric heap. Collective; see `empty`.
@@ -279,14 +281,14 @@ class Comm(Living):
         ArgumentError
             If there is no such verb, or `nbytes` is no multiple of the itemsize.
         """
-        if verb.lower() != "allreduce":
+        if not isinstance(verb, str) or verb.lower() != "allreduce":
             raise ArgumentError(f"explain: verb is {verb!r}, expected 'allreduce'")
         datatype, handle = as_datatype(dtype, "explain", "dtype"), as_op(op, "explain")
         if reason := handle.supports(datatype):
             raise DatatypeError(f"explain: {reason}")
-        if nbytes < 0 or nbytes % datatype.itemsize:
+        if not hasattr(nbytes, "__index__") or nbytes < 0 or nbytes % datatype.itemsize:
             raise ArgumentError(
-                f"explain: nbytes is {nbytes}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
+                f"explain: nbytes is {nbytes!r}, expected a multiple of {datatype.itemsize}, the bytes of {datatype.name}"
             )
         if self._between is not None:
             return self._between.explain(nbytes // datatype.itemsize, datatype, handle)
@@ -305,6 +307,17 @@ class Comm(Living):
         list of str
         """
         return [one.name for one in self.explain(verb, 4).candidates]
+
+
+def _dimensions(shape: Any) -> tuple[int, ...]:
+    """Return a shape as whole numbers whose product fits an address."""
+    try:
+        dims = tuple(operator.index(length) for length in np.atleast_1d(np.asarray(shape, dtype=object)))
+    except TypeError:
+        raise ArgumentError(f"empty: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
+    if min(dims, default=0) < 0 or math.prod(dims) >= MOST_ELEMENTS:
+        raise ArgumentError(f"empty: shape {dims} cannot be; give sizes of 0 or more with a product below 2**59")
+    return dims
 
 
 def _judge(sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op]:

@@ -98,8 +98,8 @@ def _first(failures: list[tuple[int, BaseException]]) -> BaseException:
 
 
 def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
-    if size < 1:
-        raise ArgumentError(f"emulate: size is {size}, expected 1 or more ranks")
+    if not isinstance(size, int) or size < 1:
+        raise ArgumentError(f"emulate: size is {size!r}, expected 1 or more ranks")
     if ranks_per_node is None:
         return (size,)
     if isinstance(ranks_per_node, int):

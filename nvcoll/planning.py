@@ -96,7 +96,7 @@ def read_rules(path: Path | None) -> dict[str, Any]:
     source = path or Path(__file__).with_name("rules.json")
     try:
         rules: dict[str, Any] = json.loads(source.read_text())
-        _selection.check_rules(rules, candidates())
+        _selection.check_rules(rules, candidates(), VERBS)
     except (OSError, ValueError) as exc:
         raise ArgumentError(f"NVCOLL_RULES: {source}: {exc}; correct the file or unset the variable") from exc
     return rules
@@ -150,10 +150,10 @@ class Planner:
             base, protocol = name.split("/")
             reason = ALGORITHMS[base].supports(shape) or self._too_small(base, protocol, shape)
             found.append(Candidate(name, reason, None if reason else ALGORITHMS[base].cost(shape, LINKS["host"])))
-        if shape.size == 1 and not algorithm:
+        if shape.size == 1 and algorithm is None:
             why = "a single rank's reduction is its contribution"
             return Explanation(verb, shape.nbytes, datatype.name, op.name, "copy", "", why, "none", tuple(found))
-        use, why = self._forced(verb, algorithm, found) if algorithm else self._chosen(verb, shape, found)
+        use, why = self._forced(verb, algorithm, found) if algorithm is not None else self._chosen(verb, shape, found)
         base, protocol = use.split("/")
         return Explanation(
             verb, shape.nbytes, datatype.name, op.name, base, protocol, why, ALGORITHMS[base].order, tuple(found)

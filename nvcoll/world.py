@@ -157,7 +157,7 @@ def _build(
 ) -> World:
     """Set up the area of the ranks that share memory; `here` is the topology as their kernels see it."""
     heap = Heap(memory)
-    layout = Layout(len(memory.members), settings.scratch)
+    layout = Layout(max(len(memory.members), *topology.node_sizes), settings.scratch)  # what is too little is so on all
     piece = heap.allocate(settings.scratch, "Init")
     slices = min(topology.node_sizes)
     state = open_area(memory, piece, here, layout, settings, slices)

@@ -13,7 +13,7 @@ cdef struct Call:
     int64_t reduce          # address of reduce(dst, left, right, n): accumulators
     int64_t widen           # address of widen(dst, src, n): elements to accumulators, or 0 where they are the same
     int64_t finish          # address of finish(dst, src, n, size): accumulators to elements, or 0 where they are the same
-    int64_t stamp           # lowest byte of every flag of this call: tells calls that do not match apart
+    int64_t stamp           # the low 24 bits of every flag of this call: tells calls that do not match apart
     int64_t stride          # bytes between slots
     int64_t capacity        # elements in one round
     int64_t ranks           # what AVG divides by

@@ -60,7 +60,7 @@ def choose(list rules, str verb, nbytes, ranks, nodes, oversubscribed, dict reas
     return use, f"no rule: lowest expected cost, {costs[use] * 1e6:.1f} us{passed_over}"
 
 
-def check_rules(rules, names):
+def check_rules(rules, names, verbs=("allreduce",)):
     """Raise ValueError, naming the rule, unless `rules` is a mapping of kinds of hardware to lists of rules.
 
     Parameters
@@ -69,6 +69,8 @@ def check_rules(rules, names):
         What was read from a rules file.
     names
         Candidates that rules may name.
+    verbs
+        Collectives that rules may speak of.
     """
     if not isinstance(rules, dict):
         raise ValueError("expected an object of lists, one for each kind of hardware")
@@ -82,6 +84,8 @@ def check_rules(rules, names):
                 raise ValueError(f"{where}: needs verb and use")
             if set(rule) - known:
                 raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+            if rule["verb"] not in verbs:
+                raise ValueError(f"{where}: verb is {rule['verb']!r}, expected one of {', '.join(verbs)}")
             if rule["use"] not in names:
                 raise ValueError(f"{where}: use is {rule['use']!r}, expected one of {', '.join(sorted(names))}")
             if not isinstance(rule.get("upto", 0), int) or not isinstance(rule.get("oversubscribed", True), bool):

@@ -38,13 +38,11 @@ def slots(shape: Shape) -> tuple[int, int]:
 @algorithm("two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False)
 def text(v: Any) -> Any:
     rank, size, itemsize, width, capacity = v.rank, v.size, v.itemsize, v.width, v.capacity
-    begin, put, signal, wait_signal, wait_copy, wait_reduce_all = (
-        v.begin, v.put, v.signal, v.wait_signal, v.wait_copy, v.wait_reduce_all,
+    begin, signal, wait_signal, put, put_part, put_end, wait_copy, wait_all = (
+        v.begin, v.signal, v.wait_signal, v.put, v.put_part, v.put_end, v.wait_copy, v.wait_all,
     )  # fmt: skip
-    offset, accumulators, finish_to, combine, blocks = v.offset, v.accumulators, v.finish_to, v.combine, v.blocks
-    load, store, copy, table, heap_of, widen, jit, block = (
-        v.load, v.store, v.copy, v.table, v.heap_of, v.widen, v.jit, v.BLOCK,
-    )  # fmt: skip
+    offset, heap_of, finish_to, combine, blocks = v.offset, v.heap_of, v.finish_to, v.combine, v.blocks
+    load, store, copy, table, widen, jit, block = v.load, v.store, v.copy, v.table, v.widen, v.jit, v.BLOCK
 
     @jit
     def slice_at(c, count, k):
@@ -70,39 +68,46 @@ def text(v: Any) -> Any:
         return direct
 
     @jit
+    def reduce_block(c, sources, first, to, m):
+        """Reduce a block of all sources to elements of the result."""
+        acc = to if widen(c) == 0 else blocks(c) + 2 * block
+        combine(c, sources, first, size(c), acc, m)
+        finish_to(c, to, acc, m)
+
+    @jit
     def reduce_in_place(c, lo, hi):
         """Reduce my slice from everybody's send buffer into everybody's receive buffer, a block at a time."""
-        me, n = rank(c), size(c)
-        sources, at = table(c) + 16 * n, itemsize(c)
+        me, n, at = rank(c), size(c), itemsize(c)
         step = block // width(c)
         for k in range((hi - lo + step - 1) // step):
             first = lo + k * step
             m = min(step, hi - first)
-            for p in range(n):
-                store(sources + 8 * p, load(table(c) + 8 * p) + first * at)
             mine = load(table(c) + 8 * (n + me)) + first * at
-            acc = mine if widen(c) == 0 else blocks(c) + 2 * block
-            combine(c, sources, n, acc, m)
-            finish_to(c, mine, acc, m)
+            reduce_block(c, table(c), first, mine, m)
             for ahead in range(1, n):
                 p = (me + ahead) % n
                 copy(load(table(c) + 8 * (n + p)) + first * at, mine, m * at)
 
     @jit
     def one_round(c, e, send, recv, count):
-        """Reduce a piece through scratch memory."""
+        """Reduce a piece through scratch memory; a block of my slice leaves for the others while it is in the cache."""
         me, n, at = rank(c), size(c), itemsize(c)
         for k in range(1, n):
             p = (me + k) % n
             lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
             put(c, e, p, me, send + lo * at, (hi - lo) * at)
         lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
-        mine = recv + lo * at
-        acc = accumulators(c, mine)
-        wait_reduce_all(c, e, n, me, 0, send + lo * at, acc, hi - lo)
-        finish_to(c, mine, acc, hi - lo)
+        wait_all(c, e, n, me, 0, send + lo * at, hi - lo)
+        step = block // width(c)
+        for k in range((hi - lo + step - 1) // step):
+            first = k * step
+            m = min(step, hi - lo - first)
+            mine = recv + (lo + first) * at
+            reduce_block(c, table(c), first, mine, m)
+            for ahead in range(1, n):
+                put_part(c, e, (me + ahead) % n, n + me, first * at, mine, m * at)
         for k in range(1, n):
-            put(c, e, (me + k) % n, n + me, mine, (hi - lo) * at)
+            put_end(c, e, (me + k) % n, n + me)
         for k in range(1, n):
             p = (me - k) % n
             lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)

@@ -13,8 +13,8 @@ epoch k + 1 after it has read all it was sent in epoch k.
 from types import SimpleNamespace
 from typing import Any
 
-BLOCK = 16384
-"""Bytes of accumulators that are worked on at a time: half of a first-level cache."""
+BLOCK = 16128
+"""Bytes of accumulators that are worked on at a time: half of a first-level cache, and whole lines of any protocol."""
 STAMP_BITS = 24
 """Bits of a tag that tell calls of the same epoch apart; the other 40 are for the epoch."""
 
@@ -120,8 +120,8 @@ def verbs(t: Any) -> SimpleNamespace:
             copy(to, acc, n * width(c))
 
     @jit
-    def combine(c, sources, k, acc, n):
-        """Reduce k arrays of n elements, in the order of the table `sources`, into n accumulators.
+    def combine(c, sources, first, k, acc, n):
+        """Reduce n elements, from `first` on, of the k arrays in a table, in its order, into n accumulators.
 
         The accumulators may be one of the arrays: a block is stored after all its operands were read.
         """
@@ -130,7 +130,7 @@ def verbs(t: Any) -> SimpleNamespace:
             lo = block * step
             m = min(step, n - lo)
             to = acc + lo * width(c)
-            left = load(sources) + lo * itemsize(c)
+            left = load(sources) + (first + lo) * itemsize(c)
             if widen(c) != 0:
                 wide = to if k == 1 else blocks(c)
                 call4(widen(c), wide, left, m, 0)
@@ -138,7 +138,7 @@ def verbs(t: Any) -> SimpleNamespace:
             elif k == 1 and left != to:
                 copy(to, left, m * width(c))
             for j in range(1, k):
-                right = load(sources + 8 * j) + lo * itemsize(c)
+                right = load(sources + 8 * j) + (first + lo) * itemsize(c)
                 if widen(c) != 0:
                     call4(widen(c), blocks(c) + BLOCK, right, m, 0)
                     right = blocks(c) + BLOCK

@@ -12,7 +12,7 @@ PAYLOAD = 56
 
 
 def protocol(t: Any, v: Any) -> SimpleNamespace:
-    """Return ``put`` and ``arrive`` for target `t` with common verbs `v`."""
+    """Return ``put_part``, ``put_end`` and ``arrive`` for target `t` with common verbs `v`."""
     f, jit, copy, copy_line, store_release, line = t.field, t.jit, t.copy, t.copy_line, t.store_release, t.line
     rank, lines, lines_half, stride, unpacked, error = f.rank, f.lines, f.lines_half, f.stride, f.unpacked, f.error
     area, half, notify, wait = v.area, v.half, v.notify, v.wait
@@ -22,11 +22,11 @@ def protocol(t: Any, v: Any) -> SimpleNamespace:
         return area(c, p) + lines(c) + half(e) * lines_half(c) + slot * stride(c)
 
     @jit
-    def put(c, e, p, slot, source, nbytes):
-        """Write bytes into lines of rank p."""
+    def put_part(c, e, p, slot, offset, source, nbytes):
+        """Write bytes into lines of rank p, from a multiple of a block on."""
         if error(c) != 0:
             return
-        at = slot_at(c, e, p, slot)
+        at = slot_at(c, e, p, slot) + offset // PAYLOAD * line
         full = nbytes // PAYLOAD
         for k in range(full):
             copy_line(at + line * k, source + PAYLOAD * k)
@@ -34,6 +34,10 @@ def protocol(t: Any, v: Any) -> SimpleNamespace:
         if nbytes > full * PAYLOAD:
             copy(at + line * full, source + PAYLOAD * full, nbytes - full * PAYLOAD)
             store_release(at + line * full + PAYLOAD, e)
+
+    @jit
+    def put_end(c, e, p, slot):
+        """Wake rank p if it sleeps; the lines speak for themselves."""
         notify(c, p)
 
     @jit
@@ -50,4 +54,4 @@ def protocol(t: Any, v: Any) -> SimpleNamespace:
             copy_line(to + PAYLOAD * k, at + line * k)
         return to
 
-    return SimpleNamespace(put=put, arrive=arrive)
+    return SimpleNamespace(put_part=put_part, put_end=put_end, arrive=arrive)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def protocol(t: Any, v: Any) -> SimpleNamespace:
-    """Return ``put``, ``arrive`` and ``payload`` for target `t` with common verbs `v`."""
+    """Return ``put_part``, ``put_end`` and ``arrive`` for target `t` with common verbs `v`."""
     f, jit, copy, store_release = t.field, t.jit, t.copy, t.store_release
     rank, data, data_half, stride, error = f.rank, f.data, f.data_half, f.stride, f.error
     area, half, flag, notify, wait = v.area, v.half, v.flag, v.notify, v.wait
@@ -15,10 +15,15 @@ def protocol(t: Any, v: Any) -> SimpleNamespace:
         return area(c, p) + data(c) + half(e) * data_half(c) + slot * stride(c)
 
     @jit
-    def put(c, e, p, slot, source, nbytes):
-        """Write bytes into a slot of rank p, and signal."""
+    def put_part(c, e, p, slot, offset, source, nbytes):
+        """Write bytes into a slot of rank p, from a multiple of a block on."""
         if error(c) == 0:
-            copy(slot_at(c, e, p, slot), source, nbytes)
+            copy(slot_at(c, e, p, slot) + offset, source, nbytes)
+
+    @jit
+    def put_end(c, e, p, slot):
+        """Tell rank p that its slot is full."""
+        if error(c) == 0:
             store_release(flag(c, e, p, slot), e)
             notify(c, p)
 
@@ -28,4 +33,4 @@ def protocol(t: Any, v: Any) -> SimpleNamespace:
         wait(c, flag(c, e, rank(c), slot), e)
         return slot_at(c, e, rank(c), slot)
 
-    return SimpleNamespace(put=put, arrive=arrive)
+    return SimpleNamespace(put_part=put_part, put_end=put_end, arrive=arrive)

@@ -24,7 +24,13 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     p = PROTOCOLS[protocol](t, v)
     jit, load, store, copy = t.jit, t.load, t.store, t.copy
     width, itemsize, table = t.field.width, t.field.itemsize, t.field.table
-    put, arrive, combine, combine_one = p.put, p.arrive, v.combine, v.combine_one
+    put_part, put_end, arrive, combine, combine_one = p.put_part, p.put_end, p.arrive, v.combine, v.combine_one
+
+    @jit
+    def put(c, e, p, slot, source, nbytes):
+        """Write bytes into a slot of rank p, so that their arrival can be seen."""
+        put_part(c, e, p, slot, 0, source, nbytes)
+        put_end(c, e, p, slot)
 
     @jit
     def wait_copy(c, e, slot, to, nbytes):
@@ -37,16 +43,19 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         combine_one(c, p, acc, arrive(c, e, slot, n * width(c)), n)
 
     @jit
-    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
-        """Wait for n elements in each of k slots but the one that is my turn, and reduce all in the order of the slots.
-
-        The contribution of place `me` is `mine`. The result is n accumulators.
-        """
+    def wait_all(c, e, k, me, slot, mine, n):
+        """Wait for n elements in each of k slots but mine, and list where they are; place `me` contributes `mine`."""
         for j in range(k):
             store(table(c) + 8 * j, mine if j == me else arrive(c, e, slot + j, n * itemsize(c)))
-        combine(c, table(c), k, acc, n)
 
-    own = {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce, "wait_reduce_all": wait_reduce_all}
+    @jit
+    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
+        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to accumulators."""
+        wait_all(c, e, k, me, slot, mine, n)
+        combine(c, table(c), 0, k, acc, n)
+
+    own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all}
     basic = {"load": load, "store": store, "copy": copy, "jit": jit}
     # Verbs last: the fields that hold the addresses of slow paths have names that verbs need.
     return SimpleNamespace(**{**vars(t.field), **vars(v), **own, **basic})
