@@ -288,7 +288,8 @@ class Comm(Living):
             raise DatatypeError(f"explain: {reason}")
         if not hasattr(nbytes, "__index__") or nbytes < 0 or nbytes % datatype.itemsize:
             raise ArgumentError(
-                f"explain: nbytes is {nbytes!r}, expected a multiple of {datatype.itemsize}, the bytes of {datatype.name}"
+                f"explain: nbytes is {nbytes!r}, expected a multiple of "
+                f"the {datatype.itemsize} bytes of {datatype.name}"
             )
         if self._between is not None:
             return self._between.explain(nbytes // datatype.itemsize, datatype, handle)
@@ -315,8 +316,10 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
         dims = tuple(operator.index(length) for length in np.atleast_1d(np.asarray(shape, dtype=object)))
     except TypeError:
         raise ArgumentError(f"empty: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
-    if min(dims, default=0) < 0 or math.prod(dims) >= MOST_ELEMENTS:
-        raise ArgumentError(f"empty: shape {dims} cannot be; give sizes of 0 or more with a product below 2**59")
+    if min(dims, default=0) < 0:
+        raise ArgumentError(f"empty: shape {shape} has a negative dimension; give sizes of 0 or more")
+    if math.prod(dims) >= MOST_ELEMENTS:
+        raise ArgumentError(f"empty: shape {dims} has more elements than addresses; give a product below 2**59")
     return dims
 
 

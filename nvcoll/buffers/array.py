@@ -47,12 +47,13 @@ class Owner:
     ``__array_interface__`` lets NumPy keep this object as the base of the bytes it describes.
     """
 
-    __slots__ = ("__array_interface__", "__weakref__", "allocation", "buffer", "freed")
+    __slots__ = ("__array_interface__", "__weakref__", "allocation", "buffer", "freed", "memory")
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.freed = False
-        self.buffer: Callable[[], Buffer | None] = lambda: None  # a weak reference, once there is one
+        self.buffer: Callable[[], Buffer | None] = lambda: None  # weak references, once there are arrays
+        self.memory: Callable[[], Any] = lambda: None
         self.__array_interface__ = {
             "shape": (allocation.nbytes,),
             "typestr": "|u1",
@@ -94,12 +95,11 @@ def invalidate(address: int, nbytes: int) -> bool:
         Whether views into it live on, which keep it alive.
     """
     with _lock:
-        found = [weakref.ref(one) for one in _owners if address <= one.allocation.address < address + nbytes]
-    for one in found:
-        if (owner := one()) is not None and not owner.freed:
+        found = [owner for owner in _owners if address <= owner.allocation.address < address + nbytes]
+    for owner in found:
+        if not owner.freed:
             owner.end()
-        owner = None
-    return any(one() is not None for one in found)
+    return any(owner.memory() is not None for owner in found)
 
 
 class Buffer(np.ndarray[Any, Any]):
@@ -155,8 +155,9 @@ class Buffer(np.ndarray[Any, Any]):
                 f"the allocation has {allocation.nbytes}; allocate more"
             )
         owner = Owner(allocation)
-        self = super().__new__(cls, dims, datatype.dtype, buffer=np.asarray(owner))
-        self._owner, owner.buffer = owner, weakref.ref(self)
+        memory = np.asarray(owner)  # the base of every array on it
+        self = super().__new__(cls, dims, datatype.dtype, buffer=memory)
+        self._owner, owner.buffer, owner.memory = owner, weakref.ref(self), weakref.ref(memory)
         return self
 
     @property
