@@ -96,12 +96,12 @@ class Heap:
             self._release(piece.number)
 
     def close(self) -> None:
-        """Give everything back. Buffers become freed ones; views of them must not be used any more."""
+        """Give everything back. Buffers become freed ones; while views of them live on, their memory does."""
         with self._lock:
             self._closed = True
             self._pieces.clear()
             if not invalidate(self.memory.address(self.memory.place), self.memory.extent):
-                self.memory.close()  # else it goes with the last view: to use one must not crash the process
+                self.memory.close()  # else it goes with the last of them: to touch a view must not crash the process
 
     def retire(self) -> None:
         """Refuse to allocate and free from here on, but leave the memory where it is."""

@@ -47,13 +47,12 @@ class Owner:
     ``__array_interface__`` lets NumPy keep this object as the base of the bytes it describes.
     """
 
-    __slots__ = ("__array_interface__", "__weakref__", "allocation", "buffer", "freed", "memory")
+    __slots__ = ("__array_interface__", "__weakref__", "allocation", "buffer", "freed")
 
     def __init__(self, allocation: Allocation) -> None:
         self.allocation = allocation
         self.freed = False
-        self.buffer: Callable[[], Buffer | None] = lambda: None  # weak references, once there are arrays
-        self.memory: Callable[[], Any] = lambda: None
+        self.buffer: Callable[[], Buffer | None] = lambda: None  # a weak reference, once there is one
         self.__array_interface__ = {
             "shape": (allocation.nbytes,),
             "typestr": "|u1",
@@ -92,14 +91,14 @@ def invalidate(address: int, nbytes: int) -> bool:
     Returns
     -------
     bool
-        Whether views into it live on, which keep it alive.
+        Whether Buffers, or views of them, live on: they refer to their allocations.
     """
     with _lock:
         found = [owner for owner in _owners if address <= owner.allocation.address < address + nbytes]
     for owner in found:
         if not owner.freed:
             owner.end()
-    return any(owner.memory() is not None for owner in found)
+    return bool(found)
 
 
 class Buffer(np.ndarray[Any, Any]):
@@ -155,9 +154,8 @@ class Buffer(np.ndarray[Any, Any]):
                 f"the allocation has {allocation.nbytes}; allocate more"
             )
         owner = Owner(allocation)
-        memory = np.asarray(owner)  # the base of every array on it
-        self = super().__new__(cls, dims, datatype.dtype, buffer=memory)
-        self._owner, owner.buffer, owner.memory = owner, weakref.ref(self), weakref.ref(memory)
+        self = super().__new__(cls, dims, datatype.dtype, buffer=np.asarray(owner))
+        self._owner, owner.buffer = owner, weakref.ref(self)
         return self
 
     @property
