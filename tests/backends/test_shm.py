@@ -1,0 +1,89 @@
+"""Shared memory of a node, on the ranks that a single process can be; tests of real ranks are in test_world."""
+
+import secrets
+from pathlib import Path
+
+import pytest
+
+from nvcoll import _bootstrap, _topology
+from nvcoll.backends.emulated import Hub, LocalExchange
+from nvcoll.backends.group import physical_memory
+from nvcoll.backends.shm import SharedMemory
+from nvcoll.errors import AllocationError, PeerLostError
+
+PAGE = 4096
+
+
+@pytest.fixture
+def path(monkeypatch):
+    """Where the next segment is."""
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "test-shm")
+    path = Path("/dev/shm/nvcoll-test-shm")
+    path.unlink(missing_ok=True)
+    return path
+
+
+def alone(extent=None, exchange=None):
+    return SharedMemory(exchange or LocalExchange(Hub(1, 10), 0), _topology.detect(0, [b""]), extent)
+
+
+class Lossy(LocalExchange):
+    """An exchange that loses a rank in its call `number`."""
+
+    def __init__(self, number):
+        super().__init__(Hub(1, 10), 0)
+        self.left = number
+
+    def allgather(self, data):
+        self.left -= 1
+        if not self.left:
+            raise PeerLostError("gone")
+        return super().allgather(data)
+
+
+def test_memory_without_a_name(path):
+    memory = alone(10 * PAGE + 5)
+    assert not path.exists()
+    assert (memory.extent, memory.place, memory.members) == (10 * PAGE, 0, (0,))
+    assert memory.address(0) == memory.segment.address
+    assert memory.descriptor == memory.segment.fd
+    assert memory.segment.is_alive(0)
+    memory.take(PAGE, 2 * PAGE)
+    memory.give(PAGE, 2 * PAGE)
+    memory.close()
+    assert memory.segment.fd == -1
+
+
+def test_as_much_as_there_is_by_default(path):
+    memory = alone()
+    assert memory.extent == physical_memory() // PAGE * PAGE
+    memory.close()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_lost_rank_leaves_no_name(path, number):
+    with pytest.raises(PeerLostError):
+        alone(PAGE, Lossy(number))
+    assert not path.exists()
+
+
+def test_what_cannot_be_created(path):
+    path.touch()
+    with pytest.raises(AllocationError, match=r"^shared memory cannot be created: rank 0: .*File exists"):
+        alone(PAGE)
+    assert path.exists()  # it is not ours
+    path.unlink()
+
+
+def test_what_cannot_be_mapped(path):
+    """The second rank of a node: in one process it finds the segment open already, and says so to all."""
+    first = _bootstrap.Segment.create("/nvcoll-test-shm", 2 * PAGE)
+
+    class Second(LocalExchange):
+        def allgather(self, data):
+            return [b"\0/nvcoll-test-shm", data]
+
+    with pytest.raises(AllocationError, match=r"^shared memory cannot be mapped: rank 1: .*already open"):
+        SharedMemory(Second(Hub(2, 10), 1), _topology.detect(1, [b"", b""]), PAGE)
+    first.unlink()
+    first.close()
