@@ -165,6 +165,28 @@ tell(sum=total())
             crew.let_go()
             assert [told["sum"] for told in crew.all_told().values()] == [[15.0] * 3] * 5
 
+    def test_a_call_that_failed_writes_to_no_other_buffer(self):
+        """Ranks that reduce in place must not take the places of earlier buffers for those that nobody told them."""
+        program = """
+n = 100_000
+first, second, third = (comm.full(n, 1.0) for _ in range(3))
+tell(imported=True)
+gate()
+comm.Allreduce(first)
+comm.Allreduce(second)
+if comm.rank != 1:
+    tell(**attempt(comm.Allreduce, third))
+else:
+    gate()
+    tell(clean=[bool((one == 3).all()) for one in (first, second)] + [bool((third == 1).all())])
+"""
+        with Crew(program, 3, NVCOLL_TIMEOUT=str(SHORT)) as crew:
+            crew.all_told()
+            crew.let_go()
+            assert [crew.told(rank)["kind"] for rank in (0, 2)] == ["TimeoutError"] * 2
+            crew.let_go(1)
+            assert crew.told(1) == {"clean": [True] * 3}
+
     def test_missing_from_an_allocation(self):
         program = """
 tell(imported=True)

@@ -41,7 +41,7 @@ def text(v: Any) -> Any:
     begin, signal, wait_signal, put, put_part, put_end, wait_copy, wait_all = (
         v.begin, v.signal, v.wait_signal, v.put, v.put_part, v.put_end, v.wait_copy, v.wait_all,
     )  # fmt: skip
-    offset, heap_of, finish_to, combine, blocks = v.offset, v.heap_of, v.finish_to, v.combine, v.blocks
+    offset, heap_of, finish_to, combine, blocks, error = v.offset, v.heap_of, v.finish_to, v.combine, v.blocks, v.error
     load, store, copy, table, widen, jit, block = v.load, v.store, v.copy, v.table, v.widen, v.jit, v.BLOCK
 
     @jit
@@ -65,7 +65,7 @@ def text(v: Any) -> Any:
             direct = direct and its >= 0 and its_to >= 0
             store(table(c) + 8 * p, heap_of(c, p) + its)
             store(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
-        return direct
+        return direct and error(c) == 0  # after a failure, the places are those of an earlier call
 
     @jit
     def reduce_block(c, sources, first, to, m):
