@@ -12,7 +12,7 @@ cdef struct Call:
     int64_t width           # bytes of an accumulator
     int64_t reduce          # address of reduce(dst, left, right, n): accumulators
     int64_t widen           # address of widen(dst, src, n): elements to accumulators, or 0 where they are the same
-    int64_t finish          # address of finish(dst, src, n, size): accumulators to elements, or 0 where they are the same
+    int64_t finish          # address of finish(dst, src, n, ranks): accumulators to elements, or 0 likewise
     int64_t stamp           # the low 24 bits of every flag of this call: tells calls that do not match apart
     int64_t stride          # bytes between slots
     int64_t capacity        # elements in one round
@@ -153,7 +153,7 @@ cdef class State:
         return caught.pop(<uintptr_t>&self.world, None)
 
     def boards(self):
-        """Return (sequence, signature, count, state, (error, rank)) of every rank: its latest call, and why it failed."""
+        """Return (sequence, signature, count, state, (error, rank)) of every rank: latest call, and why it failed."""
         found = []
         cdef Board* board
         cdef Note* its
@@ -269,8 +269,8 @@ cdef class Plans:
         e.plan = <void*>plan
 
     cdef inline int64_t slot(self, int64_t code, int64_t nbytes, void* op) noexcept nogil:
-        cdef uint64_t mixed = (<uint64_t>nbytes ^ (<uint64_t>code << 32) ^ (<uint64_t><uintptr_t>op << 8)) * 0x9E3779B97F4A7C15ULL
-        return <int64_t>(mixed >> 56)
+        cdef uint64_t key = <uint64_t>nbytes ^ (<uint64_t>code << 32) ^ (<uint64_t><uintptr_t>op << 8)
+        return <int64_t>((key * 0x9E3779B97F4A7C15ULL) >> 56)
 
     def run(self, sendbuf, recvbuf, op):
         """Run the call if its plan is known.

@@ -92,5 +92,6 @@ def check_rules(rules, names, verbs=("allreduce",)):
                 raise ValueError(f"{where}: upto is a number of bytes, oversubscribed is true or false")
             for key in ("ranks", "nodes"):
                 limits = rule.get(key, [None, None])
-                if not isinstance(limits, list) or len(limits) != 2 or not all(x is None or isinstance(x, int) for x in limits):
+                numbers = isinstance(limits, list) and all(x is None or isinstance(x, int) for x in limits)
+                if not numbers or len(limits) != 2:
                     raise ValueError(f"{where}: {key} is [lowest, highest]")

@@ -80,7 +80,7 @@ cdef struct World:
     # Private memory: accumulators (as much as data_half), payloads taken out of their lines (as much as lines_half),
     # three blocks, and a table of size addresses.
     int64_t workspace, unpacked, blocks, table
-    int64_t heap, heap_size # my symmetric memory
+    int64_t heap, heap_size  # my symmetric memory
     int64_t bell            # offset in an area: not 0 while the rank sleeps
     int64_t error           # 0, or one of ERRORS: the communicator is unusable from then on
     # What only this file reads.
@@ -123,7 +123,7 @@ cdef int64_t LOOK_AFTER = 20_000_000      # wait so long (ns) before looking for
 cdef int64_t NAP = 2_000_000              # first sleep; a lost wake-up costs no more than this
 cdef int64_t SPIN_SHARED = 10             # polls where ranks share a core
 cdef int64_t SWITCH = 600                 # a yield that lasts longer (ns) let somebody else run
-cdef int64_t VAIN_YIELDS = 3              # launchers that give each rank a scheduling group of its own make yields do nothing
+cdef int64_t VAIN_YIELDS = 3              # yields do nothing where each rank has a scheduling group of its own
 cdef int64_t LONGEST_NAP = 50_000_000
 
 
@@ -142,7 +142,7 @@ cdef void fail(World* w, int64_t error, int64_t peer) noexcept nogil:
 
 
 cdef int64_t look_around(World* w, int64_t* about) noexcept nogil:
-    """Find out why nothing comes: a peer in a call that does not match, one that ended, or one that gave up. 0 if all is well.
+    """Find out why nothing comes: a peer in a call that does not match, that ended, or that gave up; 0 if all is well.
 
     In this order, for a peer that gave up may have done so because of one of the others.
     """
@@ -221,7 +221,7 @@ cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nog
         sched_yield()
         if nv_load(word) == expected:
             return 0
-        # A yield that comes back at once gave the core to nobody, though a peer wants it: only sleep lets that peer run.
+        # A yield that comes back at once gave the core to nobody, though a peer wants it: only sleep lets it run.
         if shared and nv_now() - now < SWITCH:
             vain += 1
             if vain == VAIN_YIELDS:

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+import nvcoll
 from nvcoll import ops
 from nvcoll.errors import DatatypeError
 from nvcoll.ops import DATATYPES, MPI_NAMES, OPS, as_datatype, as_op
@@ -238,3 +239,8 @@ def test_torch_datatypes(torch, datatype):
 def test_torch_datatypes_without_counterpart_are_refused(torch):
     with pytest.raises(DatatypeError, match=r"is torch\.float8_e5m2, expected one of bool, "):
         as_datatype(torch.float8_e5m2)
+
+
+def test_every_datatype_is_exported_by_its_mpi_name():
+    assert set(nvcoll.ops.MPI_NAMES) <= set(nvcoll.__all__)
+    assert all(getattr(nvcoll, name) is value for name, value in nvcoll.ops.MPI_NAMES.items())
