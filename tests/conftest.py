@@ -39,7 +39,11 @@ runpy.run_path(program, run_name="__main__")
 
 
 def pytest_configure(config):
-    """Give the run an environment without launchers and a kernel cache of its own."""
+    """Give the run an environment without launchers, the usual signals, and a kernel cache of its own."""
+    # Background jobs of a shell, and nohup, ignore these, and every process of the run would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     for name in clean_names(os.environ):
         del os.environ[name]
     os.environ[MARK] = RUN
