@@ -34,6 +34,17 @@ def gate():
     # Wait until the test lets this rank go on.
     os.read(0, 1)
 
+def when_waiting(kernels, act, *args, **options):
+    # Act on another thread, once this rank has begun so many kernels and had time to wait in the last.
+    def watch():
+        while comm._world.planner.state.sequence < kernels:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        act(*args, **options)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
 def total():
     # The sum over all ranks of their number plus one: shows that the communicator works.
     x = np.full(3, comm.rank + 1.0)

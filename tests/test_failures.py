@@ -63,17 +63,19 @@ tell(**attempt(comm.Barrier))
 data = {data}
 comm.Allreduce(data)
 tell(sum=total())
+if comm.rank == 0:
+    when_waiting(3, os.kill, os.getpid(), signal.SIGKILL)
 if comm.rank == 1:
-    time.sleep(2)
+    gate()
 for _ in range(2):
     tell(**attempt(comm.Allreduce, data))
 """
         with Crew(program, 3) as crew:
             crew.all_told()
-            time.sleep(0.5)
-            crew.send(0, signal.SIGKILL)
+            assert crew.wait(but={1, 2}) == {0: -signal.SIGKILL}
             for rank in (2, 1):
                 told = error_of_latecomer(crew, rank)
+                crew.let_go(1)
                 assert told["kind"] == "PeerLostError"
                 assert re.match(rf"Allreduce \(call [34] on rank {rank}\): rank 0 has ended", told["text"])
                 assert told["seconds"] < SOON
@@ -278,21 +280,23 @@ class TestInterruption:
     def test_ctrl_c_ends_a_wait(self):
         program = """
 tell(sum=total())
+when_waiting(2, tell, waiting=True) if comm.rank == 0 else None
 if comm.rank == 1:
-    time.sleep(2)
+    gate()
 for _ in range(2):
     tell(**attempt(comm.Allreduce, np.ones(4)))
 """
         with Crew(program, 3) as crew:
             crew.all_told()
-            time.sleep(0.3)
+            assert crew.told(0) == {"waiting": True}
             sent = time.monotonic()
             crew.send(0, signal.SIGINT)
             assert crew.told(0)["kind"] == "KeyboardInterrupt"
             assert time.monotonic() - sent < SOON
             assert crew.told(0)["kind"] == "StateError"
-            for rank in (1, 2):
+            for rank in (2, 1):
                 told = error_of_latecomer(crew, rank)
+                crew.let_go(1)
                 assert told["kind"] == "PeerLostError"
                 assert "rank 0 gave up in or before call" in told["text"]
             assert set(crew.wait().values()) == {0}
@@ -300,20 +304,20 @@ for _ in range(2):
     def test_a_rank_that_was_interrupted_and_ended_is_not_waited_for(self):
         program = """
 tell(sum=total())
-if comm.rank == 1:
-    time.sleep(2)
 if comm.rank == 0:
+    when_waiting(2, os.kill, os.getpid(), signal.SIGINT)
     comm.Barrier()
+if comm.rank == 1:
+    gate()
 for _ in range(2):
     tell(**attempt(comm.Barrier))
 """
         with Crew(program, 3) as crew:
             crew.all_told()
-            time.sleep(0.3)
-            crew.send(0, signal.SIGINT)
             assert crew.wait(but={1, 2}) == {0: -signal.SIGINT}
-            for rank in (1, 2):
+            for rank in (2, 1):
                 told = error_of_latecomer(crew, rank)
+                crew.let_go(1)
                 assert told["kind"] == "PeerLostError"
                 assert "rank 0 gave up in or before call" in told["text"]
                 assert told["seconds"] < SOON
@@ -322,15 +326,16 @@ for _ in range(2):
         program = """
 signal.signal(signal.SIGUSR1, lambda number, frame: tell(handled=number))
 tell(sum=total())
-if comm.rank == 1:
-    time.sleep(1)
+if comm.rank == 0:
+    when_waiting(2, os.kill, os.getpid(), signal.SIGUSR1)
+else:
+    gate()
 tell(sum=total())
 """
         with Crew(program, 2) as crew:
             crew.all_told()
-            time.sleep(0.2)
-            crew.send(0, signal.SIGUSR1)
             assert crew.told(0) == {"handled": signal.SIGUSR1}
+            crew.let_go(1)
             assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
 
     def test_ctrl_c_at_the_launcher(self, run_command):

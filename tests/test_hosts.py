@@ -205,10 +205,10 @@ def test_a_missing_rank(on_nodes):
     program = """
 total()
 if comm.rank == 3:
-    time.sleep(5)
+    time.sleep(4)
 for _ in range(2):
     tell(**attempt(comm.Allreduce, np.ones(4)))
-time.sleep(0 if comm.rank == 3 else 4)
+time.sleep(0 if comm.rank == 3 else 2)
 nvcoll.Finalize()
 tell(sum=total())
 """
@@ -227,9 +227,9 @@ def test_ctrl_c(on_nodes):
     program = """
 total()
 if comm.rank == 0:
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    when_waiting(3, os.kill, os.getpid(), signal.SIGINT)
 if comm.rank == 3:
-    time.sleep(2)
+    time.sleep(1.2)
 for _ in range(2):
     tell(**attempt(comm.Allreduce, np.ones(4)))
 """
@@ -245,14 +245,13 @@ def test_threads_take_turns(on_nodes):
     """One thread waits for MPI, outside of any kernel, when another calls."""
     program = """
 total()
-if comm.rank >= 2:
-    time.sleep(1)
-waiting = threading.Thread(target=lambda: tell(sum=total()))
-waiting.start()
-time.sleep(0.3)
 if comm.rank < 2:
-    tell(**attempt(comm.Barrier))
-waiting.join()
+    intruding = when_waiting(3, lambda: tell(**attempt(comm.Barrier)))
+else:
+    time.sleep(1.5)
+tell(sum=total())
+if comm.rank < 2:
+    intruding.join()
 tell(sum=total())
 """
     right = {"sum": [10.0] * 3}
@@ -267,14 +266,12 @@ def test_another_thread_finalizes(on_nodes):
     program = """
 total()
 if comm.rank == 3:
-    time.sleep(2)
+    time.sleep(1.5)
 else:
-    waiting = threading.Thread(target=lambda: tell(**attempt(comm.Allreduce, np.ones(4))))
-    waiting.start()
-    time.sleep(0.5)
-    nvcoll.Finalize()
-    waiting.join()
-time.sleep(2)
+    finalizing = when_waiting(3, nvcoll.Finalize)
+    tell(**attempt(comm.Allreduce, np.ones(4)))
+    finalizing.join()
+    time.sleep(1)
 nvcoll.Finalize()
 tell(sum=total())
 """

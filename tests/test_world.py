@@ -122,12 +122,11 @@ if comm.rank == 1:
     gate()
     tell(sum=total())
 else:
-    first = threading.Thread(target=lambda: tell(sum=total()))
-    first.start()
-    time.sleep(0.3)
-    for _ in range(3):
-        tell(**attempt(comm.Allreduce, np.ones(3)))
-    first.join()
+    def intrude():
+        for _ in range(3):
+            tell(**attempt(comm.Allreduce, np.ones(3)))
+    when_waiting(2, intrude)
+    tell(sum=total())
 tell(sum=total())
 """
         with Crew(program, 2) as crew:
@@ -144,11 +143,9 @@ tell(sum=total())
         program = """
 comm.Barrier()
 if comm.rank == 0:
-    waiting = threading.Thread(target=lambda: tell(**attempt(comm.Barrier)))
-    waiting.start()
-    time.sleep(0.3)
-    nvcoll.Finalize()
-    waiting.join()
+    finalizing = when_waiting(2, nvcoll.Finalize)
+    tell(**attempt(comm.Barrier))
+    finalizing.join()
 else:
     gate()
     for _ in range(2):
@@ -169,7 +166,7 @@ tell(sum=total())
 total()
 if comm.rank == 0:
     threading.Thread(target=comm.Barrier, daemon=True).start()
-    time.sleep(0.3)
+    when_waiting(2, print).join()
     sys.exit(7)
 gate()
 """
