@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import processes, segments, wait_until_empty
 from tests.crew import Crew
 
-SOON = 5  # seconds: the limit for what takes less than a tenth of one on an idle machine
+SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
 SHORT = 2  # seconds: a timeout that ranks which are started at once do not need
 NVCOLL = Path(sys.executable).with_name("nvcoll")
 
@@ -250,7 +250,7 @@ tell(sum=total())
                     assert told["text"].startswith(f"Allreduce (call 2 on rank {rank}): this rank calls Allreduce of ")
                     assert odd in told["text"]
                     assert "rank 1" in told["text"]
-                    assert told["seconds"] < SOON
+                    assert told["seconds"] < 3 * SOON  # kernels are compiled meanwhile
                 assert {told["kind"] for told in crew.all_told().values()} == {"StateError"}
                 for told in crew.all_told().values():
                     assert told["kind"] == "StateError"  # the buffer went with the communicator

@@ -11,7 +11,7 @@ from tests.conftest import segments, wait_until_empty
 from tests.crew import PRELUDE, Crew
 
 NVCOLL = Path(sys.executable).with_name("nvcoll")
-SOON = 5  # seconds: the limit for what takes less than a tenth of one on an idle machine
+SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
 
 COUNT = """
 def held():
