@@ -93,6 +93,7 @@ def verbs(rank, shape, capacity, direct, notes):
         "node_starts": STARTS,
         "table": WORK,
         "blocks": WORK,
+        "error": 0,
     }
     return {
         **{name: lambda c, value=value: value for name, value in constants.items()},
