@@ -170,6 +170,10 @@ class Between:
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """Let one call run at a time. One that fails is the last, and the other ranks hear of it."""
+        if self._mpi.Is_finalized():
+            raise StateError(
+                "MPI is finalized, and the nodes reach each other through it; finalize it after the last call"
+            )
         if not self._turn.acquire(blocking=False):
             raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
         try:

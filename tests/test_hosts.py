@@ -131,6 +131,18 @@ tell(sum=total())
     assert on_nodes(program + ending, 4, 2) == [[{"sum": [10.0] * 3}] * 4] * 4
 
 
+def test_calls_after_mpi_was_finalized(on_nodes):
+    program = """
+from mpi4py import MPI
+total()
+MPI.Finalize()
+tell(**attempt(comm.Barrier))
+"""
+    for [told] in on_nodes(program, 4, 2):
+        assert told["kind"] == "StateError"
+        assert told["text"].startswith("MPI is finalized, and the nodes reach each other through it")
+
+
 MISMATCHES = {
     "count": ("comm.Allreduce(np.ones(5))", "Allreduce of 5 float64, SUM"),
     "operator": ("comm.Allreduce(np.ones(4), op=nvcoll.MAX)", "Allreduce of 4 float64, MAX"),
