@@ -6,8 +6,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import nvcoll
+from nvcoll.errors import MismatchError, StateError
 from tests.conftest import processes, segments, wait_until_empty
 from tests.crew import Crew
 
@@ -276,6 +279,21 @@ tell(sum=total())
             assert [told["sum"] for told in crew.all_told().values()] == [[6.0] * 3] * 3
 
 
+def test_buffers_of_a_refused_call_are_let_go():
+    def main(comm):
+        send, recv = bytearray(8), bytearray(8)
+        comm.Allreduce(send, recv)
+        with pytest.raises(MismatchError):
+            comm.Allreduce(np.ones(1 + comm.rank))
+        with pytest.raises(StateError):
+            comm.Allreduce(send, recv)
+        for one in (send, recv):
+            one.append(0)  # BufferError if anybody still looks at its memory
+        return len(send)
+
+    assert nvcoll.emulate(2).run(main) == [9, 9]
+
+
 class TestInterruption:
     def test_ctrl_c_ends_a_wait(self):
         program = """
@@ -337,6 +355,28 @@ tell(sum=total())
             assert crew.told(0) == {"handled": signal.SIGUSR1}
             crew.let_go(1)
             assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
+
+    @pytest.mark.parametrize("rank_0", ["time.sleep(2)", "while True: comm.Allreduce(np.ones(3))"])
+    def test_ctrl_c_ends_an_emulation(self, run_command, rank_0):
+        """Whether ranks wait for each other or go on: nothing crashes, and the program does."""
+        program = f"""
+import os, signal, threading, time
+import numpy as np, nvcoll
+
+def main(comm):
+    comm.Allreduce(np.ones(3))
+    if comm.rank == 0:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        {rank_0}
+    while True:
+        comm.Allreduce(np.ones(3))
+
+try:
+    nvcoll.emulate(3).run(main)
+except KeyboardInterrupt:
+    print("interrupted", nvcoll.emulate(2).run(lambda comm: comm.rank))
+"""
+        assert run_command([sys.executable, "-c", program], timeout=40) == (0, "interrupted [0, 1]\n")
 
     def test_ctrl_c_at_the_launcher(self, run_command):
         program = """
