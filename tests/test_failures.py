@@ -3,7 +3,6 @@
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,6 @@ from tests.crew import Crew
 SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
 SHORT = 2  # seconds: a timeout that ranks which are started at once do not need
 NVCOLL = Path(sys.executable).with_name("nvcoll")
-
-
-def error_of_latecomer(crew, rank):
-    """The error of two calls: the first one of a rank that comes late may find all that it needs, and counts then."""
-    first, second = crew.told(rank), crew.told(rank)
-    return second if first["kind"] is None else first
 
 
 class TestLostRanks:
@@ -77,7 +70,7 @@ for _ in range(2):
             crew.all_told()
             assert crew.wait(but={1, 2}) == {0: -signal.SIGKILL}
             for rank in (2, 1):
-                told = error_of_latecomer(crew, rank)
+                told = crew.error_of_latecomer(rank)
                 crew.let_go(1)
                 assert told["kind"] == "PeerLostError"
                 assert re.match(rf"Allreduce \(call [34] on rank {rank}\): rank 0 has ended", told["text"])
@@ -163,7 +156,7 @@ tell(sum=total())
                 assert crew.told(rank)["kind"] == "StateError"
             crew.let_go(1, 3)
             for rank in (1, 3):
-                told = error_of_latecomer(crew, rank)
+                told = crew.error_of_latecomer(rank)
                 assert told["kind"] == "TimeoutError"
                 assert re.search(r"rank [024] waited in vain for rank 1 until its NVCOLL_TIMEOUT was", told["text"])
                 assert told["seconds"] < SOON
@@ -292,105 +285,6 @@ def test_buffers_of_a_refused_call_are_let_go():
         return len(send)
 
     assert nvcoll.emulate(2).run(main) == [9, 9]
-
-
-class TestInterruption:
-    def test_ctrl_c_ends_a_wait(self):
-        program = """
-tell(sum=total())
-when_waiting(2, tell, waiting=True) if comm.rank == 0 else None
-if comm.rank == 1:
-    gate()
-for _ in range(2):
-    tell(**attempt(comm.Allreduce, np.ones(4)))
-"""
-        with Crew(program, 3) as crew:
-            crew.all_told()
-            assert crew.told(0) == {"waiting": True}
-            sent = time.monotonic()
-            crew.send(0, signal.SIGINT)
-            assert crew.told(0)["kind"] == "KeyboardInterrupt"
-            assert time.monotonic() - sent < SOON
-            assert crew.told(0)["kind"] == "StateError"
-            for rank in (2, 1):
-                told = error_of_latecomer(crew, rank)
-                crew.let_go(1)
-                assert told["kind"] == "PeerLostError"
-                assert "rank 0 gave up in or before call" in told["text"]
-            assert set(crew.wait().values()) == {0}
-
-    def test_a_rank_that_was_interrupted_and_ended_is_not_waited_for(self):
-        program = """
-tell(sum=total())
-if comm.rank == 0:
-    when_waiting(2, os.kill, os.getpid(), signal.SIGINT)
-    comm.Barrier()
-if comm.rank == 1:
-    gate()
-for _ in range(2):
-    tell(**attempt(comm.Barrier))
-"""
-        with Crew(program, 3) as crew:
-            crew.all_told()
-            assert crew.wait(but={1, 2}) == {0: -signal.SIGINT}
-            for rank in (2, 1):
-                told = error_of_latecomer(crew, rank)
-                crew.let_go(1)
-                assert told["kind"] == "PeerLostError"
-                assert "rank 0 gave up in or before call" in told["text"]
-                assert told["seconds"] < SOON
-
-    def test_handlers_that_do_not_raise_let_it_go_on(self):
-        program = """
-signal.signal(signal.SIGUSR1, lambda number, frame: tell(handled=number))
-tell(sum=total())
-if comm.rank == 0:
-    when_waiting(2, os.kill, os.getpid(), signal.SIGUSR1)
-else:
-    gate()
-tell(sum=total())
-"""
-        with Crew(program, 2) as crew:
-            crew.all_told()
-            assert crew.told(0) == {"handled": signal.SIGUSR1}
-            crew.let_go(1)
-            assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
-
-    @pytest.mark.parametrize("rank_0", ["time.sleep(2)", "while True: comm.Allreduce(np.ones(3))"])
-    def test_ctrl_c_ends_an_emulation(self, run_command, rank_0):
-        """Whether ranks wait for each other or go on: nothing crashes, and the program does."""
-        program = f"""
-import os, signal, threading, time
-import numpy as np, nvcoll
-
-def main(comm):
-    comm.Allreduce(np.ones(3))
-    if comm.rank == 0:
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-        {rank_0}
-    while True:
-        comm.Allreduce(np.ones(3))
-
-try:
-    nvcoll.emulate(3).run(main)
-except KeyboardInterrupt:
-    print("interrupted", nvcoll.emulate(2).run(lambda comm: comm.rank))
-"""
-        assert run_command([sys.executable, "-c", program], timeout=40) == (0, "interrupted [0, 1]\n")
-
-    def test_ctrl_c_at_the_launcher(self, run_command):
-        program = """
-import os, signal
-from nvcoll import COMM_WORLD as comm
-comm.Barrier()
-if comm.rank == 1:
-    os.kill(os.getppid(), signal.SIGINT)
-    signal.pause()
-comm.Barrier()
-"""
-        status, output = run_command([NVCOLL, "run", "-n", "3", "-c", program], timeout=40)
-        assert status == 128 + signal.SIGINT
-        assert "KeyboardInterrupt" in output
 
 
 class TestNothingRemains:
