@@ -6,7 +6,8 @@ Kernels see two C structs, both of 64-bit integers only, so that compiled text c
 fields that kernels read, in order; `nvcoll.device` derives its indices from them.
 """
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.string cimport memmove, memset
+from libc.string cimport memcpy, memmove, memset
 
 include "waiting.pxi"
 include "plans.pxi"
+include "launch.pxi"

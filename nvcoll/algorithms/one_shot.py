@@ -32,15 +32,14 @@ def slots(shape: Shape) -> tuple[int, int]:
 
 @algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")
 def text(v: Any) -> Any:
-    rank, size, itemsize, begin, put = v.rank, v.size, v.itemsize, v.begin, v.put
-    wait_reduce_all, accumulators, finish_to = v.wait_reduce_all, v.accumulators, v.finish_to
+    rank, size, itemsize, begin, put, wait_reduce_finish = (
+        v.rank, v.size, v.itemsize, v.begin, v.put, v.wait_reduce_finish,
+    )  # fmt: skip
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
         for k in range(1, n):
             put(c, e, (me + k) % n, me, send, count * itemsize(c))
-        acc = accumulators(c, recv)
-        wait_reduce_all(c, e, n, me, 0, send, acc, count)
-        finish_to(c, recv, acc, count)
+        wait_reduce_finish(c, e, n, me, 0, send, recv, count)
 
     return kernel

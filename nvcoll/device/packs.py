@@ -122,30 +122,9 @@ def finisher(datatype: str, accumulator: str, average: bool) -> Any:
     def make(items: int) -> Any:
         def convert(builder: Any, value: Any, ranks: Any) -> Any:
             if average:
-                value = _divide(builder, value, ranks, accumulator)
+                value = reduce.divide(builder, value, ranks, accumulator)
             return reduce.narrow(builder, value, datatype, items) if datatype != accumulator else value
 
         return convert
 
     return _converter(make, accumulator, datatype)
-
-
-def _divide(builder: Any, value: Any, ranks: Any, datatype: str) -> Any:
-    """Divide a pack by the number of ranks; integers towards zero."""
-    scalar, lanes = value.type.element, value.type.count
-    if datatype.startswith(("float", "complex")):
-        return builder.fdiv(value, _repeat(builder, builder.sitofp(ranks, scalar), lanes))
-    # In 32 bits or more: 200 ranks are no int8, and 256 would divide by zero.
-    wide = ir.VectorType(ir.IntType(max(32, scalar.width)), lanes)
-    signed = datatype.startswith("int")
-    value = (builder.sext if signed else builder.zext)(value, wide)
-    divisor = _repeat(builder, builder.trunc(ranks, wide.element), lanes)
-    return builder.trunc((builder.sdiv if signed else builder.udiv)(value, divisor), ir.VectorType(scalar, lanes))
-
-
-def _repeat(builder: Any, value: Any, lanes: int) -> Any:
-    """Return a vector of one value."""
-    vector = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-    for lane in range(lanes):
-        vector = builder.insert_element(vector, value, ir.Constant(ir.IntType(32), lane))
-    return vector

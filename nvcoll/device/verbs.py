@@ -25,6 +25,7 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     jit, load, store, copy = t.jit, t.load, t.store, t.copy
     width, itemsize, table = t.field.width, t.field.itemsize, t.field.table
     put_part, put_end, arrive, combine, combine_one = p.put_part, p.put_end, p.arrive, v.combine, v.combine_one
+    accumulators, finish_to = v.accumulators, v.finish_to
 
     @jit
     def put(c, e, p, slot, source, nbytes):
@@ -54,8 +55,15 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         wait_all(c, e, k, me, slot, mine, n)
         combine(c, table(c), 0, k, acc, n)
 
+    @jit
+    def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
+        """Do the same and store the result, rounded and divided where that is due."""
+        acc = accumulators(c, recv)
+        wait_reduce_all(c, e, k, me, slot, mine, acc, n)
+        finish_to(c, recv, acc, n)
+
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
-    own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all}
+    own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
     basic = {"load": load, "store": store, "copy": copy, "jit": jit}
     # Verbs last: the fields that hold the addresses of slow paths have names that verbs need.
     return SimpleNamespace(**{**vars(t.field), **vars(v), **own, **basic})

@@ -1,0 +1,284 @@
+"""Verbs of the CUDA target that do not depend on the protocol: where I am, epochs, signals, waiting, local arithmetic.
+
+Blocks are independent of each other: block b of a rank talks to block b of the other ranks only, through flags and
+slots of its own, and counts epochs of its own. Epochs lie in device memory, so that a launch captured in a graph
+counts on when it is replayed. As on the host, two halves of every slot take turns by the parity of the epoch, and
+the same argument (see `nvcoll.device.common`) shows that a half is written again only after it was read.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from nvcoll._plan import DEVICE_FIELDS
+from nvcoll.device.common import STAMP_BITS
+from nvcoll.device.cuda import ptx
+from nvcoll.device.cuda.packs import BYTES
+
+LOOK = 256
+"""Polls between looks at the clock and at what other blocks met."""
+FAILED = 1
+"""What the first word of the state says once a wait was over its deadline; the epochs of the blocks follow it."""
+EPOCHS = 64
+"""Where in a rank's state the epochs begin."""
+LINE = 64
+"""Bytes of a flag with its two values: flags of neighbours do not share a line."""
+
+
+def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
+    """Return the verbs for an operator on a datatype.
+
+    Parameters
+    ----------
+    jit
+        Decorator of device functions.
+    a
+        What `packs.arithmetic` gives.
+    p
+        What `packs.partial` gives.
+    """
+    f = SimpleNamespace(**{name: ptx.field(index) for index, name in enumerate(DEVICE_FIELDS)})
+    load, store, load_acquire, load_relaxed = ptx.load, ptx.store, ptx.load_acquire, ptx.load_relaxed
+    store_relaxed, store_release, fence, sync, clock = (
+        ptx.store_relaxed, ptx.store_release, ptx.fence, ptx.sync, ptx.clock,
+    )  # fmt: skip
+    thread, threads, block = ptx.thread, ptx.threads, ptx.block
+    load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
+    peers, rank, state, report, timeout, board = f.peers, f.rank, f.state, f.report, f.timeout, f.board
+    stamp, flags, flags_half, flags_block = f.stamp, f.flags, f.flags_half, f.flags_block
+    heap, heap_size, ranks, workspace, workspace_block = f.heap, f.heap_size, f.ranks, f.workspace, f.workspace_block
+    widen_pack, reduce_pack, finish_pack = a.widen, a.reduce_pack, a.finish
+    size_of, width_of, words, widens, finishes = a.itemsize, a.width, a.words, a.widens, a.finishes
+
+    @jit
+    def itemsize(c):
+        return size_of
+
+    @jit
+    def width(c):
+        return width_of
+
+    @jit
+    def area(c, p):
+        """Return the address of rank p's area of this communicator."""
+        return load(peers(c) + 8 * p)
+
+    @jit
+    def begin(c):
+        """Open this block's next epoch and return its tag."""
+        at = state(c) + EPOCHS + 8 * block()
+        now = load(at) + 1
+        e = (now << STAMP_BITS) | stamp(c)
+        sync()  # all threads have read the epoch
+        if thread() == 0:
+            store(at, now)
+            if block() == 0:
+                store_relaxed(board(c), e)  # for those who wonder why nothing comes from here
+        return e
+
+    @jit
+    def half(e):
+        return (e >> STAMP_BITS) & 1
+
+    @jit
+    def gave_up(c, e, waited):
+        """Tell whether to wait no more: the deadline is over, or another wait of this rank's has failed."""
+        if load_relaxed(state(c)) == FAILED:
+            return True
+        if waited < timeout(c):
+            return False
+        store_relaxed(report(c) + 8, e)
+        store_relaxed(report(c) + 16, block())
+        store_relaxed(report(c) + 24, rank(c))
+        fence()
+        store_relaxed(report(c), FAILED)
+        store_relaxed(state(c), FAILED)
+        return True
+
+    @jit
+    def wait_word(c, e, at):
+        """Let one thread wait until a word is this call's tag."""
+        polls, since = 0, 0
+        while load_acquire(at) != e:
+            polls += 1
+            if polls == LOOK:
+                polls = 0
+                now = clock()
+                if since == 0:
+                    since = now
+                if gave_up(c, e, now - since):
+                    return
+
+    @jit
+    def wait(c, e, at):
+        """Wait until a word is this call's tag; what its writer stored before is visible to all threads then."""
+        if thread() == 0:
+            wait_word(c, e, at)
+        sync()
+
+    @jit
+    def flag(c, e, p, slot):
+        """Return the address of a flag in rank p's area."""
+        return area(c, p) + flags(c) + half(e) * flags_half(c) + block() * flags_block(c) + slot * LINE
+
+    @jit
+    def signal(c, e, p, slot, first, second):
+        """Tell rank p that I am here, with two values. All that this block has stored is visible to it then."""
+        sync()
+        if thread() == 0:
+            at = flag(c, e, p, slot)
+            store_relaxed(at + 8, first)
+            store_relaxed(at + 16, second)
+            fence()
+            store_release(at, e)
+
+    @jit
+    def wait_signal(c, e, slot):
+        """Wait for a signal and return its values."""
+        at = flag(c, e, rank(c), slot)
+        wait(c, e, at)
+        return load_relaxed(at + 8), load_relaxed(at + 16)
+
+    @jit
+    def heap_of(c, p):
+        """Return where rank p's symmetric heap begins: heaps and areas lie at the same distance on all ranks."""
+        return area(c, p) - area(c, rank(c)) + heap(c)
+
+    @jit
+    def offset(c, address, nbytes):
+        """Return where in my symmetric heap an array lies, or -1 if it does not."""
+        at = address - heap(c)
+        if at < 0 or at + nbytes > heap_size(c):
+            return -1
+        return at
+
+    @jit
+    def accumulators(c, recv):
+        """Return where partial results are kept: the result itself, unless they are wider than its elements."""
+        if widens:
+            return workspace(c) + block() * workspace_block(c)
+        return recv
+
+    @jit
+    def get(at, nbytes):
+        """Load a pack, of which the first bytes count, from any address."""
+        if nbytes >= BYTES and at & (BYTES - 1) == 0:
+            return load_pack(at)
+        return take(at, nbytes)
+
+    @jit
+    def put_back(at, pack, nbytes):
+        """Store the first bytes of a pack to any address."""
+        if nbytes >= BYTES and at & (BYTES - 1) == 0:
+            store_pack(at, pack)
+        else:
+            give(at, pack, nbytes)
+
+    @jit
+    def copy(to, source, nbytes):
+        """Copy bytes, by all threads of the block."""
+        sync()
+        i = thread() * BYTES
+        step = threads() * BYTES
+        if (to | source) & (BYTES - 1) == 0:
+            while i + 3 * step + BYTES <= nbytes:
+                first, second = load_pack(source + i), load_pack(source + i + step)
+                third, fourth = load_pack(source + i + 2 * step), load_pack(source + i + 3 * step)
+                store_pack(to + i, first)
+                store_pack(to + i + step, second)
+                store_pack(to + i + 2 * step, third)
+                store_pack(to + i + 3 * step, fourth)
+                i += 4 * step
+        while i < nbytes:
+            put_back(to + i, get(source + i, nbytes - i), nbytes - i)
+            i += step
+
+    spread = words // 2  # packs of accumulators that a pack of elements becomes
+    load_wide, store_wide = wide(jit, spread)
+
+    @jit
+    def fill_wide(acc, source, n):
+        sync()
+        i = thread() * BYTES
+        while i < n * size_of:
+            store_wide(acc + i * spread, widen_pack(get(source + i, n * size_of - i)))
+            i += threads() * BYTES
+
+    @jit
+    def fill(c, acc, source, n):
+        """Set n accumulators to n elements."""
+        if widens:
+            fill_wide(acc, source, n)
+        elif acc != source:
+            copy(acc, source, n * size_of)
+
+    @jit
+    def finish_wide(c, to, acc, n):
+        sync()
+        i = thread() * BYTES
+        while i < n * size_of:
+            if widens:
+                value = load_wide(acc + i * spread)
+            else:
+                value = get(acc + i, n * size_of - i)
+            put_back(to + i, finish_pack(value, ranks(c)), n * size_of - i)
+            i += threads() * BYTES
+
+    @jit
+    def finish_to(c, to, acc, n):
+        """Store n accumulators as elements of the result: here, and only here, rounding and AVG's division happen."""
+        if finishes:
+            finish_wide(c, to, acc, n)
+        elif to != acc:
+            copy(to, acc, n * size_of)
+
+    @jit
+    def keep(c, e, acc_at, got, nbytes, lower):
+        """Reduce a pack of another rank's accumulators into mine; `lower` says that its operand goes on the left."""
+        mine = get(acc_at, nbytes)
+        if lower:
+            put_back(acc_at, reduce_pack(got, mine), nbytes)
+        else:
+            put_back(acc_at, reduce_pack(mine, got), nbytes)
+
+    @jit
+    def part_at(c, count, parts, k):
+        """Return where part k of a message begins: parts are whole packs, but for the last."""
+        unit = BYTES // size_of
+        each = (count + parts * unit - 1) // (parts * unit) * unit
+        return min(k * each, count)
+
+    return SimpleNamespace(
+        **{
+            **vars(f),
+            **{verb.py_func.__name__: verb for verb in (
+                itemsize, width, area, begin, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset, accumulators,
+                get, put_back, copy, fill, finish_to, keep, part_at,
+            )},
+        },
+        load=load, store=store,
+    )  # fmt: skip
+
+
+def wide(jit: Any, spread: int) -> tuple[Any, Any]:
+    """Return what loads and stores the accumulators of a pack of elements, `spread` packs."""
+    load_pack, store_pack = ptx.load_pack, ptx.store_pack
+
+    @jit
+    def load_two(at):
+        return load_pack(at) + load_pack(at + 16)
+
+    @jit
+    def store_two(at, acc):
+        store_pack(at, acc[:2])
+        store_pack(at + 16, acc[2:])
+
+    @jit
+    def load_four(at):
+        return load_two(at) + load_two(at + 32)
+
+    @jit
+    def store_four(at, acc):
+        store_two(at, acc[:4])
+        store_two(at + 32, acc[4:])
+
+    return {1: (load_pack, store_pack), 2: (load_two, store_two), 4: (load_four, store_four)}[spread]

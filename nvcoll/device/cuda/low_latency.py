@@ -1,0 +1,190 @@
+"""The low-latency protocol on GPUs: every word shows by itself whether it has arrived, so data need no signal.
+
+Two forms. Floats travel as they are, in memory that otherwise holds a sentinel: all ones, a NaN whose payload means
+nothing; that very NaN is sent as another one. Integers have no value to spare: half of every 8 bytes is a flag that
+holds the epoch. Loads and stores of 8 bytes are whole on every link, and that is all that is relied upon.
+
+Who has read a pack clears it, so between calls all this memory is empty: of sentinels, or of zeros. A half is written
+again after its reader has ended the epoch, hence after it was cleared.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+from nvcoll.device.common import STAMP_BITS
+from nvcoll.device.cuda import ptx
+from nvcoll.device.cuda.packs import BYTES
+from nvcoll.device.cuda.ptx import I64, PACK
+
+EMPTY = -1
+"""All ones."""
+
+
+def sentinels(jit: Any, lane: int) -> SimpleNamespace:
+    """Return the form for floats, of lanes of 4 or 8 bytes in which a NaN of all ones can be told from data."""
+    load_shared, store_shared = ptx.load_shared, ptx.store_shared
+    vector = ir.VectorType(ir.IntType(8 * lane), BYTES // lane)
+    pair = ir.VectorType(I64, 2)
+
+    def lanes_of(builder: Any, pack: Any) -> tuple[Any, Any]:
+        """Return a pack as lanes, and which of them are empty."""
+        packed = ir.Constant(pair, ir.Undefined)
+        for k in range(2):
+            packed = builder.insert_element(packed, builder.extract_value(pack, k), ir.Constant(ir.IntType(32), k))
+        value = builder.bitcast(packed, vector)
+        return value, builder.icmp_signed("==", value, ir.Constant(vector, [EMPTY] * vector.count))
+
+    @intrinsic
+    def missing(typing: Any, got: Any, e: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, empty = lanes_of(builder, args[0])
+            any_of_them = ir.Constant(ir.IntType(1), 0)
+            for k in range(vector.count):
+                any_of_them = builder.or_(any_of_them, builder.extract_element(empty, ir.Constant(ir.IntType(32), k)))
+            return any_of_them
+
+        return types.boolean(PACK, types.int64), emit
+
+    @intrinsic
+    def mark(typing: Any, pack: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value, empty = lanes_of(builder, args[0])
+            other = ir.Constant(vector, [(1 << (8 * lane - 1)) - 1] * vector.count)
+            value = builder.bitcast(builder.select(empty, other, value), pair)
+            words = [builder.extract_element(value, ir.Constant(ir.IntType(32), k)) for k in range(2)]
+            return context.make_tuple(builder, PACK, words)
+
+        return PACK(PACK), emit
+
+    @jit
+    def push(at, pack, e):
+        store_shared(at, mark(pack))
+
+    @jit
+    def clear(at):
+        store_shared(at, (EMPTY, EMPTY))
+
+    @jit
+    def data_of(got):
+        return got
+
+    return SimpleNamespace(spread=1, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of)
+
+
+def flags(jit: Any) -> SimpleNamespace:
+    """Return the form for every type: 4 bytes of data and 4 of flag in each word."""
+    load_shared, store_shared = ptx.load_shared, ptx.store_shared
+    low = 0xFFFFFFFF
+
+    @jit
+    def flag_of(e):
+        return ((e >> STAMP_BITS) & 0x3FFFFFFF) + 1  # never 0, which is empty
+
+    @jit
+    def push(at, pack, e):
+        flag = flag_of(e) << 32
+        store_shared(at, ((pack[0] & low) | flag, ((pack[0] >> 32) & low) | flag))
+        store_shared(at + 16, ((pack[1] & low) | flag, ((pack[1] >> 32) & low) | flag))
+
+    @jit
+    def look(at):
+        return load_shared(at) + load_shared(at + 16)
+
+    @jit
+    def missing(got, e):
+        flag = flag_of(e)
+        return got[0] >> 32 != flag or got[1] >> 32 != flag or got[2] >> 32 != flag or got[3] >> 32 != flag
+
+    @jit
+    def clear(at):
+        store_shared(at, (0, 0))
+        store_shared(at + 16, (0, 0))
+
+    @jit
+    def data_of(got):
+        return ((got[0] & low) | (got[1] << 32), (got[2] & low) | (got[3] << 32))
+
+    return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of)
+
+
+def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespace:
+    """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrive."""
+    if a.accumulator.startswith(("float", "complex")):
+        form = sentinels(jit, 8 if a.accumulator in ("float64", "complex128") else 4)
+        base, base_half = v.cells, v.slots_half
+    else:
+        form = flags(jit)
+        base, base_half = v.lines, v.slots_half
+    area, half, get, rank, gave_up, stride, slots_block = (
+        v.area, v.half, v.get, v.rank, v.gave_up, v.stride, v.slots_block,
+    )  # fmt: skip
+    push, look, missing, clear, data_of, spread = (
+        form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
+    )  # fmt: skip
+    sync, thread, threads, block, clock, load_pack = (
+        ptx.sync, ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.load_pack,
+    )  # fmt: skip
+    polls_between_looks = 256
+
+    @jit
+    def slot_at(c, e, p, slot):
+        return area(c, p) + base(c) + half(e) * base_half(c) + block() * slots_block(c) + slot * stride(c)
+
+    @jit
+    def put_part(c, e, p, slot, offset, source, nbytes):
+        """Write bytes into a slot of rank p, from a multiple of a pack on."""
+        to = slot_at(c, e, p, slot) + offset * spread
+        sync()
+        i = thread() * BYTES
+        step = threads() * BYTES
+        if source & (BYTES - 1) == 0:
+            while i + 3 * step + BYTES <= nbytes:  # four packs under way at a time
+                first, second = load_pack(source + i), load_pack(source + i + step)
+                third, fourth = load_pack(source + i + 2 * step), load_pack(source + i + 3 * step)
+                push(to + i * spread, first, e)
+                push(to + (i + step) * spread, second, e)
+                push(to + (i + 2 * step) * spread, third, e)
+                push(to + (i + 3 * step) * spread, fourth, e)
+                i += 4 * step
+        while i < nbytes:
+            push(to + i * spread, get(source + i, nbytes - i), e)
+            i += step
+
+    @jit
+    def put_end(c, e, p, slot):
+        """Nothing to tell: packs speak for themselves."""
+
+    @jit
+    def arrival(c, e, slot, nbytes):
+        """Return where a slot of mine lies; `peek` and `settle` wait for its packs."""
+        sync()
+        return slot_at(c, e, rank(c), slot)
+
+    @jit
+    def peek(at, i):
+        """Look at pack i (in bytes) of a slot, which may not be there yet."""
+        return look(at + i * spread)
+
+    @jit
+    def settle(c, e, at, i, got):
+        """Wait until what was looked at is there, clear it, and return it."""
+        where = at + i * spread
+        polls, since = 0, 0
+        while missing(got, e):
+            polls += 1
+            if polls == polls_between_looks:
+                polls = 0
+                now = clock()
+                if since == 0:
+                    since = now
+                if gave_up(c, e, now - since):
+                    break
+            got = look(where)
+        clear(where)
+        return data_of(got)
+
+    return SimpleNamespace(put_part=put_part, put_end=put_end, arrival=arrival, peek=peek, settle=settle, spread=spread)

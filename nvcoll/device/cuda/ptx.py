@@ -1,0 +1,150 @@
+"""Primitives of the CUDA target: memory, clocks and barriers as inline PTX.
+
+Numba has no vector types on GPUs: 16 bytes in registers, a pack, are a tuple of two 64-bit integers here. Addresses
+are 64-bit integers and mean global memory, of this GPU, of a peer, or of the host.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+I64 = ir.IntType(64)
+VOID = ir.VoidType()
+PACK = types.UniTuple(types.int64, 2)
+"""16 bytes in registers."""
+
+
+def assembly(builder: Any, text: str, constraints: str, result: Any, args: Any) -> Any:
+    """Emit one PTX instruction, or a few, that stay where they are."""
+    signature = ir.FunctionType(result, [a.type for a in args])
+    clobbers = f"{constraints},~{{memory}}".lstrip(",")
+    return builder.call(ir.InlineAsm(signature, text, clobbers, side_effect=True), args)
+
+
+def _loader(text: str, doc: str) -> Any:
+    """Make a primitive that loads a pack."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pair = assembly(builder, f"{text} {{$0, $1}}, [$2];", "=l,=l,l", ir.LiteralStructType([I64, I64]), args)
+        words = [builder.extract_value(pair, k) for k in range(2)]
+        return context.make_tuple(builder, signature.return_type, words)
+
+    @intrinsic
+    def load(typing: Any, address: Any) -> Any:
+        return PACK(types.int64), emit
+
+    load.__doc__ = doc
+    return load
+
+
+def _storer(text: str, doc: str) -> Any:
+    """Make a primitive that stores a pack."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = [builder.extract_value(args[1], k) for k in range(2)]
+        assembly(builder, f"{text} [$0], {{$1, $2}};", "l,l,l", VOID, [args[0], *words])
+        return context.get_dummy_value()
+
+    @intrinsic
+    def store(typing: Any, address: Any, pack: Any) -> Any:
+        return types.void(types.int64, PACK), emit
+
+    store.__doc__ = doc
+    return store
+
+
+load_pack = _loader("ld.global.v2.u64", "Load a pack of data that nobody writes meanwhile.")
+load_shared = _loader("ld.volatile.global.v2.u64", "Load a pack that another GPU may be writing; each word is whole.")
+store_pack = _storer("st.global.v2.u64", "Store a pack.")
+store_shared = _storer("st.volatile.global.v2.u64", "Store a pack that another GPU may be reading; each word is whole.")
+
+
+def _word_loader(text: str, doc: str) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return assembly(builder, f"{text} $0, [$1];", "=l,l", I64, args)
+
+    @intrinsic
+    def load(typing: Any, address: Any) -> Any:
+        return types.int64(types.int64), emit
+
+    load.__doc__ = doc
+    return load
+
+
+def _word_storer(text: str, doc: str) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        assembly(builder, f"{text} [$0], $1;", "l,l", VOID, args)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def store(typing: Any, address: Any, value: Any) -> Any:
+        return types.void(types.int64, types.int64), emit
+
+    store.__doc__ = doc
+    return store
+
+
+load = _word_loader("ld.global.u64", "Load 8 bytes.")
+load_acquire = _word_loader(
+    "ld.acquire.sys.global.u64", "Load 8 bytes; what the writer stored before its release is visible from here on."
+)
+load_relaxed = _word_loader("ld.relaxed.sys.global.u64", "Load 8 bytes that others may be writing.")
+store = _word_storer("st.global.u64", "Store 8 bytes.")
+store_relaxed = _word_storer("st.relaxed.sys.global.u64", "Store 8 bytes that others may be reading.")
+store_release = _word_storer("st.release.sys.global.u64", "Store 8 bytes after everything that was stored before.")
+
+
+def _action(text: str, doc: str) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        assembly(builder, text, "", VOID, [])
+        return context.get_dummy_value()
+
+    @intrinsic
+    def act(typing: Any) -> Any:
+        return types.void(), emit
+
+    act.__doc__ = doc
+    return act
+
+
+fence = _action("fence.acq_rel.sys;", "Order this thread's stores before it against its stores after it, for everybody.")
+sync = _action("bar.sync 0;", "Wait for all threads of the block; what they stored is visible from here on.")
+
+
+def _register(text: str, doc: str, *, wide: bool) -> Any:
+    """Make a primitive that reads a special register."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if wide:
+            return assembly(builder, f"mov.u64 $0, {text};", "=l", I64, [])
+        read = ir.InlineAsm(ir.FunctionType(ir.IntType(32), []), f"mov.u32 $0, {text};", "=r", side_effect=False)
+        return builder.zext(builder.call(read, []), I64)
+
+    @intrinsic
+    def read(typing: Any) -> Any:
+        return types.int64(), emit
+
+    read.__doc__ = doc
+    return read
+
+
+thread = _register("%tid.x", "Number of this thread in its block.", wide=False)
+threads = _register("%ntid.x", "Threads of a block.", wide=False)
+block = _register("%ctaid.x", "Number of this block.", wide=False)
+blocks = _register("%nctaid.x", "Blocks of the launch.", wide=False)
+clock = _register("%globaltimer", "Nanoseconds.", wide=True)
+
+
+def field(index: int) -> Any:
+    """Make ``read(c)``: the argument of that number of a call."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_value(args[0], index)
+
+    @intrinsic
+    def read(typing: Any, c: Any) -> Any:
+        return types.int64(c), emit
+
+    return read

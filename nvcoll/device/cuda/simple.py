@@ -1,0 +1,51 @@
+"""The simple protocol on GPUs: a block stores data, then one of its threads releases a signal."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from nvcoll.device.cuda import ptx
+
+
+def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespace:
+    """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
+    area, half, rank, flag, wait, copy = v.area, v.half, v.rank, v.flag, v.wait, v.copy
+    stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
+    sync, thread, block, fence, store_release, load_pack = (
+        ptx.sync, ptx.thread, ptx.block, ptx.fence, ptx.store_release, ptx.load_pack,
+    )  # fmt: skip
+
+    @jit
+    def slot_at(c, e, p, slot):
+        return area(c, p) + slots(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
+
+    @jit
+    def put_part(c, e, p, slot, offset, source, nbytes):
+        """Write bytes into a slot of rank p, from a multiple of a pack on."""
+        copy(slot_at(c, e, p, slot) + offset, source, nbytes)
+
+    @jit
+    def put_end(c, e, p, slot):
+        """Tell rank p that its slot is full: what all threads have stored before the barrier goes before the flag."""
+        sync()
+        if thread() == 0:
+            fence()
+            store_release(flag(c, e, p, slot), e)
+
+    @jit
+    def arrival(c, e, slot, nbytes):
+        """Wait for a slot of mine to be filled and return where it lies."""
+        if nbytes > 0:
+            wait(c, e, flag(c, e, rank(c), slot))
+        return slot_at(c, e, rank(c), slot)
+
+    @jit
+    def peek(at, i):
+        """Load pack i (in bytes) of a slot."""
+        return load_pack(at + i)
+
+    @jit
+    def settle(c, e, at, i, got):
+        """Return what was loaded: it is there."""
+        return got
+
+    return SimpleNamespace(put_part=put_part, put_end=put_end, arrival=arrival, peek=peek, settle=settle, spread=1)

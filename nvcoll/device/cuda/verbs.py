@@ -1,0 +1,186 @@
+"""The vocabulary of schedules on GPUs, and the kernel that hands each block its part of the message."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
+from nvcoll.device.cuda.packs import BYTES
+
+PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
+"""Protocol -> factory of its verbs."""
+
+
+def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
+    """Return every verb and field that a schedule may use, bound to an operator, a datatype and a protocol.
+
+    Parameters
+    ----------
+    jit
+        Decorator of device functions.
+    a
+        What `packs.arithmetic` gives.
+    protocol
+        A name in `PROTOCOLS`.
+    """
+    v = common.verbs(jit, a, packs.partial(a.unit))
+    w = PROTOCOLS[protocol](jit, v, a)
+    put_part, put_end, arrival, peek, settle = w.put_part, w.put_end, w.arrival, w.peek, w.settle
+    get, put_back, keep, rank, ranks = v.get, v.put_back, v.keep, v.rank, v.ranks
+    widen, reduce, finish, stride = a.widen, a.reduce, a.finish, v.stride
+    itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
+    thread, threads, load_pack, store_pack, sync = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.sync
+    _, store_wide = common.wide(jit, accumulates)
+
+    @jit
+    def put(c, e, p, slot, source, nbytes):
+        """Write bytes into a slot of rank p, so that their arrival can be seen."""
+        put_part(c, e, p, slot, 0, source, nbytes)
+        put_end(c, e, p, slot)
+
+    @jit
+    def wait_copy(c, e, slot, to, nbytes):
+        """Wait for bytes and store them."""
+        at = arrival(c, e, slot, nbytes)
+        i = thread() * BYTES
+        step = threads() * BYTES
+        if to & (BYTES - 1) == 0:
+            while i + 3 * step + BYTES <= nbytes:
+                first, second, third, fourth = (
+                    peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step),
+                )  # fmt: skip
+                store_pack(to + i, settle(c, e, at, i, first))
+                store_pack(to + i + step, settle(c, e, at, i + step, second))
+                store_pack(to + i + 2 * step, settle(c, e, at, i + 2 * step, third))
+                store_pack(to + i + 3 * step, settle(c, e, at, i + 3 * step, fourth))
+                i += 4 * step
+        while i < nbytes:
+            put_back(to + i, settle(c, e, at, i, peek(at, i)), nbytes - i)
+            i += step
+
+    @jit
+    def wait_reduce(c, e, p, slot, acc, n):
+        """Wait for n accumulators of rank p and reduce them into mine, the lower rank's on the left."""
+        nbytes = n * width
+        at = arrival(c, e, slot, nbytes)
+        i = thread() * BYTES
+        lower = p < rank(c)
+        while i < nbytes:
+            keep(c, e, acc + i, settle(c, e, at, i, peek(at, i)), nbytes - i, lower)
+            i += threads() * BYTES
+
+    @jit
+    def arrivals(c, e, k, me, slot, nbytes):
+        """Wait for k slots but mine, as far as the protocol waits for slots, and return where the first one lies."""
+        at = arrival(c, e, slot, 0)
+        for j in range(k):
+            if j != me:
+                arrival(c, e, slot + j, nbytes)
+        return at
+
+    @jit
+    def gather_one(c, e, k, me, at, mine, i, nbytes):
+        """Reduce pack i of all contributions, in order."""
+        if me == 0:
+            acc = widen(get(mine + i, nbytes - i))
+        else:
+            acc = widen(settle(c, e, at, i, peek(at, i)))
+        for j in range(1, k):
+            if j == me:
+                acc = reduce(acc, widen(get(mine + i, nbytes - i)))
+            else:
+                there = at + j * stride(c)
+                acc = reduce(acc, widen(settle(c, e, there, i, peek(there, i))))
+        return acc
+
+    @jit
+    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
+        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to accumulators."""
+        nbytes = n * itemsize
+        at = arrivals(c, e, k, me, slot, nbytes)
+        i = thread() * BYTES
+        while i < nbytes:
+            total = gather_one(c, e, k, me, at, mine, i, nbytes)
+            if accumulates == 1:
+                put_back(acc + i, total[:2], nbytes - i)
+            else:
+                store_wide(acc + i * accumulates, total)
+            i += threads() * BYTES
+
+    @jit
+    def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
+        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to the result."""
+        nbytes = n * itemsize
+        at = arrivals(c, e, k, me, slot, nbytes)
+        i = thread() * BYTES
+        step = threads() * BYTES
+        if (mine | recv) & (BYTES - 1) == 0:
+            while i + 3 * step + BYTES <= nbytes:
+                a0, a1, a2, a3 = (
+                    load_pack(mine + i), load_pack(mine + i + step),
+                    load_pack(mine + i + 2 * step), load_pack(mine + i + 3 * step),
+                )  # fmt: skip
+                if me == 0:
+                    t0, t1, t2, t3 = widen(a0), widen(a1), widen(a2), widen(a3)
+                else:
+                    p0, p1, p2, p3 = peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step)
+                    t0 = widen(settle(c, e, at, i, p0))
+                    t1 = widen(settle(c, e, at, i + step, p1))
+                    t2 = widen(settle(c, e, at, i + 2 * step, p2))
+                    t3 = widen(settle(c, e, at, i + 3 * step, p3))
+                for j in range(1, k):
+                    if j == me:
+                        t0, t1, t2, t3 = (
+                            reduce(t0, widen(a0)), reduce(t1, widen(a1)), reduce(t2, widen(a2)), reduce(t3, widen(a3)),
+                        )  # fmt: skip
+                    else:
+                        there = at + j * stride(c)
+                        p0, p1, p2, p3 = (
+                            peek(there, i), peek(there, i + step), peek(there, i + 2 * step), peek(there, i + 3 * step),
+                        )  # fmt: skip
+                        t0 = reduce(t0, widen(settle(c, e, there, i, p0)))
+                        t1 = reduce(t1, widen(settle(c, e, there, i + step, p1)))
+                        t2 = reduce(t2, widen(settle(c, e, there, i + 2 * step, p2)))
+                        t3 = reduce(t3, widen(settle(c, e, there, i + 3 * step, p3)))
+                store_pack(recv + i, finish(t0, ranks(c)))
+                store_pack(recv + i + step, finish(t1, ranks(c)))
+                store_pack(recv + i + 2 * step, finish(t2, ranks(c)))
+                store_pack(recv + i + 3 * step, finish(t3, ranks(c)))
+                i += 4 * step
+        while i < nbytes:
+            total = gather_one(c, e, k, me, at, mine, i, nbytes)
+            put_back(recv + i, finish(total, ranks(c)), nbytes - i)
+            i += step
+
+    own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
+    return SimpleNamespace(**{**vars(v), **own}, sync=sync)
+
+
+def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any) -> Any:
+    """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
+
+    A piece is a complete reduction with an epoch of its own. Parameters are the fields of a call, in their order.
+    """
+    kernel = jit(text(v))
+    block, blocks = ptx.block, ptx.blocks
+    itemsize, unit = a.itemsize, BYTES // a.itemsize
+
+    def whole(
+        send, recv, count, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
+        node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
+        slots_half, slots_block, workspace, workspace_block, heap, heap_size,
+    ):  # fmt: skip
+        c = (
+            send, recv, count, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
+            node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
+            slots_half, slots_block, workspace, workspace_block, heap, heap_size,
+        )  # fmt: skip
+        parts = blocks()
+        each = (count + parts * unit - 1) // (parts * unit) * unit
+        first = block() * each
+        last = min(first + each, count)
+        while first < last:
+            kernel(c, send + first * itemsize, recv + first * itemsize, min(capacity, last - first))
+            first += capacity
+
+    return whole

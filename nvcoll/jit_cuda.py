@@ -1,0 +1,119 @@
+"""Kernel text, protocol, operator and datatype become a cubin for a GPU architecture; no GPU is needed for that.
+
+What `nvcoll.jit` is for the host. Numba turns the text into PTX, the linker of the CUDA toolkit turns that into
+machine code, which is kept on disk.
+"""
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nvcoll.jit import ENTRY, CodeCache
+from nvcoll.ops import DATATYPES
+
+SOURCES = tuple(
+    f"device/{name}.py"
+    for name in (
+        "common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs",
+    )
+)  # fmt: skip
+THREADS = 512
+"""Most threads of a block: kernels are compiled so that their registers suffice for as many."""
+_numba = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel.
+
+    Attributes
+    ----------
+    cubin : bytes
+        Machine code, whose entry point is `ENTRY`.
+    registers : int
+        Registers of a thread.
+    spilled, local : int
+        Bytes of local memory that a thread needs because registers did not suffice, and in all.
+    """
+
+    cubin: bytes
+    registers: int
+    spilled: int
+    local: int
+
+
+def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> Kernel:
+    """Compile an algorithm's kernel.
+
+    Parameters
+    ----------
+    algorithm, protocol, op, datatype
+        Names.
+    arch
+        Architecture, ``"sm_90"`` for one.
+    """
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    ptx = kernel_ptx(algorithm, protocol, op, datatype, arch)
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
+    cubin = bytes(linker.link("cubin").code)
+    log = linker.get_info_log() or ""
+    return Kernel(cubin, _figure(log, r"Used (\d+) registers"), _spills(log), _figure(log, r"(\d+) bytes stack frame"))
+
+
+def _figure(log: str, pattern: str) -> int:
+    found = re.search(pattern, log)
+    if found is None:
+        raise RuntimeError(f"the CUDA linker does not tell {pattern!r} any more:\n{log}")
+    return int(found[1])
+
+
+def _spills(log: str) -> int:
+    return _figure(log, r"(\d+) bytes spill stores") + _figure(log, r"(\d+) bytes spill loads")
+
+
+def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> str:
+    """Return the PTX of an algorithm's kernel, whose entry point is `ENTRY`."""
+    from numba import cuda
+    from numba.cuda import types
+
+    from nvcoll._plan import DEVICE_FIELDS
+    from nvcoll.algorithms import ALGORITHMS
+    from nvcoll.device.cuda import packs, verbs
+
+    kind = DATATYPES[datatype]
+    accumulator = DATATYPES[kind.accumulate]
+    with _numba, _architecture(arch) as capability:
+        jit = cuda.jit(device=True)
+        a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
+        text = verbs.entry(jit, verbs.vocabulary(jit, a, protocol), a, ALGORITHMS[algorithm].text)
+        signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
+        ptx, _ = cuda.compile(text, signature, device=False, abi="numba", cc=capability, output="ptx", launch_bounds=THREADS)
+    name = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    if name is None:
+        raise RuntimeError(f"Numba made no kernel of {algorithm}/{protocol}")
+    return str(ptx).replace(name[1], ENTRY)
+
+
+@contextmanager
+def _architecture(arch: str) -> Iterator[tuple[int, int]]:
+    """Let Numba compile for an architecture: it would ask the current device, of which there may be none."""
+    from numba.cuda import compiler, dispatcher
+
+    number = int(re.sub(r"\D", "", arch))
+
+    class Device:
+        compute_capability = divmod(number, 10)
+
+    kept = {module: module.get_current_device for module in (compiler, dispatcher)}
+    for module in kept:
+        module.get_current_device = Device
+    try:
+        yield Device.compute_capability
+    finally:
+        for module, original in kept.items():
+            module.get_current_device = original

@@ -1,0 +1,241 @@
+# Launches on a GPU: arguments packed once, one call of the driver. The driver is looked up at the first use, so that
+# this module loads where there is none.
+
+cdef extern from *:
+    """
+    #include <dlfcn.h>
+    typedef struct {
+        unsigned int grid[3], block[3], shared;
+        void *stream;
+        void *attributes;
+        unsigned int count;
+    } nv_launch_config;  /* CUlaunchConfig of cuda.h, whose layout is ABI */
+    typedef int (*nv_launch_t)(const nv_launch_config *, void *, void **, void **);
+    typedef int (*nv_one_t)(void *);
+    typedef int (*nv_two_t)(void *, void *);
+    typedef int (*nv_wait_event_t)(void *, void *, unsigned int);
+    typedef int (*nv_capturing_t)(void *, int *);
+    typedef int (*nv_error_t)(int, const char **);
+    static nv_launch_t nv_launch_kernel;
+    static nv_one_t nv_get_context, nv_push_context, nv_pop_context;
+    static nv_two_t nv_record_event;
+    static nv_wait_event_t nv_wait_event;
+    static nv_capturing_t nv_is_capturing;
+    static nv_error_t nv_error_string;
+    static const char *nv_open_driver(void) {
+        void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+        if (!driver) return dlerror();
+        nv_get_context = (nv_one_t)dlsym(driver, "cuCtxGetCurrent");
+        nv_push_context = (nv_one_t)dlsym(driver, "cuCtxPushCurrent_v2");
+        nv_pop_context = (nv_one_t)dlsym(driver, "cuCtxPopCurrent_v2");
+        nv_record_event = (nv_two_t)dlsym(driver, "cuEventRecord");
+        nv_wait_event = (nv_wait_event_t)dlsym(driver, "cuStreamWaitEvent");
+        nv_is_capturing = (nv_capturing_t)dlsym(driver, "cuStreamIsCapturing");
+        nv_error_string = (nv_error_t)dlsym(driver, "cuGetErrorString");
+        nv_launch_kernel = (nv_launch_t)dlsym(driver, "cuLaunchKernelEx");
+        return nv_launch_kernel ? 0 : "it has no cuLaunchKernelEx: CUDA 12 or newer is needed";
+    }
+    """
+    ctypedef struct nv_launch_config:
+        unsigned int grid[3]
+        unsigned int block[3]
+        unsigned int shared
+        void* stream
+        void* attributes
+        unsigned int count
+    int nv_launch_kernel(const nv_launch_config*, void*, void**, void**) noexcept nogil
+    int nv_get_context(void*) noexcept nogil
+    int nv_push_context(void*) noexcept nogil
+    int nv_pop_context(void*) noexcept nogil
+    int nv_record_event(void*, void*) noexcept nogil
+    int nv_wait_event(void*, void*, unsigned int) noexcept nogil
+    int nv_is_capturing(void*, int*) noexcept nogil
+    int nv_error_string(int, const char**) noexcept nogil
+    const char* nv_open_driver() noexcept nogil
+
+# The arguments of every kernel, in their order. Addresses are those of this GPU's memory unless it says otherwise.
+DEVICE_FIELDS = (
+    "send", "recv", "count",            # of the call
+    "capacity",                         # elements of a block in one piece
+    "stride",                           # bytes between a block's slots
+    "stamp",                            # the low 24 bits of every tag of this call
+    "ranks",                            # what AVG divides by
+    "rank", "size", "nodes", "node", "local_rank", "slices",
+    "node_ranks", "node_starts",        # tables, as in World
+    "peers",                            # table of size addresses: where each rank's area lies
+    "state",                            # a word that says whether a wait failed, and the blocks' epochs
+    "report",                           # memory of the host: what failed
+    "timeout",                          # nanoseconds
+    "board",                            # a word of my area: the tag of the latest call
+    "flags", "flags_half", "flags_block",                   # offset in an area, bytes of a parity, of a block
+    "cells", "lines", "data", "slots_half", "slots_block",  # offsets of the protocols' slots, and the same sizes
+    "workspace", "workspace_block",     # accumulators, and how many bytes a block has
+    "heap", "heap_size",                # my symmetric memory
+)
+cdef enum:
+    FIELDS = 32
+if len(DEVICE_FIELDS) != FIELDS:
+    raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
+
+
+cdef class DeviceState:
+    """What a rank holds of a communicator on a GPU: the arguments that are the same for all its kernels.
+
+    Parameters
+    ----------
+    values
+        Fields of `DEVICE_FIELDS` by name.
+    context
+        Handle of the CUDA context.
+    event
+        Handle of an event, with which calls on different streams are put in order.
+    report
+        Address, on the host, of the memory where kernels say what failed.
+    keep
+        Objects whose memory the addresses point to.
+    """
+    cdef int64_t values[FIELDS]
+    cdef void* context
+    cdef void* event
+    cdef int64_t* report
+    cdef uintptr_t last_stream
+    cdef readonly int64_t sequence
+    cdef int64_t ended
+    cdef readonly object keep
+
+    def __init__(self, dict values, uintptr_t context, uintptr_t event, uintptr_t report, keep):
+        cdef const char* problem
+        if nv_launch_kernel_missing():
+            problem = nv_open_driver()
+            if problem != NULL:
+                from nvcoll.errors import StateError
+
+                raise StateError(f"the CUDA driver cannot be used: {problem.decode()}; install or update the driver")
+        memset(self.values, 0, sizeof(self.values))
+        for name, value in values.items():
+            self.values[DEVICE_FIELDS.index(name)] = value
+        self.context, self.event, self.report = <void*>context, <void*>event, <int64_t*>report
+        self.sequence = 0
+        self.ended = 0
+        self.keep = keep
+
+    @property
+    def reported(self):
+        """(tag, block, rank) of the first wait that was over its deadline, or None."""
+        if nv_load(self.report) == 0:
+            return None
+        return self.report[1], self.report[2], self.report[3]
+
+    def end(self):
+        """Refuse all further calls."""
+        self.ended = 1
+
+    cdef int check(self) except -1:
+        if nv_load(self.report) or self.ended:
+            from nvcoll.errors import StateError
+
+            if self.ended:
+                raise StateError("this communicator was finalized; take a new one, or call Init")
+            return 1
+        return 0
+
+    cdef int order(self, uintptr_t stream) noexcept nogil:
+        """Let work on a stream begin after this communicator's latest on another one."""
+        cdef int mine = 0, its = 0, error
+        if nv_is_capturing(<void*>stream, &mine) or nv_is_capturing(<void*>self.last_stream, &its) or mine or its:
+            return 0  # a graph has an order of its own; what it needs of other streams is for who captures to say
+        error = nv_record_event(self.event, <void*>self.last_stream)
+        return error or nv_wait_event(<void*>stream, self.event, 0)
+
+
+cdef extern from *:
+    """
+    static int nv_launch_kernel_missing(void) { return nv_launch_kernel == 0; }
+    """
+    int nv_launch_kernel_missing() noexcept nogil
+
+
+cdef class DevicePlan:
+    """A kernel with its arguments, ready to be launched on any pair of addresses and any stream.
+
+    Parameters
+    ----------
+    state
+        The communicator's `DeviceState`.
+    function
+        Handle of the kernel; 0 for the copy that one rank needs.
+    call
+        Values of the fields of the call by name.
+    blocks, threads
+        Shape of the launch.
+    keep
+        Objects that must outlive the plan.
+    describe
+        What the call is, for messages.
+    """
+    cdef int64_t values[FIELDS]
+    cdef nv_launch_config shape
+    cdef void* function
+    cdef readonly DeviceState state
+    cdef readonly object keep
+    cdef readonly object describe
+
+    def __init__(self, DeviceState state, uintptr_t function, dict call, int blocks, int threads, keep=None,
+                 describe=None):
+        self.state = state
+        self.function = <void*>function
+        self.keep = keep
+        self.describe = describe
+        self.values = state.values
+        for name, value in call.items():
+            self.values[DEVICE_FIELDS.index(name)] = value
+        memset(&self.shape, 0, sizeof(self.shape))
+        self.shape.grid[0], self.shape.grid[1], self.shape.grid[2] = blocks, 1, 1
+        self.shape.block[0], self.shape.block[1], self.shape.block[2] = threads, 1, 1
+
+    cdef int launch(self, uintptr_t send, uintptr_t recv, uintptr_t stream) noexcept nogil:
+        cdef int64_t values[FIELDS]
+        cdef void* arguments[FIELDS]
+        cdef nv_launch_config shape = self.shape
+        cdef void* current = NULL
+        cdef void* popped
+        cdef int k, error = 0
+        memcpy(values, self.values, sizeof(values))
+        values[0], values[1] = <int64_t>send, <int64_t>recv
+        for k in range(FIELDS):
+            arguments[k] = &values[k]
+        shape.stream = <void*>stream
+        nv_get_context(&current)
+        if current != self.state.context:
+            error = nv_push_context(self.state.context)
+        if not error and stream != self.state.last_stream:
+            if self.state.sequence:
+                error = self.state.order(stream)
+            self.state.last_stream = stream
+        if not error:
+            error = nv_launch_kernel(&shape, self.function, arguments, NULL)
+        if current != self.state.context:
+            nv_pop_context(&popped)
+        self.state.sequence += 1
+        return error
+
+    def run(self, uintptr_t send, uintptr_t recv, uintptr_t stream):
+        """Launch on two addresses; they are equal for a call in place.
+
+        Returns
+        -------
+        bool
+            False if an earlier call has failed: `DeviceState.reported` says what is known.
+        """
+        cdef int error
+        cdef const char* text = NULL
+        if self.state.check():
+            return False
+        with nogil:
+            error = self.launch(send, recv, stream)
+        if error:
+            from nvcoll.errors import StateError
+
+            nv_error_string(error, &text)
+            raise StateError(f"the CUDA driver refuses the launch: {text.decode() if text else error}")
+        return True
