@@ -5,6 +5,7 @@ Contexts are the primary ones, which torch, CuPy and Numba use too. Nothing here
 ranks may be threads. Without cuda-python this module imports; what needs it raises DeviceError.
 """
 
+import threading
 import uuid as uuid_
 import weakref
 from typing import Any, Self
@@ -66,6 +67,8 @@ def uuid(ordinal: int) -> str:
 class Device:
     """A GPU, with its primary context. ``with device:`` makes it current on this thread, and restores what was.
 
+    The context is taken by the first ``with``: to ask for a name makes none.
+
     Parameters
     ----------
     ordinal
@@ -89,7 +92,7 @@ class Device:
     Raises
     ------
     DeviceError
-        There is no such GPU, or its context cannot be had.
+        There is no such GPU.
     """
 
     def __init__(self, ordinal: int) -> None:
@@ -106,9 +109,9 @@ class Device:
         self.arch = f"sm_{major}{minor}"
         self.multiprocessors = self.attribute("multiprocessor_count")
         self.max_threads_per_multiprocessor = self.attribute("max_threads_per_multiprocessor")
-        self._context = _call("cuDevicePrimaryCtxRetain", self._device)
-        self._release = weakref.finalize(self, _release, self._device)
-        self._release.atexit = False  # the driver may have ended before
+        self._lock = threading.Lock()
+        self._context: Any = None
+        self._release: Any = None
 
     def attribute(self, name: str) -> int:
         """Return an attribute: a name of ``CUdevice_attribute`` without its prefix, in any case.
@@ -125,11 +128,20 @@ class Device:
         return int(_call("cuDeviceGetAttribute", key, self._device))
 
     def close(self) -> None:
-        """Release the primary context; it ends when nobody in this process uses it any more."""
-        self._release()
+        """Release the primary context, which ends when nobody in this process uses it any more."""
+        with self._lock:
+            if self._context is not None:
+                self._release()
+            self._context = self._release = None
 
     def __enter__(self) -> Self:
-        _call("cuCtxPushCurrent", self._context)
+        with self._lock:
+            if self._context is None:
+                self._context = _call("cuDevicePrimaryCtxRetain", self._device)
+                self._release = weakref.finalize(self, _release, self._device)
+                self._release.atexit = False  # the driver may have ended before
+            context = self._context
+        _call("cuCtxPushCurrent", context)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -157,6 +169,19 @@ def allocate(nbytes: int) -> int:
 def free(address: int) -> None:
     """Free what `allocate` gave. Waits for the work of the GPU on it."""
     _call("cuMemFree", address)
+
+
+def memory_info() -> tuple[int, int]:
+    """Return the free and all bytes of the current GPU's memory."""
+    free_bytes, all_bytes = _call("cuMemGetInfo")
+    return int(free_bytes), int(all_bytes)
+
+
+def ordinal_of(address: int) -> int:
+    """Return which GPU an address, of its memory or of host memory pinned for it, belongs to."""
+    return int(
+        _call("cuPointerGetAttribute", _driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+    )
 
 
 def host_allocate(nbytes: int) -> tuple[int, int]:
@@ -250,7 +275,7 @@ def _driver() -> Any:
 
 
 def _call(name: str, *args: Any) -> Any:
-    """Call a function of the driver; return what it gives, or raise an error that names it."""
+    """Call a function of the driver; return the value or values that it gives, or raise an error that names it."""
     driver = _driver()
     try:
         result, *values = getattr(driver, name)(*args)
@@ -260,7 +285,7 @@ def _call(name: str, *args: Any) -> Any:
         raise DeviceError(f"libcuda.so.1 does not load ({str(exc).rstrip('.')}); install the NVIDIA driver") from exc
     if int(result):
         raise _error(driver, name, result)
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _error(driver: Any, name: str, result: Any) -> DeviceError | AllocationError:
