@@ -35,6 +35,10 @@ class BootstrapError(Error, RuntimeError):
     """The ranks could not find each other, or the launcher's variables contradict themselves."""
 
 
+class DeviceError(Error, RuntimeError):
+    """There is no usable GPU, or the CUDA driver refused a call."""
+
+
 class StateError(Error, RuntimeError):
     """The object cannot be used any more: finalized, freed, or inherited by a forked child."""
 

@@ -24,6 +24,7 @@ CLASSES = [value for value in vars(errors).values() if isinstance(value, type) a
         ("DatatypeError", TypeError),
         ("AllocationError", MemoryError),
         ("BootstrapError", RuntimeError),
+        ("DeviceError", RuntimeError),
         ("StateError", RuntimeError),
         ("BuildError", ImportError),
     ],

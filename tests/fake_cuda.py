@@ -1,0 +1,211 @@
+"""A `cuda.bindings.driver` without a GPU: contexts by thread, memory of the host, and errors on demand."""
+
+import ctypes
+import sys
+import threading
+import types
+from enum import IntEnum
+
+import pytest
+
+Result = IntEnum(
+    "Result",
+    {
+        "CUDA_SUCCESS": 0,
+        "CUDA_ERROR_INVALID_VALUE": 1,
+        "CUDA_ERROR_OUT_OF_MEMORY": 2,
+        "CUDA_ERROR_NO_DEVICE": 100,
+        "CUDA_ERROR_INVALID_CONTEXT": 201,
+        "CUDA_ERROR_NOT_FOUND": 500,
+        "CUDA_ERROR_STRANGE": 99999,
+    },
+)
+MEMORY = 64 << 20
+FUNCTION, MODULE, STREAM = 0x8888, 0x7777, 0xABCD
+
+
+class DynamicLibNotFoundError(RuntimeError):
+    """As cuda-python's."""
+
+
+class FunctionNotFoundError(RuntimeError):
+    """As cuda-python's."""
+
+
+class Uuid:
+    def __init__(self, device):
+        self.bytes = bytes([device]) * 16
+
+
+class FakeDriver(types.ModuleType):
+    """What nvcoll calls of the driver, for `gpus` GPUs.
+
+    Attributes
+    ----------
+    calls
+        Names of the functions called.
+    fail
+        Function -> what it returns or raises instead.
+    taken
+        Address -> memory allocated and not freed.
+    contexts
+        Retained primary contexts, one entry a retain.
+    """
+
+    CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
+    CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
+    CUdevice_attribute = types.SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=9,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=0,
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=132,
+        CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR=2048,
+    )
+
+    def __init__(self, gpus=2, version=13000):
+        super().__init__("cuda.bindings.driver")
+        self.gpus, self.version = gpus, version
+        self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
+        self._threads = threading.local()
+
+    @property
+    def stack(self):
+        """Contexts pushed by this thread."""
+        return self._threads.__dict__.setdefault("stack", [])
+
+    def __getattribute__(self, name):
+        if not name.startswith("cu") or name.startswith("cuGetError"):
+            return super().__getattribute__(name)
+        fail = self.fail.get(name)
+        if isinstance(fail, Exception):
+            raise fail
+        function = super().__getattribute__(name)
+
+        def call(*args):
+            self.calls.append(name)
+            if fail is not None:
+                return (fail, *([None] * 2))
+            answer = function(*args)
+            return answer if isinstance(answer, tuple) else (answer,)
+
+        return call
+
+    def cuGetErrorName(self, result):
+        return Result(0), None if result == Result.CUDA_ERROR_STRANGE else Result(result).name.encode()
+
+    def cuGetErrorString(self, result):
+        return Result(0), None if result == Result.CUDA_ERROR_STRANGE else b"words on it"
+
+    def cuInit(self, flags):
+        return Result(0)
+
+    def cuDriverGetVersion(self):
+        return Result(0), self.version
+
+    def cuDeviceGetCount(self):
+        return Result(0), self.gpus
+
+    def cuDeviceGet(self, ordinal):
+        return Result(0), ordinal
+
+    def cuDeviceGetName(self, length, device):
+        return Result(0), f"Fake {device}".encode().ljust(length, b"\0")
+
+    def cuDeviceTotalMem(self, device):
+        return Result(0), MEMORY
+
+    def cuDeviceGetUuid(self, device):
+        return Result(0), Uuid(device)
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return Result(0), attribute
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        self.contexts.append(device)
+        return Result(0), f"context of {device}"
+
+    def cuDevicePrimaryCtxRelease(self, device):
+        self.contexts.remove(device)
+        return Result(0)
+
+    def cuCtxPushCurrent(self, context):
+        self.stack.append(context)
+        return Result(0)
+
+    def cuCtxPopCurrent(self):
+        return Result(0), self.stack.pop()
+
+    def _take(self, nbytes):
+        if not self.stack:
+            return Result.CUDA_ERROR_INVALID_CONTEXT, None
+        if nbytes > MEMORY:
+            return Result.CUDA_ERROR_OUT_OF_MEMORY, None
+        memory = ctypes.create_string_buffer(nbytes)
+        self.taken[ctypes.addressof(memory)] = memory
+        return Result(0), ctypes.addressof(memory)
+
+    def cuMemAlloc(self, nbytes):
+        return self._take(nbytes)
+
+    def cuMemFree(self, address):
+        del self.taken[address]
+        return Result(0)
+
+    def cuMemHostAlloc(self, nbytes, flags):
+        return self._take(nbytes) if flags == 3 else (Result.CUDA_ERROR_INVALID_VALUE, None)
+
+    def cuMemHostGetDevicePointer(self, host, flags):
+        return Result(0), host + (1 << 40)
+
+    def cuMemFreeHost(self, host):
+        del self.taken[host]
+        return Result(0)
+
+    def cuMemGetInfo(self):
+        return Result(0), MEMORY - sum(map(len, self.taken.values())), MEMORY
+
+    def cuPointerGetAttribute(self, attribute, address):
+        return Result(0), int(self.stack[-1].rpartition(" ")[2])
+
+    def cuMemsetD8Async(self, address, byte, nbytes, stream):
+        ctypes.memset(address, byte, nbytes)
+        return Result(0)
+
+    def cuMemcpyAsync(self, to, source, nbytes, stream):
+        ctypes.memmove(to, source, nbytes)
+        return Result(0)
+
+    def cuStreamCreate(self, flags):
+        return (Result(0), STREAM) if flags == 1 else (Result.CUDA_ERROR_INVALID_VALUE, None)
+
+    def cuStreamDestroy(self, stream):
+        return Result(0)
+
+    def cuStreamSynchronize(self, stream):
+        return Result(0) if stream in {0, STREAM} else Result.CUDA_ERROR_INVALID_VALUE
+
+    def cuModuleLoadData(self, image):
+        return Result(0), MODULE
+
+    def cuModuleUnload(self, module):
+        return Result(0)
+
+    def cuModuleGetFunction(self, module, name):
+        return (Result(0), FUNCTION) if name == b"kernel" else (Result.CUDA_ERROR_NOT_FOUND, None)
+
+    def cuFuncLoad(self, function):
+        return Result(0)
+
+    def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):
+        return Result(0), 2048 // threads
+
+
+def install(monkeypatch: pytest.MonkeyPatch, driver: types.ModuleType | None) -> None:
+    """Let `from cuda.bindings import driver` find this one; None: no cuda-python."""
+    bindings = types.ModuleType("cuda.bindings")
+    if driver is not None:
+        bindings.driver = driver
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None if driver is None else bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    if driver is not None:
+        monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
