@@ -1,9 +1,48 @@
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 CALL_FIELDS: tuple[str, ...]
 WORLD_FIELDS: tuple[str, ...]
 STATES: tuple[str, ...]
 ERRORS: tuple[str, ...]
+DLPACK_VERSION: tuple[int, int]
+
+def dlpack_capsule(
+    address: int, shape: tuple[int, ...], dtype: tuple[int, int], device: tuple[int, int], owner: Any, versioned: bool
+) -> Any: ...
+
+class DLPackTensor:
+    def __new__(cls, capsule: Any) -> Self: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def strides(self) -> tuple[int, ...] | None: ...
+    @property
+    def dtype(self) -> tuple[int, int, int]: ...
+    @property
+    def device(self) -> tuple[int, int]: ...
+    @property
+    def readonly(self) -> bool: ...
+
+class DeviceMemory:
+    nbytes: int
+    device: int
+    freed: bool
+    def __new__(cls, address: int, nbytes: int, device: int) -> Self: ...
+    def end(self) -> None: ...
+
+class DeviceSpan:
+    memory: DeviceMemory
+    offset: int
+    count: int
+    itemsize: int
+    code: int
+    def __new__(cls, memory: DeviceMemory, offset: int, count: int, itemsize: int, code: int) -> Self: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
 
 class State:
     keep: Any

@@ -12,7 +12,7 @@ from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, pars
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.failures import failure
 from nvcoll.lifecycle import Living
-from nvcoll.ops import SUM, Datatype, Op, as_datatype, as_op
+from nvcoll.ops import SUM, Op, as_datatype, as_op
 from nvcoll.planning import Explanation
 from nvcoll.world import open_self, open_world
 
@@ -20,13 +20,6 @@ MOST_ELEMENTS = 2**59
 """Elements of an array, so that the bytes of the widest type fit an address."""
 MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
-KINDS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c"}
-
-
-def _code(datatype: Datatype) -> int:
-    """Return the number that the fast route gives a datatype; bfloat16, which it never sees, has one of its own."""
-    kind = "B" if datatype.name == "bfloat16" else KINDS[datatype.kind]
-    return ord(kind) << 8 | datatype.itemsize
 
 
 class Comm(Living):
@@ -246,7 +239,7 @@ class Comm(Living):
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        self._plans.setdefault(algorithm, Plans(IN_PLACE)).add(_code(datatype), nbytes, op, plan)
+        self._plans.setdefault(algorithm, Plans(IN_PLACE)).add(datatype.code, nbytes, op, plan)
         if not plan.run(send.address, recv.address):
             raise self._failure(plan)
 

@@ -4,26 +4,19 @@ The only file that knows Numba's internals. Numba turns the text into LLVM code;
 file, which is kept on disk and loaded without Numba the next time.
 """
 
-import contextlib
-import fcntl
-import hashlib
-import os
-import stat
-import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nvcoll.codecache import CodeCache, digest_of
+
 ENTRY = "nvcoll_entry"
 C_FUNCTIONS = {"memcpy", "memmove", "memset"}
 """What compiled code may call besides what it is handed."""
-PACKAGE = Path(__file__).parent
 VERB_SOURCES = tuple(f"device/{name}.py" for name in ("host", "common", "simple", "low_latency", "verbs"))
 PACK_SOURCES = ("device/packs.py", "device/reduce.py")
-HEADER = len(hashlib.sha256().digest())
 
 
 class Compiler:
@@ -36,7 +29,7 @@ class Compiler:
     """
 
     def __init__(self, cache_dir: Path) -> None:
-        self._cache_dir = cache_dir
+        self._cache = CodeCache(cache_dir)
         self._engines: list[Any] = []
         self._addresses: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -72,18 +65,8 @@ class Compiler:
 
     def _object(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> bytes:
         """Return the object file of a text, from the cache if it is there."""
-        folder = _private_folder(self._cache_dir)
-        if folder is None:
-            return compile_host(text(), arguments)
-        path = folder / f"{name}-{_digest(*sources)}.o"
-        found = _read(path)
-        if found is None:
-            with _locked(folder / "lock"):  # one rank compiles, the others wait for its file
-                found = _read(path)
-                if found is None:
-                    found = compile_host(text(), arguments)
-                    _write(path, found)
-        return found
+        digest = digest_of(_platform(), "jit.py", *sources)
+        return self._cache.get(f"{name}-{digest}.o", lambda: compile_host(text(), arguments))
 
     def _load(self, code: bytes) -> int:
         llvm, machine = _llvm()
@@ -179,81 +162,7 @@ def _platform() -> str:
     return "\n".join(told)
 
 
-@cache
-def _digest(*sources: str) -> str:
-    """Return a digest of all that an object file depends on, files of the package given by their paths in it."""
-    digest = hashlib.sha256(_platform().encode())
-    for source in ("jit.py", *sources):
-        digest.update((PACKAGE / source).read_bytes())
-    return digest.hexdigest()[:24]
-
-
 def _fields() -> str:
     from nvcoll._plan import CALL_FIELDS, WORLD_FIELDS
 
     return " ".join(CALL_FIELDS + WORLD_FIELDS)
-
-
-def _private_folder(folder: Path) -> Path | None:
-    """Make the cache folder; None, with a warning, where machine code could not be trusted or kept there."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.stat()
-    except OSError as exc:
-        _warn_no_cache(f"{folder} cannot be made ({exc.strerror})")
-        return None
-    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
-        _warn_no_cache(f"{folder} belongs to another user, or anybody may write there")
-        return None
-    if not os.access(folder, os.W_OK):
-        _warn_no_cache(f"{folder} is read-only")
-        return None
-    return folder
-
-
-@cache
-def _warn_no_cache(reason: str) -> None:
-    warnings.warn(
-        f"kernels are compiled anew in every process: {reason}; point NVCOLL_CACHE_DIR to a folder of your own",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-def _read(path: Path) -> bytes | None:
-    """Return the contents of a cache file, or None if it is absent or damaged."""
-    try:
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = stored[:HEADER], stored[HEADER:]
-    return code if digest == hashlib.sha256(code).digest() else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Store a cache file: readers see all of it or nothing. A full disk costs time later, not the call."""
-    with contextlib.suppress(OSError):
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink()
-            raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among the processes that share the cache; without one where that is not possible."""
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -13,6 +13,9 @@ import numpy as np
 
 from .errors import DatatypeError
 
+# What the fast route makes of the buffer protocol's formats, and letters of their own for types that have no format.
+_LETTERS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c", "bfloat16": "B"}
+
 
 @dataclass(frozen=True, slots=True)
 class Datatype:
@@ -45,6 +48,11 @@ class Datatype:
             name: type = ml_dtypes.bfloat16
             return np.dtype(name)
         return np.dtype(self.name)
+
+    @property
+    def code(self) -> int:
+        """A number for the type, which the compiled fast route compares: a letter, shifted left, and the itemsize."""
+        return ord(_LETTERS.get(self.name) or _LETTERS[self.kind]) << 8 | self.itemsize
 
     def Get_size(self) -> int:
         """Return the bytes of one element, as mpi4py's method of that name does.

@@ -1,6 +1,22 @@
-"""Buffers: what may be passed to a verb (`specs`), and arrays on the symmetric heap (`array`)."""
+"""Buffers: what a verb takes (`specs`, `device_specs`), and arrays on the symmetric heap (`array`, `device`)."""
 
 from .array import Allocation, Buffer, invalidate
+from .device import DeviceBuffer
+from .device_specs import parse_device
 from .specs import IN_PLACE, InPlace, Spec, check_pair, is_in_place, parse
+from .streams import as_stream
 
-__all__ = ["IN_PLACE", "Allocation", "Buffer", "InPlace", "Spec", "check_pair", "invalidate", "is_in_place", "parse"]
+__all__ = [
+    "IN_PLACE",
+    "Allocation",
+    "Buffer",
+    "DeviceBuffer",
+    "InPlace",
+    "Spec",
+    "as_stream",
+    "check_pair",
+    "invalidate",
+    "is_in_place",
+    "parse",
+    "parse_device",
+]

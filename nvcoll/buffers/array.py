@@ -59,8 +59,7 @@ class Owner:
             "data": (allocation.address, False),
             "version": 3,
         }
-        with _lock:
-            _owners.add(self)
+        remember(self)
 
     def end(self) -> None:
         """Take the memory away from the Buffer, which must not point to what is no longer its own."""
@@ -76,8 +75,27 @@ class Owner:
             self.allocation.drop()
 
 
-_owners: weakref.WeakSet[Owner] = weakref.WeakSet()
+class Holder(Protocol):
+    """What holds an allocation for arrays: `Owner`, and its counterpart on GPUs."""
+
+    allocation: Allocation
+
+    @property
+    def freed(self) -> bool:
+        """Whether the memory is theirs no more."""
+
+    def end(self) -> None:
+        """Take the memory away from the arrays."""
+
+
+_owners: weakref.WeakSet[Holder] = weakref.WeakSet()
 _lock = threading.Lock()  # emulated ranks are threads; a set must not grow while another looks through it
+
+
+def remember(owner: Holder) -> None:
+    """Let `invalidate` know of an owner."""
+    with _lock:
+        _owners.add(owner)
 
 
 def invalidate(address: int, nbytes: int) -> bool:

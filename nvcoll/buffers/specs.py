@@ -14,9 +14,7 @@ from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import Datatype, as_datatype, mpi_module
 
 from .array import Buffer, Owner
-
-# DLPack's numbers for memory the CPU can read: its own, pinned by CUDA or ROCm, managed by CUDA.
-HOST_DEVICES = (1, 3, 11, 13)
+from .dlpack import HOST_DEVICES
 
 
 class InPlace:
@@ -59,6 +57,8 @@ class Spec:
         call, not in a cache.
     order : str
         ``"C"`` or ``"F"`` for arrays that lie in one of these orders only, else ``"A"``.
+    device : int or None
+        Ordinal of the GPU that has the memory; None for memory of the host, and where the object does not tell.
     """
 
     address: int
@@ -66,6 +66,7 @@ class Spec:
     datatype: Datatype
     owner: object
     order: str = "A"
+    device: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +81,7 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
-class _Memory:
+class Memory:
     """Contiguous memory of an object, before the caller's count and datatype are applied."""
 
     address: int
@@ -89,6 +90,16 @@ class _Memory:
     readonly: bool
     owner: object
     order: str
+    device: int | None = None
+
+    def select(self, verb: str, name: str, count: Any, displ: Any, datatype: object) -> Spec:
+        """Return the part of it that a spec names."""
+        foreign = isinstance(self.dtype, np.dtype) and not self.dtype.isnative
+        given = self.dtype if datatype is None or foreign else datatype  # bytes are not swapped, whatever type is given
+        element = as_datatype(given, verb, f"datatype of {name}")
+        first, length = extent(f"{verb}: {name}", self.nbytes, element, count, displ)
+        start = self.address + first * element.itemsize
+        return Spec(start, length, element, self.owner, self.order, self.device)
 
 
 def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
@@ -125,19 +136,15 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
         A `Buffer` that was freed, or a view of one.
     """
     where = f"{verb}: {name}"
-    buf, count, displ, datatype = _unpack(where, spec)
+    buf, count, displ, datatype = unpack(where, spec)
     memory = _memory(where if buf is spec else f"{where}[0]", buf, typed=datatype is not None)
     if writable and memory.readonly:
         cure = "a bytearray" if isinstance(buf, bytes) else "a .copy() of it"
         raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass {cure}")
-    foreign = isinstance(memory.dtype, np.dtype) and not memory.dtype.isnative
-    given = memory.dtype if datatype is None or foreign else datatype  # bytes are not swapped, whatever type is given
-    element = as_datatype(given, verb, f"datatype of {name}")
-    first, length = _extent(where, memory.nbytes, element, count, displ)
-    return Spec(memory.address + first * element.itemsize, length, element, memory.owner, memory.order)
+    return memory.select(verb, name, count, displ, datatype)
 
 
-def _unpack(where: str, spec: object) -> tuple[object, Any, Any, object]:
+def unpack(where: str, spec: object) -> tuple[object, Any, Any, object]:
     """Split a spec in buffer, count, displacement and datatype, None where not given."""
     if not isinstance(spec, list | tuple):
         return spec, None, None, None
@@ -177,7 +184,7 @@ def _index(where: str, what: str, value: Any) -> int:
     return number
 
 
-def _extent(where: str, nbytes: int, datatype: Datatype, count: Any, displ: Any) -> tuple[int, int]:
+def extent(where: str, nbytes: int, datatype: Datatype, count: Any, displ: Any) -> tuple[int, int]:
     """Return the first element and the number of elements that a spec selects in `nbytes` of memory."""
     held, rest = divmod(nbytes, datatype.itemsize)
     first = 0 if displ is None else _index(where, "displacement", displ)
@@ -198,14 +205,14 @@ def _extent(where: str, nbytes: int, datatype: Datatype, count: Any, displ: Any)
     return first, length
 
 
-def _memory(where: str, buf: Any, typed: bool) -> _Memory:
+def _memory(where: str, buf: Any, typed: bool) -> Memory:
     """Find the memory of any object; `typed` where the caller gave a datatype."""
     if isinstance(buf, np.ndarray):
         return _from_array(where, buf)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(buf, torch.Tensor):
         return _from_tensor(where, buf, torch.strided)
-    _refuse_sentinels(where, buf)
+    refuse_sentinels(where, buf)
     try:
         view = memoryview(buf)
     except (TypeError, ValueError, BufferError):
@@ -213,7 +220,7 @@ def _memory(where: str, buf: Any, typed: bool) -> _Memory:
     return _from_array(where, _array_of(where, view, typed))
 
 
-def _refuse_sentinels(where: str, buf: object) -> None:
+def refuse_sentinels(where: str, buf: object) -> None:
     """Refuse the values that stand for no memory."""
     mpi = mpi_module()
     if buf is None:
@@ -236,7 +243,7 @@ def _array_of(where: str, view: memoryview, typed: bool) -> np.ndarray[Any, Any]
         ) from None
 
 
-def _from_protocol(where: str, buf: Any) -> _Memory:
+def _from_protocol(where: str, buf: Any) -> Memory:
     """Find memory through DLPack or ``__array_interface__``, and refuse what is on a GPU."""
     if hasattr(buf, "__dlpack_device__"):
         on_gpu = buf.__dlpack_device__()[0] not in HOST_DEVICES
@@ -266,10 +273,18 @@ def _not_on_host(where: str, device: str) -> DatatypeError:
     )
 
 
-def _from_tensor(where: str, tensor: Any, strided: object) -> _Memory:
+def _from_tensor(where: str, tensor: Any, strided: object) -> Memory:
     """Find the memory of a torch tensor. Not through DLPack, which NumPy does not take bfloat16 from."""
     if tensor.device.type != "cpu":
         raise _not_on_host(where, str(tensor.device))
+    refuse_uncomputed(where, tensor, strided)
+    reverse = tuple(reversed(range(tensor.dim())))
+    order = _order(where, tensor.is_contiguous(), tensor.permute(reverse).is_contiguous(), ".contiguous()")
+    return Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.dtype, False, tensor, order)
+
+
+def refuse_uncomputed(where: str, tensor: Any, strided: object) -> None:
+    """Refuse torch tensors that belong to autograd, or whose values do not lie in memory one by one."""
     if tensor.requires_grad:
         raise ArgumentError(f"{where} requires grad, expected a tensor outside of autograd; pass .detach() of it")
     if tensor.layout != strided:
@@ -279,19 +294,16 @@ def _from_tensor(where: str, tensor: Any, strided: object) -> _Memory:
             f"{where} is a conjugate or negative that torch has not computed yet, expected values in memory; "
             "pass .resolve_conj().resolve_neg() of it"
         )
-    reverse = tuple(reversed(range(tensor.dim())))
-    order = _order(where, tensor.is_contiguous(), tensor.permute(reverse).is_contiguous(), ".contiguous()")
-    return _Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.dtype, False, tensor, order)
 
 
-def _from_array(where: str, array: np.ndarray[Any, Any]) -> _Memory:
+def _from_array(where: str, array: np.ndarray[Any, Any]) -> Memory:
     """Find the memory of an array."""
     _refuse_freed(where, array)
     if array.dtype.hasobject:
         raise DatatypeError(f"{where} holds Python objects ({array.dtype}), expected numbers; convert with .astype()")
     order = _order(where, array.flags.c_contiguous, array.flags.f_contiguous, "numpy.ascontiguousarray()")
     address = array.__array_interface__["data"][0]
-    return _Memory(address, array.nbytes, array.dtype, not array.flags.writeable, array, order)
+    return Memory(address, array.nbytes, array.dtype, not array.flags.writeable, array, order)
 
 
 def _refuse_freed(where: str, array: object) -> None:

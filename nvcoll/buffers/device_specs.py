@@ -1,0 +1,188 @@
+"""Specs on GPUs: the forms that `specs.parse` takes, over the objects that hold memory of a GPU."""
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from nvcoll._plan import DLPACK_VERSION, DLPackTensor
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
+
+from .device import DeviceBuffer
+from .dlpack import CUDA, CUDA_HOST, GPU_DEVICES, datatype_of
+from .specs import Memory, Spec, refuse_sentinels, refuse_uncomputed, unpack
+
+LEGACY = 1
+"""The legacy default stream, as DLPack numbers it: there, 0 could mean several."""
+CONTIGUOUS = {"torch": ".contiguous()", "cupy": "cupy.ascontiguousarray()"}
+"""Library -> its way to an array without gaps."""
+
+
+def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int = LEGACY) -> Spec:
+    """Find the memory of a GPU that `spec` stands for.
+
+    Parameters
+    ----------
+    verb, name
+        The call and its argument (``"Allreduce"``, ``"recvbuf"``), for messages.
+    spec
+        The forms of `nvcoll.buffers.parse`, where ``buf`` is a `DeviceBuffer`, a CUDA tensor of torch, or any object
+        with ``__cuda_array_interface__`` or DLPack for CUDA, in C order.
+    writable
+        Whether the verb writes there.
+    stream
+        Where the call will run, for exporters of DLPack, who make their own work visible there.
+
+    Returns
+    -------
+    Spec
+        Address, count and datatype, an owner that keeps the memory alive, and the ordinal of the GPU where the object
+        tells it.
+
+    Raises
+    ------
+    ArgumentError
+        Memory that is too small, read-only, masked or not in C order, or a malformed spec.
+    DatatypeError
+        Element types and kinds of objects that are not supported, memory of the host among them.
+    StateError
+        A `DeviceBuffer` that was freed, or a view of one.
+    """
+    where = f"{verb}: {name}"
+    buf, count, displ, datatype = unpack(where, spec)
+    memory = _memory(where if buf is spec else f"{where}[0]", buf, stream)
+    if writable and memory.readonly:
+        raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass a copy of it")
+    return memory.select(verb, name, count, displ, datatype)
+
+
+def _memory(where: str, buf: Any, stream: int) -> Memory:
+    """Find the memory of any object."""
+    if isinstance(buf, DeviceBuffer):
+        return _from_buffer(where, buf)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(buf, torch.Tensor):
+        return _from_tensor(where, buf, torch.strided)
+    refuse_sentinels(where, buf)
+    if hasattr(buf, "__cuda_array_interface__"):
+        return _from_interface(where, buf, buf.__cuda_array_interface__)
+    if hasattr(buf, "__dlpack__") and hasattr(buf, "__dlpack_device__"):
+        return _from_dlpack(where, buf, stream)
+    raise _on_host(where, buf) if _is_of_host(buf) else _no_memory(where, buf)
+
+
+def _from_buffer(where: str, buf: DeviceBuffer) -> Memory:
+    if buf.freed:
+        raise StateError(
+            f"{where} is a DeviceBuffer that was freed, or a view of one, expected living memory; allocate another "
+            "with comm.empty"
+        )
+    return Memory(buf.address, buf.nbytes, buf.datatype, False, buf, "C", buf.device)
+
+
+def _from_tensor(where: str, tensor: Any, strided: object) -> Memory:
+    """Find the memory of a torch tensor: faster than through its exports, and CUDA's has no bfloat16."""
+    if tensor.device.type != "cuda":
+        raise _on_host(where, tensor) if tensor.device.type == "cpu" else _elsewhere(where, str(tensor.device))
+    refuse_uncomputed(where, tensor, strided)
+    if not tensor.is_contiguous():
+        raise _gaps(where, tensor)
+    nbytes = tensor.numel() * tensor.element_size()
+    return Memory(tensor.data_ptr(), nbytes, tensor.dtype, False, tensor, "C", tensor.device.index)
+
+
+def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
+    """Read ``__cuda_array_interface__``, version 0 to 3."""
+    if interface.get("mask") is not None:
+        raise ArgumentError(f"{where} has a mask, expected an array without; pass its values with the masked ones set")
+    shape, typestr, (address, readonly) = tuple(interface["shape"]), interface["typestr"], interface["data"]
+    try:
+        dtype = np.dtype(typestr)
+    except TypeError:
+        raise DatatypeError(
+            f"{where} has elements of type {typestr!r}, expected a type of NumPy's own; pass an array with DLPack"
+        ) from None
+    strides = interface.get("strides")
+    if strides is not None and not _in_c_order(shape, tuple(strides), dtype.itemsize):
+        raise _gaps(where, buf)
+    # JAX says that its arrays may be written, and takes for granted that nobody does.
+    readonly = readonly or type(buf).__module__.partition(".")[0] in {"jax", "jaxlib"}
+    return Memory(address or 0, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, "C")
+
+
+def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
+    """Take the tensor of an exporter of DLPack, which is the owner from here on."""
+    kind = buf.__dlpack_device__()[0]
+    if kind not in GPU_DEVICES:
+        raise _on_host(where, buf) if kind == 1 else _elsewhere(where, f"DLPack's device {int(kind)}")
+    options = {} if kind == CUDA_HOST else {"stream": stream or LEGACY}
+    try:
+        try:
+            tensor = DLPackTensor(buf.__dlpack__(max_version=DLPACK_VERSION, **options))
+        except TypeError:  # an exporter from before version 1
+            tensor = DLPackTensor(buf.__dlpack__(**options))
+    except (BufferError, RuntimeError, TypeError, ValueError) as exc:
+        raise DatatypeError(
+            f"{where} cannot be read through DLPack ({exc}), expected memory of a GPU without a gradient; pass "
+            ".detach() of it, or a copy in an array of comm.empty()"
+        ) from exc
+    code, bits, lanes = tensor.dtype
+    if bits % 8 or lanes != 1:
+        raise DatatypeError(
+            f"{where} has {lanes} numbers of {bits} bits in an element, expected one of whole bytes; convert it"
+        )
+    shape, strides, itemsize = tensor.shape, tensor.strides, bits // 8
+    if strides is not None and not _in_c_order(shape, tuple(itemsize * stride for stride in strides), itemsize):
+        raise _gaps(where, buf)
+    dtype = datatype_of(tensor.dtype) or f"DLPack's type {code} of {bits} bits"
+    device = tensor.device[1] if tensor.device[0] == CUDA else None
+    return Memory(tensor.address, math.prod(shape) * itemsize, dtype, tensor.readonly, tensor, "C", device)
+
+
+def _in_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Tell whether elements lie one after the other, the last axis first; strides of single elements say nothing."""
+    if 0 in shape:
+        return True
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1 and stride != itemsize:
+            return False
+        itemsize *= length
+    return True
+
+
+def _is_of_host(buf: Any) -> bool:
+    """Tell whether an object has memory of the host."""
+    if hasattr(buf, "__array_interface__"):
+        return True
+    try:
+        memoryview(buf)
+    except TypeError:
+        return False
+    except (ValueError, BufferError):  # types without a format
+        return True
+    return True
+
+
+def _on_host(where: str, buf: Any) -> DatatypeError:
+    module, kind = type(buf).__module__.partition(".")[0], type(buf).__name__
+    return DatatypeError(
+        f"{where} is in memory of the host ({module}.{kind}), expected memory of a GPU, for the communicator is on "
+        "GPUs; copy it there (torch: .cuda(), CuPy: cupy.asarray()), or to an array of comm.empty() with .copy_from()"
+    )
+
+
+def _elsewhere(where: str, device: str) -> DatatypeError:
+    return DatatypeError(f"{where} is in memory of {device}, expected memory of a GPU of CUDA; copy it there")
+
+
+def _no_memory(where: str, buf: Any) -> DatatypeError:
+    return DatatypeError(
+        f"{where} is of type {type(buf).__name__}, expected memory of a GPU (comm.empty(), torch, "
+        "__cuda_array_interface__ or DLPack); pass an array"
+    )
+
+
+def _gaps(where: str, buf: Any) -> ArgumentError:
+    cure = CONTIGUOUS.get(type(buf).__module__.partition(".")[0], "a contiguous copy")
+    return ArgumentError(f"{where} is not in C order, or has gaps, expected contiguous memory; pass {cure} of it")

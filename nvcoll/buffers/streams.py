@@ -1,0 +1,104 @@
+"""Streams: from the stream objects of CUDA libraries to the handle that a launch takes."""
+
+import operator
+import sys
+from typing import Any
+
+from nvcoll._plan import DeviceSpan
+from nvcoll.errors import ArgumentError
+
+LEGACY = 0
+"""Handle of the legacy default stream, which waits for all streams but those that were made non-blocking."""
+HANDLES = ("cuda_stream", "ptr", "handle")
+"""Attributes in which torch, CuPy and Numba keep a stream's handle."""
+EXPECTED = "an integer handle, or a stream of cuda.core, torch, CuPy or Numba"
+
+
+def as_stream(stream: Any, owner: Any = None, verb: str = "as_stream") -> int:
+    """Return the handle of a CUDA stream.
+
+    Parameters
+    ----------
+    stream
+        A handle as an integer (0 or 1: the legacy default stream, 2: the calling thread's), anything with the CUDA
+        stream protocol (``__cuda_stream__``, as in cuda.core), or a stream of torch, CuPy or Numba. None is the
+        current stream of the library that `owner` belongs to, where it has one, or the stream that
+        ``__cuda_array_interface__`` of `owner` names, else the legacy default stream.
+    owner
+        The array that a call is about.
+    verb
+        The call, with which a message begins.
+
+    Returns
+    -------
+    int
+        A ``CUstream``.
+
+    Raises
+    ------
+    ArgumentError
+        For what is no stream, and for streams that were closed.
+    """
+    if stream is None:
+        return _current(owner)
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return _checked(stream, "an integer", verb)
+    kind = f"a {type(stream).__module__}.{type(stream).__qualname__}"
+    if isinstance(stream, bool | float | complex | str | bytes):
+        raise ArgumentError(f"{verb}: stream is {stream!r}, expected {EXPECTED}; pass the stream object itself")
+    try:
+        handle = _handle(stream)
+    except Exception as exc:
+        raise ArgumentError(
+            f"{verb}: stream is {kind} that gives no handle ({exc}), expected a stream that is open; make a new one"
+        ) from exc
+    if handle is None:
+        raise ArgumentError(f"{verb}: stream is {kind}, expected {EXPECTED}; pass the handle as an integer")
+    return _checked(handle, kind, verb)
+
+
+def _checked(handle: int, kind: str, verb: str) -> int:
+    if handle < 0:
+        raise ArgumentError(
+            f"{verb}: stream is {kind} of value {handle}, expected a handle of 0 or more; leave it out for the "
+            "current stream"
+        )
+    return handle
+
+
+def _handle(stream: Any) -> int | None:
+    """Return what a stream object says its handle is; None if it is no stream."""
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        version, handle = protocol() if callable(protocol) else protocol  # a property before it became a method
+        if version != 0:
+            raise ValueError(f"version {version} of the CUDA stream protocol is not known")
+        return _number(handle)
+    for name in HANDLES:
+        if hasattr(type(stream), name) or name in getattr(stream, "__dict__", ()):
+            return _number(getattr(stream, name))
+    # The driver bindings' own type of handle has nothing but its value.
+    return int(stream) if type(stream).__name__ in {"CUstream", "cudaStream_t"} else None
+
+
+def _number(handle: Any) -> int:
+    """Return a handle as a number: Numba has it in ctypes or in a type of the driver bindings."""
+    if handle is None:
+        raise ValueError("its handle is None")
+    if hasattr(handle, "value"):
+        return operator.index(handle.value or 0)
+    return int(handle)
+
+
+def _current(owner: Any) -> int:
+    """Return the stream on which the library of an array works now."""
+    if owner is None or isinstance(owner, DeviceSpan):
+        return LEGACY
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(owner, torch.Tensor):
+        return int(torch.cuda.current_stream(owner.device).cuda_stream)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(owner, cupy.ndarray):
+        return int(cupy.cuda.get_current_stream().ptr)
+    interface = getattr(owner, "__cuda_array_interface__", None)
+    return int(interface.get("stream") or LEGACY) if isinstance(interface, dict) else LEGACY

@@ -1,0 +1,116 @@
+"""Compiled code that is kept on disk between processes: read whole or not at all, trusted only if it is one's own."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+HEADER = len(hashlib.sha256().digest())
+
+
+class CodeCache:
+    """Files of compiled code.
+
+    Parameters
+    ----------
+    folder
+        Where they are kept; made on first use. Where nothing can be kept or trusted, code is compiled anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """Return the file of that name, or what `make` gives, which is kept then. One process makes, others wait."""
+        folder = _private_folder(self._folder)
+        if folder is None:
+            return make()
+        path = folder / name
+        found = _read(path)
+        if found is None:
+            with _locked(folder / "lock"):
+                found = _read(path)
+                if found is None:
+                    found = make()
+                    _write(path, found)
+        return found
+
+
+def digest_of(platform: str, *sources: str) -> str:
+    """Return a digest of all that code depends on: a platform, and files given by their paths in the package."""
+    digest = hashlib.sha256(platform.encode())
+    for source in sources:
+        digest.update((PACKAGE / source).read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def _private_folder(folder: Path) -> Path | None:
+    """Make the cache folder; None, with a warning, where machine code could not be trusted or kept there."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+    except OSError as exc:
+        _warn_no_cache(f"{folder} cannot be made ({exc.strerror})")
+        return None
+    if facts.st_uid != os.geteuid() or facts.st_mode & stat.S_IWOTH:
+        _warn_no_cache(f"{folder} belongs to another user, or anybody may write there")
+        return None
+    if not os.access(folder, os.W_OK):
+        _warn_no_cache(f"{folder} is read-only")
+        return None
+    return folder
+
+
+@cache
+def _warn_no_cache(reason: str) -> None:
+    warnings.warn(
+        f"kernels are compiled anew in every process: {reason}; point NVCOLL_CACHE_DIR to a folder of your own",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _read(path: Path) -> bytes | None:
+    """Return the contents of a cache file, or None if it is absent or damaged."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = stored[:HEADER], stored[HEADER:]
+    return code if digest == hashlib.sha256(code).digest() else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Store a cache file: readers see all of it or nothing. A full disk costs time later, not the call."""
+    with contextlib.suppress(OSError):
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            Path(temporary).replace(path)
+        except OSError:
+            Path(temporary).unlink()
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among the processes that share the cache; without one where that is not possible."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
