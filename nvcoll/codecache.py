@@ -43,6 +43,7 @@ class CodeCache:
         return found
 
 
+@cache
 def digest_of(platform: str, *sources: str) -> str:
     """Return a digest of all that code depends on: a platform, and files given by their paths in the package."""
     digest = hashlib.sha256(platform.encode())

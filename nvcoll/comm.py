@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.buffers import IN_PLACE, Buffer, Spec, check_pair, is_in_place, parse
+from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer, Spec, check_pair, is_in_place, parse
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.failures import failure
 from nvcoll.lifecycle import Living
@@ -59,6 +59,16 @@ class Comm(Living):
     def bootstrap(self) -> str:
         """How its ranks found each other: ``"run"``, ``"torchrun"``, ``"mpi"``, ``"single"`` or ``"emulated"``."""
         return str(self._world.exchange.kind)
+
+    @property
+    def target(self) -> str:
+        """What its kernels run on: ``"host"`` or ``"cuda"``."""
+        return self._world.target
+
+    @property
+    def stream(self) -> int:
+        """Handle of the CUDA stream on which calls run that name none; 0 if the array decides, or on the host."""
+        return int(getattr(self._world, "stream", 0))
 
     def Get_rank(self) -> int:
         """Return `rank`.
@@ -111,6 +121,8 @@ class Comm(Living):
         """
         datatype = as_datatype(dtype, "empty", "dtype")
         dims = _dimensions(shape)  # judged before anything is sent or taken
+        if self._calls is not None:
+            return self._calls.empty(dims, datatype)  # type: ignore[no-any-return]
         return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
 
     def zeros(self, shape: Any, dtype: Any = np.float32) -> Buffer:
@@ -161,7 +173,10 @@ class Comm(Living):
         """
         source = np.asarray(data)
         buffer = self.empty(source.shape, source.dtype if dtype is None else dtype)
-        buffer[...] = source
+        if isinstance(buffer, DeviceBuffer):
+            buffer.copy_from(source)
+        else:
+            buffer[...] = source
         return buffer
 
     def Barrier(self) -> None:
@@ -172,7 +187,9 @@ class Comm(Living):
         TimeoutError, PeerLostError, MismatchError
             As for `Allreduce`.
         """
-        if self._between is not None:
+        if self._calls is not None:
+            self._calls.barrier()
+        elif self._between is not None:
             self._between.barrier()
         else:
             self.Allreduce(self._token)
@@ -224,6 +241,9 @@ class Comm(Living):
 
     def _allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
         """Go the long way of `Allreduce`: judge everything, make the plan if there is none, and run it."""
+        if self._calls is not None:
+            self._calls.allreduce(sendbuf, recvbuf, op, stream, algorithm)
+            return
         send, recv, handle = _judge(sendbuf, recvbuf, op, stream)
         datatype, nbytes = recv.datatype, recv.nbytes
         if recv.count == 0:

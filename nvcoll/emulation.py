@@ -17,10 +17,15 @@ class Emulation:
         Number of ranks.
     ranks_per_node
         Ranks on each node: one number, or one for each node. None puts all on one node.
+    device
+        Ordinal of the GPU that they share, or None for the host.
     """
 
-    def __init__(self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> None:
+    def __init__(
+        self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None, device: int | None
+    ) -> None:
         self.size = size
+        self.device = device
         self.node_sizes = _node_sizes(size, ranks_per_node)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -44,9 +49,7 @@ class Emulation:
             What `fn` raised on the first rank that failed by itself, with a note that names the rank. Ranks that
             failed only because that one did are not reported.
         """
-        from nvcoll.world import open_emulated
-
-        worlds = open_emulated(self.size, self.node_sizes)
+        worlds = self._open()
         outcomes: list[Any] = [None] * self.size
         failures: list[tuple[int, BaseException]] = []
         threads = [
@@ -68,6 +71,17 @@ class Emulation:
         if failures:
             raise _first(failures)
         return outcomes
+
+
+    def _open(self) -> list[Any]:
+        """Open the worlds of all ranks."""
+        if self.device is None:
+            from nvcoll.world import open_emulated
+
+            return list(open_emulated(self.size, self.node_sizes))
+        from nvcoll.world_cuda import open_emulated_on
+
+        return list(open_emulated_on(self.device, self.size, self.node_sizes))
 
 
 def _rank(
@@ -115,7 +129,9 @@ def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | N
     return sizes
 
 
-def emulate(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None = None) -> Emulation:
+def emulate(
+    size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None = None, device: int | None = None
+) -> Emulation:
     """Emulate a world of ranks in this process: the same kernels on threads, on any number of nodes.
 
     Parameters
@@ -124,6 +140,8 @@ def emulate(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None 
         Number of ranks, 1 or more; more than there are cores is fine.
     ranks_per_node
         Ranks on each node: one number (the last node may get fewer), or one for each node. None is one node.
+    device
+        Ordinal of a GPU that all ranks share, each with a stream of its own; None runs them on the host.
 
     Returns
     -------
@@ -145,4 +163,4 @@ def emulate(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None 
     >>> nvcoll.emulate(4, ranks_per_node=2).run(main)[0]
     array([10., 10., 10.])
     """
-    return Emulation(size, ranks_per_node)
+    return Emulation(size, ranks_per_node, device)

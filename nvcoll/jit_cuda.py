@@ -4,18 +4,22 @@ What `nvcoll.jit` is for the host. Numba turns the text into PTX, the linker of 
 machine code, which is kept on disk.
 """
 
+import platform
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nvcoll.jit import ENTRY, CodeCache
+from nvcoll.codecache import CodeCache, digest_of
+from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
-SOURCES = tuple(
+SOURCES = ("jit_cuda.py",) + tuple(
     f"device/{name}.py"
     for name in (
         "common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs",
@@ -44,6 +48,43 @@ class Kernel:
     registers: int
     spilled: int
     local: int
+
+
+class CubinCache:
+    """Kernels by name, compiled once and kept on disk.
+
+    Parameters
+    ----------
+    folder
+        Where.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = CodeCache(folder)
+
+    def get(self, algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> bytes:
+        """Return a kernel's cubin."""
+        from nvcoll.algorithms import ALGORITHMS
+
+        digest = digest_of(_platform(), *SOURCES, "algorithms/_registry.py", ALGORITHMS[algorithm].file)
+        name = f"{algorithm}-{protocol}-{op}-{datatype}-{arch}-{digest}.cubin"
+        return self._files.get(name, lambda: compile_kernel(algorithm, protocol, op, datatype, arch).cubin)
+
+
+@cache
+def _platform() -> str:
+    """Return what machine code depends on besides its text and the architecture: the compilers, the arguments."""
+    from nvcoll._plan import DEVICE_FIELDS
+
+    packages = ("numba-cuda", "numba", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc", "nvidia-nvvm")
+    return "\n".join([platform.python_version(), *map(_version, packages), " ".join(DEVICE_FIELDS)])
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> Kernel:

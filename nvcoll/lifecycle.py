@@ -13,7 +13,7 @@ from nvcoll.errors import StateError
 from nvcoll.hosts import Between
 from nvcoll.world import World
 
-LIVING = ("_world", "_between", "_plans", "_kept", "_token")
+LIVING = ("_world", "_between", "_plans", "_kept", "_token", "_calls")
 """Attributes of a communicator that is alive."""
 
 _opening = threading.RLock()
@@ -37,6 +37,7 @@ class Living:
     _plans: dict[str | None, Plans]  # the fast route, for each algorithm asked for; None leaves the choice to the rules
     _kept: dict[Any, Plan]  # the long way
     _token: Any  # what a barrier sends
+    _calls: Any  # `DeviceCalls`, on GPUs
     _forked = False
 
     def __init__(self, opener: Callable[[], World], name: str) -> None:
@@ -70,7 +71,12 @@ class Living:
         except BaseException:
             world.close()
             raise
-        living: tuple[Any, ...] = (world, between, {}, {}, np.zeros(1, np.uint8))
+        calls = None
+        if world.target == "cuda":
+            from nvcoll.device_calls import DeviceCalls  # on hosts, nothing of GPUs is loaded
+
+            calls = DeviceCalls(world)
+        living: tuple[Any, ...] = (world, between, {}, {}, np.zeros(1, np.uint8), calls)
         self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:

@@ -19,7 +19,7 @@ from nvcoll.ops import DATATYPES, OPS, Datatype, Op
 PROTOCOLS = ("low_latency", "simple")
 PAYLOAD = 56
 """Bytes of data in a line of the low-latency protocol."""
-LINKS = {"host": Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)}
+LINK = Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 VERBS = ("allreduce",)
 ROUND = 384 << 10
@@ -123,14 +123,18 @@ class Planner:
         Seconds that a wait may take.
     """
 
+    kind = "host"
+    """Whose rules apply."""
+    link = LINK
+
     def __init__(
-        self, state: State, layout: Layout, topology: Any, slices: int, rules: dict[str, Any], compiler: Compiler,
+        self, state: Any, layout: Any, topology: Any, slices: int, rules: dict[str, Any], compiler: Compiler | None,
         crowded: bool, timeout: float,
     ) -> None:  # fmt: skip
         self.state = state
         self.layout = layout
         self.topology = topology
-        self.rules = rules.get("host", [])
+        self.rules = rules.get(self.kind, [])
         self.compiler = compiler
         self.crowded = crowded
         self.slices = slices
@@ -149,7 +153,7 @@ class Planner:
         for name in candidates(verb):
             base, protocol = name.split("/")
             reason = ALGORITHMS[base].supports(shape) or self._too_small(base, protocol, shape)
-            found.append(Candidate(name, reason, None if reason else ALGORITHMS[base].cost(shape, LINKS["host"])))
+            found.append(Candidate(name, reason, None if reason else ALGORITHMS[base].cost(shape, self.link)))
         if shape.size == 1 and algorithm is None:
             why = "a single rank's reduction is its contribution"
             return Explanation(verb, shape.nbytes, datatype.name, op.name, "copy", "", why, "none", tuple(found))
@@ -162,7 +166,7 @@ class Planner:
     def shape(self, count: int, datatype: Datatype) -> Shape:
         """Return what algorithms are told of a call."""
         width = DATATYPES[datatype.accumulate].itemsize
-        return Shape(tuple(self.topology.node_sizes), count, datatype.itemsize, width, self.slices)
+        return Shape(tuple(self.topology.node_sizes), count, datatype.itemsize, width, self.slices, datatype.name)
 
     def _chosen(self, verb: str, shape: Shape, found: list[Candidate]) -> tuple[str, str]:
         reasons = {one.name: one.reason for one in found}

@@ -39,6 +39,8 @@ class World:
         ``"shm"``, ``"emulated"`` or ``"self"``.
     """
 
+    target = "host"
+
     def __init__(self, exchange: Any, topology: Any, planner: Planner, heap: Heap, area: Piece, backend: str) -> None:
         self.exchange = exchange
         self.topology = topology

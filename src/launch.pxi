@@ -15,12 +15,14 @@ cdef extern from *:
     typedef int (*nv_two_t)(void *, void *);
     typedef int (*nv_wait_event_t)(void *, void *, unsigned int);
     typedef int (*nv_capturing_t)(void *, int *);
+    typedef int (*nv_copy_t)(uintptr_t, uintptr_t, size_t, void *);
     typedef int (*nv_error_t)(int, const char **);
     static nv_launch_t nv_launch_kernel;
     static nv_one_t nv_get_context, nv_push_context, nv_pop_context;
     static nv_two_t nv_record_event;
     static nv_wait_event_t nv_wait_event;
     static nv_capturing_t nv_is_capturing;
+    static nv_copy_t nv_copy_async;
     static nv_error_t nv_error_string;
     static const char *nv_open_driver(void) {
         void *driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
@@ -31,6 +33,7 @@ cdef extern from *:
         nv_record_event = (nv_two_t)dlsym(driver, "cuEventRecord");
         nv_wait_event = (nv_wait_event_t)dlsym(driver, "cuStreamWaitEvent");
         nv_is_capturing = (nv_capturing_t)dlsym(driver, "cuStreamIsCapturing");
+        nv_copy_async = (nv_copy_t)dlsym(driver, "cuMemcpyDtoDAsync_v2");
         nv_error_string = (nv_error_t)dlsym(driver, "cuGetErrorString");
         nv_launch_kernel = (nv_launch_t)dlsym(driver, "cuLaunchKernelEx");
         return nv_launch_kernel ? 0 : "it has no cuLaunchKernelEx: CUDA 12 or newer is needed";
@@ -50,6 +53,7 @@ cdef extern from *:
     int nv_record_event(void*, void*) noexcept nogil
     int nv_wait_event(void*, void*, unsigned int) noexcept nogil
     int nv_is_capturing(void*, int*) noexcept nogil
+    int nv_copy_async(uintptr_t, uintptr_t, size_t, void*) noexcept nogil
     int nv_error_string(int, const char**) noexcept nogil
     const char* nv_open_driver() noexcept nogil
 
@@ -163,7 +167,7 @@ cdef class DevicePlan:
     state
         The communicator's `DeviceState`.
     function
-        Handle of the kernel; 0 for the copy that one rank needs.
+        Handle of the kernel; 0 for the copy of `count` bytes that one rank needs.
     call
         Values of the fields of the call by name.
     blocks, threads
@@ -212,8 +216,10 @@ cdef class DevicePlan:
             if self.state.sequence:
                 error = self.state.order(stream)
             self.state.last_stream = stream
-        if not error:
+        if not error and self.function:
             error = nv_launch_kernel(&shape, self.function, arguments, NULL)
+        elif not error and send != recv:
+            error = nv_copy_async(recv, send, <size_t>self.values[2], <void*>stream)
         if current != self.state.context:
             nv_pop_context(&popped)
         self.state.sequence += 1

@@ -23,18 +23,18 @@ LAYERS = (
     {"emulation"},
     {"comm"},
     {"requests"},
-    {"failures", "hosts", "lifecycle"},
-    {"world"},
-    {"planning"},
-    {"jit"},
-    {"algorithms", "device", "backends", "ops", "buffers"},
+    {"device_calls", "failures", "hosts", "lifecycle"},
+    {"world", "world_cuda"},
+    {"planning", "planning_cuda"},
+    {"jit", "jit_cuda"},
+    {"algorithms", "device", "backends", "ops", "buffers", "codecache"},
     {"_plan", "_selection", "_topology", "_bootstrap"},
     {"settings"},
     {"errors"},
 )
 LEAVES = {"errors", "settings"}  # anybody may import them, and they import only each other
 STRANGERS = {"algorithms": {"backends"}, "backends": {"algorithms"}}  # jit joins them
-COMPILERS = {"jit", "device"}  # where Numba and llvmlite may be named
+COMPILERS = {"jit", "jit_cuda", "device"}  # where Numba and llvmlite may be named
 HEAVY = ("numba", "llvmlite", "mpi4py", "ml_dtypes", "torch", "cuda", "nvshmem", "scipy")
 MAX_LINES = 400
 

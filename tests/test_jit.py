@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nvcoll
-from nvcoll import jit
+from nvcoll import codecache, jit
 from nvcoll.algorithms import ALGORITHMS
 from nvcoll.planning import candidates
 
@@ -21,7 +21,7 @@ FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
 @pytest.fixture(autouse=True)
 def fresh_caches():
     """Forget what this process remembers of digests and warnings, before and after."""
-    remembered = (jit._digest, jit._platform, jit._warn_no_cache)
+    remembered = (codecache.digest_of, jit._platform, codecache._warn_no_cache)
     for function in remembered:
         function.cache_clear()
     yield
@@ -73,7 +73,7 @@ class TestCache:
     def test_a_compiler_loads_each_kernel_once(self, tmp_path, monkeypatch):
         compiler = jit.Compiler(tmp_path)
         address = compiler.reducer("BAND", "uint8")
-        monkeypatch.setattr(jit, "_read", None)  # nobody looks at files any more
+        monkeypatch.setattr(codecache, "_read", None)  # nobody looks at files any more
         assert compiler.reducer("BAND", "uint8") == compiler.reducer("BAND", "int8") == compiler.reducer("BAND", "bool")
         assert compiler.reducer("BAND", "uint8") == address
 
@@ -93,7 +93,7 @@ class TestCache:
         [
             lambda code: b"",
             lambda code: code[:20],
-            lambda code: code[: jit.HEADER],
+            lambda code: code[: codecache.HEADER],
             lambda code: code[:-1],
             lambda code: code + b"\0",
             lambda code: code[:200] + bytes([code[200] ^ 1]) + code[201:],
@@ -108,7 +108,7 @@ class TestCache:
         path.write_bytes(damage(good))
         assert reduces(jit.Compiler(tmp_path))
         assert len(compiled) == 2
-        assert jit._read(path) is not None
+        assert codecache._read(path) is not None
         assert reduces(jit.Compiler(tmp_path))
         assert len(compiled) == 2
 
@@ -174,13 +174,16 @@ class TestKeys:
     RING = (*jit.VERB_SOURCES, "algorithms/_registry.py", "algorithms/ring.py")
     NVRAR = (*jit.VERB_SOURCES, "algorithms/_registry.py", "algorithms/nvrar.py")
 
+    def digest(self, *sources):
+        return codecache.digest_of(jit._platform(), "jit.py", *sources)
+
     def digests(self):
-        jit._digest.cache_clear()
+        codecache.digest_of.cache_clear()
         jit._platform.cache_clear()
         return {
-            "ring": jit._digest(*self.RING),
-            "nvrar": jit._digest(*self.NVRAR),
-            "packs": jit._digest(*jit.PACK_SOURCES),
+            "ring": self.digest(*self.RING),
+            "nvrar": self.digest(*self.NVRAR),
+            "packs": self.digest(*jit.PACK_SOURCES),
         }
 
     @pytest.mark.parametrize(
@@ -201,8 +204,8 @@ class TestKeys:
     )
     def test_sources(self, tmp_path, monkeypatch, source, changed):
         before = self.digests()
-        shutil.copytree(jit.PACKAGE, tmp_path / "nvcoll", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-        monkeypatch.setattr(jit, "PACKAGE", tmp_path / "nvcoll")
+        shutil.copytree(codecache.PACKAGE, tmp_path / "nvcoll", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        monkeypatch.setattr(codecache, "PACKAGE", tmp_path / "nvcoll")
         assert self.digests() == before
         with (tmp_path / "nvcoll" / source).open("a") as file:
             file.write("\n")
@@ -212,8 +215,8 @@ class TestKeys:
     def test_no_source_is_forgotten(self):
         known = {Path(name).name for name in (*jit.VERB_SOURCES, *jit.PACK_SOURCES)}
         named = {"canonical.py"}  # decides under which name a kernel is kept, and is in that name
-        assert {path.name for path in (jit.PACKAGE / "device").glob("*.py")} == known | named | {"__init__.py"}
-        assert all((jit.PACKAGE / one.file).is_file() for one in ALGORITHMS.values())
+        assert {path.name for path in (codecache.PACKAGE / "device").glob("*.py")} == known | named | {"__init__.py"}
+        assert all((codecache.PACKAGE / one.file).is_file() for one in ALGORITHMS.values())
 
     @pytest.mark.parametrize("package", ["numba", "llvmlite"])
     def test_compilers(self, monkeypatch, package):

@@ -21,6 +21,8 @@ class Shape:
         Bytes of an element, and of an accumulator.
     slices : int
         Ranks of the smallest node; less than that of `node_sizes` where those are not all nodes.
+    datatype : str
+        Name of the elements' type.
     """
 
     node_sizes: tuple[int, ...]
@@ -28,6 +30,7 @@ class Shape:
     itemsize: int = 4
     width: int = 4
     slices: int = 1
+    datatype: str = "float32"
 
     @cached_property
     def size(self) -> int:

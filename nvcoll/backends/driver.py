@@ -229,6 +229,26 @@ def stream_synchronize(stream: int) -> None:
     _call("cuStreamSynchronize", stream)
 
 
+def synchronize() -> None:
+    """Wait until all work of the current context is done."""
+    _call("cuCtxSynchronize")
+
+
+def event_create() -> int:
+    """Return a new event, which puts streams in order and keeps no time."""
+    return int(_call("cuEventCreate", int(_driver().CUevent_flags.CU_EVENT_DISABLE_TIMING)))
+
+
+def event_destroy(event: int) -> None:
+    """Give an event back."""
+    _call("cuEventDestroy", event)
+
+
+def current_context() -> int:
+    """Return the handle of the context that is current on this thread."""
+    return int(_call("cuCtxGetCurrent"))
+
+
 class Module:
     """Kernels in the current context.
 

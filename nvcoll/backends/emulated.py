@@ -1,11 +1,14 @@
 """Ranks that are threads of this process: private memory, the same kernels, any number of ranks per node."""
 
+import contextlib
 import threading
+import weakref
 from typing import Any
 
 from nvcoll import _bootstrap
+from nvcoll.backends import driver
 from nvcoll.backends.group import Member, physical_memory
-from nvcoll.errors import PeerLostError, TimeoutError
+from nvcoll.errors import Error, PeerLostError, TimeoutError
 
 EXTENT = 1 << 30
 """Most address space an emulated rank gets by default."""
@@ -90,3 +93,45 @@ def reserve(size: int, extent: int | None) -> Any:
     """Reserve address space for the heaps of `size` emulated ranks."""
     each = (extent or min(EXTENT, physical_memory())) // 4096 * 4096
     return _bootstrap.anonymous(each * size)
+
+
+class DeviceSegment:
+    """Memory of a GPU for all emulated ranks, which lives as long as anything refers to it.
+
+    Parameters
+    ----------
+    device
+        The GPU.
+    size
+        Bytes.
+    """
+
+    def __init__(self, device: Any, size: int) -> None:
+        self.device = device
+        self.size = size
+        with device:
+            self.address = driver.allocate(size)
+        self._free = weakref.finalize(self, _free_on, device, self.address)
+        self._free.atexit = False  # the driver may have ended before
+
+    def reserve(self, offset: int, nbytes: int) -> None:
+        """Nothing to take: the memory is there."""
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Nothing to give back."""
+
+    def close(self) -> None:
+        """Nothing to do: the last reference ends it."""
+
+
+def _free_on(device: Any, address: int) -> None:
+    with contextlib.suppress(Error), device:
+        driver.free(address)
+
+
+def reserve_on(device: Any, size: int, extent: int | None) -> DeviceSegment:
+    """Take a GPU's memory for the heaps of `size` emulated ranks: by default half of what is free, 1 GiB each at most."""
+    with device:
+        free, _ = driver.memory_info()
+    each = (extent or min(EXTENT, free // (2 * size))) // 4096 * 4096
+    return DeviceSegment(device, each * size)

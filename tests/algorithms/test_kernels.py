@@ -15,4 +15,4 @@ def test_a_schedule_compiles(name):
     address = compiler.schedule(*name.split("/"))  # raises if the code needs more than memcpy and the like
     assert address
     assert compiler.schedule(*name.split("/")) == address
-    assert list(compiler._cache_dir.glob(f"{name.replace('/', '-')}-*.o"))
+    assert list(settings.read().cache_dir.glob(f"{name.replace('/', '-')}-*.o"))

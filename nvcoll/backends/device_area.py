@@ -1,0 +1,183 @@
+"""A communicator's area on a GPU: the part of every rank's heap through which its kernels talk.
+
+    board  flags (2 halves)  cells (2 halves)  lines (2 halves)  data (2 halves)
+
+Within a half, each block of a launch has a part of its own. Cells hold sentinels while they are empty, all else zeros.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any
+
+from nvcoll._plan import DeviceState
+from nvcoll.backends import driver
+from nvcoll.backends.heap import Piece
+from nvcoll.errors import ArgumentError
+
+LINE = 64
+"""Bytes of a flag and its values."""
+BOARD = 0
+FLAGS = 4096
+BLOCKS = 320
+"""Most blocks of a launch: two on each multiprocessor of the largest GPU there is."""
+SCRATCH = 128 << 20
+"""Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
+LEAST_SLOTS = 4096
+"""Least bytes of a block's part of a half."""
+EPOCHS = 64
+"""Where in a rank's state the epochs begin."""
+
+
+@dataclass(frozen=True)
+class DeviceLayout:
+    """Offsets and sizes in an area, in bytes.
+
+    Parameters
+    ----------
+    ranks
+        Ranks of the communicator.
+    scratch
+        Bytes to divide.
+    """
+
+    ranks: int
+    scratch: int
+
+    @property
+    def flags_block(self) -> int:
+        """Flags of a block: ring and two-shot take most, two a rank."""
+        return (2 * self.ranks + 32) * LINE
+
+    @property
+    def flags_half(self) -> int:
+        """Flags of all blocks."""
+        return BLOCKS * self.flags_block
+
+    @property
+    def cells(self) -> int:
+        """Offset of the cells, where floats arrive in the low-latency protocol."""
+        return -(-(FLAGS + 2 * self.flags_half) // 4096) * 4096
+
+    @cached_property
+    def slots_block(self) -> int:
+        """Bytes of a block's slots in each protocol and parity, or ArgumentError where scratch memory is too small."""
+        each = (self.scratch - self.cells) // (6 * BLOCKS) // 1024 * 1024
+        if each < LEAST_SLOTS:
+            raise ArgumentError(
+                f"NVCOLL_SCRATCH: {self.scratch} bytes are too few for {self.ranks} ranks on GPUs; raise it"
+            )
+        return each
+
+    @property
+    def slots_half(self) -> int:
+        """Slots of all blocks."""
+        return BLOCKS * self.slots_block
+
+    @property
+    def lines(self) -> int:
+        """Offset of the lines, where integers arrive in the low-latency protocol."""
+        return self.cells + 2 * self.slots_half
+
+    @property
+    def data(self) -> int:
+        """Offset of the data of the simple protocol."""
+        return self.lines + 2 * self.slots_half
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the area."""
+        return self.data + 2 * self.slots_half
+
+
+class DeviceArea:
+    """A rank's area and what belongs to it in private memory: tables, epochs, accumulators, and a report on the host.
+
+    Parameters
+    ----------
+    memory
+        The backend's memory.
+    piece
+        The area in it.
+    here
+        The topology as kernels see it.
+    layout
+        How the area is divided.
+    timeout
+        Seconds that a wait may take.
+    slices
+        Ranks of the smallest node.
+    device
+        The GPU.
+    """
+
+    def __init__(
+        self, memory: Any, piece: Piece, here: Any, layout: DeviceLayout, timeout: float, slices: int, device: Any
+    ) -> None:
+        self.piece = piece
+        self.layout = layout
+        self._device = device
+        self._memory = memory
+        with device:
+            driver.memset(piece.address, 0, layout.nbytes)
+            driver.memset(piece.address + layout.cells, 0xFF, 2 * layout.slots_half)
+            tables = _tables(memory, piece, here)
+            places, total = _places([8 * len(table) for table in tables] + [EPOCHS + 8 * BLOCKS])
+            self._private = driver.allocate(total + BLOCKS * layout.slots_block)
+            driver.memset(self._private, 0, total)
+            for table, place in zip(tables, places, strict=False):
+                words = (ctypes.c_int64 * len(table))(*table)
+                driver.copy(self._private + place, ctypes.addressof(words), ctypes.sizeof(words))
+            self._host, report = driver.host_allocate(64)
+            ctypes.memset(self._host, 0, 64)
+            self._event = driver.event_create()
+            context = driver.current_context()
+        peers, node_ranks, node_starts, state = (self._private + place for place in places)
+        values = {
+            "rank": memory.place, "size": len(memory.members), "nodes": len(here.nodes), "node": here.node,
+            "local_rank": here.local_rank, "slices": slices, "node_ranks": node_ranks, "node_starts": node_starts,
+            "peers": peers, "state": state, "report": report, "timeout": int(timeout * 1e9),
+            "board": piece.address + BOARD, "flags": FLAGS, "flags_half": layout.flags_half,
+            "flags_block": layout.flags_block, "cells": layout.cells, "lines": layout.lines, "data": layout.data,
+            "slots_half": layout.slots_half, "slots_block": layout.slots_block,
+            "workspace": self._private + total, "workspace_block": layout.slots_block,
+            "heap": memory.address(memory.place), "heap_size": memory.extent,
+        }  # fmt: skip
+        self.state = DeviceState(values, context, self._event, self._host, self)
+
+    def boards(self) -> list[int | None]:
+        """Return the tag of every rank's latest call; None where this rank cannot look."""
+        found: list[int | None] = []
+        word = ctypes.c_int64()
+        with self._device:
+            stream = driver.stream_create()  # the default stream may wait for kernels that never end
+            for place in range(len(self._memory.members)):
+                address = self._memory.address(place)
+                if address:
+                    driver.copy(ctypes.addressof(word), address + self.piece.offset + BOARD, 8, stream)
+                found.append(word.value if address else None)
+            driver.stream_destroy(stream)
+        return found
+
+    def close(self) -> None:
+        """Free the private memory, when no kernel uses it any more."""
+        if self._private:
+            with self._device:
+                driver.free(self._private)
+                driver.event_destroy(self._event)
+                driver.host_free(self._host)
+            self._private = 0
+
+
+def _tables(memory: Any, piece: Piece, here: Any) -> list[list[int]]:
+    """Return what kernels look up: the ranks' areas, the ranks by node, and where in these each node begins."""
+    areas = [memory.address(place) and memory.address(place) + piece.offset for place in range(len(memory.members))]
+    starts = [0, *accumulate(here.node_sizes)]
+    return [areas, list(chain.from_iterable(here.nodes)), starts]
+
+
+def _places(sizes: list[int]) -> tuple[list[int], int]:
+    """Return where parts of these sizes lie, each on lines of its own, and where the last one ends."""
+    ends = list(accumulate(-(-size // 256) * 256 for size in sizes))
+    return [0, *ends[:-1]], ends[-1]

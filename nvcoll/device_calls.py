@@ -1,0 +1,125 @@
+"""The verbs of a communicator on GPUs: arguments are judged, the plan is found, and the launch is queued on a stream.
+
+The host never waits here, but in `barrier`. What fails on a GPU is known after the fact: the next call raises it.
+"""
+
+import math
+from typing import Any
+
+from nvcoll.backends import driver
+from nvcoll.buffers import DeviceBuffer, as_stream, check_pair, is_in_place, parse_device
+from nvcoll.device.common import STAMP_BITS
+from nvcoll.errors import ArgumentError, DatatypeError, MismatchError, StateError, TimeoutError
+from nvcoll.ops import DATATYPES, SUM, Datatype, as_op
+from nvcoll.world_cuda import DeviceWorld
+
+MOST_KEPT = 16384
+"""Plans kept; a program whose sizes never repeat begins anew then."""
+
+
+class DeviceCalls:
+    """The calls of one communicator.
+
+    Parameters
+    ----------
+    world
+        What stands behind it.
+    """
+
+    def __init__(self, world: DeviceWorld) -> None:
+        self._world = world
+        self._kept: dict[tuple[str, int, str, str | None], Any] = {}
+        self._token: DeviceBuffer | None = None
+        self._raised = False
+
+    def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
+        """Allocate an array on the symmetric heap of the GPUs. Collective."""
+        nbytes = math.prod(dims) * datatype.itemsize
+        return DeviceBuffer.on(self._world.heap.allocate(nbytes), dims, datatype, self._world.device, driver)
+
+    def barrier(self) -> None:
+        """Wait until all work of this rank's GPU is done and every rank has come here."""
+        if self._token is None:
+            self._token = self.empty((1,), DATATYPES["int32"])
+        stream = self._stream(None, None)
+        self.allreduce(self._token, None, SUM, stream, None, "Barrier")
+        with self._world.device:
+            driver.stream_synchronize(stream)
+        if self._world.planner.state.reported is not None:
+            raise self._failure("Barrier")
+
+    def allreduce(
+        self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None, verb: str = "Allreduce"
+    ) -> None:
+        """Queue an all-reduce."""
+        world = self._world
+        if is_in_place(sendbuf):
+            if recvbuf is None:
+                raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
+            sendbuf = recvbuf
+        elif recvbuf is None or is_in_place(recvbuf):
+            recvbuf = sendbuf
+        queue = self._stream(stream, recvbuf)
+        recv = parse_device(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True, queue or 1)
+        send = recv
+        if recvbuf is not sendbuf:
+            send = parse_device(verb, "sendbuf", sendbuf, False, queue or 1)
+            check_pair(verb, send, recv)
+        handle = as_op(op, verb)
+        if reason := handle.supports(recv.datatype):
+            raise DatatypeError(f"{verb}: {reason}")
+        for name, spec in (("sendbuf", send), ("recvbuf", recv)):
+            if spec.device not in (None, world.device.ordinal):
+                raise ArgumentError(
+                    f"{verb}: {name} is on GPU {spec.device}, rank {world.rank} works on GPU {world.device.ordinal}; "
+                    "copy it there, or set NVCOLL_DEVICE"
+                )
+        if recv.count == 0:
+            return
+        key = (recv.datatype.name, recv.nbytes, handle.name, algorithm)
+        plan = self._kept.get(key)
+        if plan is None:
+            planner = world.planner
+            told = planner.explain("allreduce", recv.count, recv.datatype, handle, algorithm)
+            world.settle()
+            plan = planner.plan(told, recv.datatype, handle)
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            self._kept[key] = plan
+        if not plan.run(send.address, recv.address, queue):
+            raise self._failure(verb)
+
+    def _stream(self, stream: Any, owner: Any) -> int:
+        """Return the stream of a call: emulated ranks have one each, since one waits for the other."""
+        if stream is None and self._world.stream:
+            return self._world.stream
+        return as_stream(stream, owner, "Allreduce")
+
+    def _failure(self, verb: str) -> Exception:
+        """Return the error of the call that failed on the GPU; once, for the communicator is of no use from then on."""
+        if self._raised:
+            return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
+        self._raised = True
+        world = self._world
+        tag, block, _ = world.planner.state.reported
+        where = f"{verb}: a call up to number {world.planner.state.sequence} failed on the GPU of rank {world.rank}"
+        if block != 0:  # boards tell of block 0, which may have been further or not as far
+            tag = world.planner.area.boards()[world.rank]
+        missing, odd = [], []
+        for rank, its in enumerate(world.planner.area.boards()):
+            if rank == world.rank or its is None:
+                continue
+            if its >> STAMP_BITS < tag >> STAMP_BITS:
+                missing.append(rank)
+            elif its >> STAMP_BITS == tag >> STAMP_BITS and its != tag:
+                odd.append(rank)
+        if odd:
+            return MismatchError(
+                f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "
+                "algorithm); make the calls agree"
+            )
+        late = f"did not arrive: rank {', rank '.join(map(str, missing))}" if missing else "all have arrived by now"
+        return TimeoutError(
+            f"{where}: no answer within NVCOLL_TIMEOUT; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if "
+            "they are only slow"
+        )

@@ -1,0 +1,127 @@
+"""Plans of calls on GPUs: the shape of the launch, the geometry of slots, and the kernel."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from nvcoll._plan import DevicePlan
+from nvcoll.algorithms import ALGORITHMS, Link, Shape
+from nvcoll.backends import driver
+from nvcoll.backends.device_area import BLOCKS, DeviceArea
+from nvcoll.jit import ENTRY
+from nvcoll.jit_cuda import CubinCache
+from nvcoll.ops import DATATYPES, Datatype, Op
+from nvcoll.planning import Explanation, Planner, pack_signature, pack_stamp
+
+PACK = 16
+"""Bytes that a thread moves at a time."""
+LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
+"""Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
+THREADS = (64, 128, 256, 512)
+"""Threads of a block: as many as there are packs, within these."""
+MANY = 128
+"""Blocks from which on more threads a block come before more blocks."""
+
+
+class Kernels:
+    """The kernels of a GPU that are loaded; ranks that are threads share them.
+
+    Parameters
+    ----------
+    device
+        The GPU.
+    cache_dir
+        Where cubins are kept between processes.
+    """
+
+    def __init__(self, device: Any, cache_dir: Path) -> None:
+        self.device = device
+        self._cubins = CubinCache(cache_dir)
+        self._loaded: dict[tuple[str, ...], tuple[Any, int]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, algorithm: str, protocol: str, op: str, datatype: str) -> int:
+        """Return the handle of a kernel."""
+        key = (algorithm, protocol, op, datatype)
+        with self._lock:
+            if key not in self._loaded:
+                cubin = self._cubins.get(*key, self.device.arch)
+                with self.device:
+                    module = driver.load_module(cubin)
+                    self._loaded[key] = module, module.function(ENTRY)
+            return self._loaded[key][1]
+
+    def occupancy(self, function: int, threads: int) -> int:
+        """Return how many blocks of a kernel a multiprocessor holds at the same time."""
+        with self.device:
+            return driver.occupancy(function, threads)
+
+
+class DevicePlanner(Planner):
+    """Makes the plans of one communicator on GPUs.
+
+    Parameters
+    ----------
+    area
+        This rank's area.
+    topology, slices, rules, timeout
+        As for `Planner`.
+    kernels
+        Gives loaded kernels.
+    sharers
+        Ranks that share this rank's GPU, itself included: kernels of all must fit on it at the same time.
+    multiprocessors
+        Of the smallest GPU of the communicator.
+    """
+
+    kind = "cuda"
+    link = LINK
+
+    def __init__(
+        self, area: DeviceArea, topology: Any, slices: int, rules: dict[str, Any], kernels: Kernels, sharers: int,
+        multiprocessors: int, timeout: float,
+    ) -> None:  # fmt: skip
+        super().__init__(area.state, area.layout, topology, slices, rules, None, sharers > 1, timeout)
+        self.area = area
+        self.kernels = kernels
+        self.sharers = sharers
+        self.multiprocessors = multiprocessors
+
+    def grid(self, nbytes: int, function: int) -> tuple[int, int]:
+        """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
+        packs = max(1, -(-nbytes // PACK))
+        threads = next((t for t in THREADS if packs <= t * MANY), THREADS[-1])
+        resident = self.kernels.occupancy(function, threads) * self.multiprocessors
+        most = max(1, min(BLOCKS, resident // self.sharers))
+        return min(most, -(-packs // threads)), threads
+
+    def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
+        """Return the elements of a block in one piece, and the bytes between its slots."""
+        slots, _ = ALGORITHMS[base].slots(shape)
+        return self.capacity(base, protocol, shape), self.layout.slots_block // slots // PACK * PACK
+
+    def capacity(self, base: str, protocol: str, shape: Shape) -> int:
+        """Return the elements of a block in one piece: what its slots hold of accumulators, in whole packs."""
+        slots, parts = ALGORITHMS[base].slots(shape)
+        stride = self.layout.slots_block // max(1, slots) // PACK * PACK
+        spread = 2 if protocol == "low_latency" and not _has_sentinel(shape.datatype) else 1
+        unit = PACK // min(shape.itemsize, PACK)
+        part = stride // spread // shape.width // unit * unit
+        return min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit)
+
+    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> Any:
+        """Make the plan of a call that was explained."""
+        count = told.nbytes // datatype.itemsize
+        shape = self.shape(count, datatype)
+        if (size or shape.size) == 1:  # one rank's reduction is its contribution, AVG of it too
+            return DevicePlan(self.state, 0, {"count": told.nbytes}, 1, 1, None, told)
+        signature = pack_signature(told, datatype, op)
+        call = {"count": count, "ranks": size or shape.size, "stamp": pack_stamp(signature, count)}
+        call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
+        function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name)
+        blocks, threads = self.grid(told.nbytes, function)
+        return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told)
+
+
+def _has_sentinel(datatype: str) -> bool:
+    return DATATYPES[DATATYPES[datatype].accumulate].kind in ("float", "complex")

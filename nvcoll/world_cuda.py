@@ -1,0 +1,142 @@
+"""What stands behind a communicator on GPUs; the counterpart of `nvcoll.world`, whose `World` it resembles."""
+
+import threading
+from typing import Any
+
+from nvcoll import _topology
+from nvcoll import settings as settings_
+from nvcoll.backends import driver
+from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
+from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve_on
+from nvcoll.backends.heap import Heap
+from nvcoll.planning import read_rules
+from nvcoll.planning_cuda import DevicePlanner, Kernels
+
+
+class DeviceWorld:
+    """One rank's part of a world on GPUs.
+
+    Parameters
+    ----------
+    exchange
+        Byte exchange among all ranks.
+    topology
+        Nodes and ranks.
+    planner
+        Makes plans.
+    heap
+        Allocator of symmetric memory.
+    device
+        This rank's GPU.
+    backend
+        ``"nvshmem"`` or ``"emulated"``.
+    stream
+        Where this rank's calls go that name no stream; 0 leaves that to the arrays.
+    """
+
+    target = "cuda"
+
+    def __init__(
+        self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, device: Any, backend: str, stream: int
+    ) -> None:
+        self.exchange = exchange
+        self.topology = topology
+        self.planner = planner
+        self.heap = heap
+        self.device = device
+        self.backend = backend
+        self.stream = stream
+        self.rank: int = exchange.rank
+        self.size: int = exchange.size
+
+    def settle(self) -> None:
+        """Wait for this rank's earlier calls, where its siblings' kernels share the context.
+
+        To load a kernel may stop the context until all that runs has ended. Once this rank's calls have ended, those
+        of its siblings have all they need.
+        """
+        if self.stream:
+            with self.device:
+                driver.stream_synchronize(self.stream)
+
+    def leave(self) -> bool:
+        """Take no more part. Returns whether no kernel of this rank runs any more."""
+        self.planner.state.end()
+        try:
+            with self.device:
+                driver.synchronize()  # kernels end by their deadline at the latest
+        except Exception:  # the context is lost, and all that ran in it
+            return False
+        return True
+
+    def close(self) -> None:
+        """Leave, and give everything back."""
+        if self.leave():
+            self.planner.area.close()
+            self.heap.close()
+        else:
+            self.heap.retire()
+        self.exchange.close()
+
+    def retire(self) -> None:
+        """Leave, but keep the memory of buffers, which goes with the last reference to them."""
+        if self.leave():
+            self.planner.area.close()
+        self.heap.retire()
+
+
+def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> list[DeviceWorld]:
+    """Set up a world of threads that share a GPU, each with a stream of its own."""
+    settings = settings_.read()
+    rules = read_rules(settings.rules)
+    device = driver.Device(ordinal)
+    hub = Hub(size, settings.timeout)
+    segment = reserve_on(device, size, settings.heap)
+    identities = [f"node {number}".encode() for number, ranks in enumerate(node_sizes) for _ in range(ranks)]
+    kernels = Kernels(device, settings.cache_dir)
+    worlds: list[Any] = [None] * size
+    problems: list[BaseException] = []
+
+    def build(rank: int) -> None:
+        try:
+            exchange = LocalExchange(hub, rank)
+            topology = _topology.detect(rank, identities)
+            memory = EmulatedMemory(exchange, segment)
+            worlds[rank] = build_world(exchange, topology, memory, settings, rules, kernels, size, "emulated")
+        except BaseException as exc:  # raised by the caller's thread below
+            problems.append(exc)
+            hub.barrier.abort()
+
+    threads = [threading.Thread(target=build, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+    return worlds
+
+
+def build_world(
+    exchange: Any,
+    topology: Any,
+    memory: Any,
+    settings: Any,
+    rules: dict[str, Any],
+    kernels: Kernels,
+    sharers: int,
+    backend: str,
+) -> DeviceWorld:
+    """Set up a rank's area and planner. Collective."""
+    device = kernels.device
+    heap = Heap(memory)
+    layout = DeviceLayout(len(memory.members), max(settings.scratch, SCRATCH))
+    piece = heap.allocate(layout.nbytes, "Init")
+    slices = min(topology.node_sizes)
+    area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device)
+    answers = exchange.allgather(device.multiprocessors.to_bytes(4, "little"))  # and nobody writes before all areas are
+    smallest = min(int.from_bytes(answer, "little") for answer in answers)
+    planner = DevicePlanner(area, topology, slices, rules, kernels, sharers, smallest, settings.timeout)
+    with device:
+        stream = driver.stream_create() if backend == "emulated" else 0
+    return DeviceWorld(exchange, topology, planner, heap, device, backend, stream)
