@@ -12,13 +12,12 @@ from nvcoll._plan import Plan, State
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends.area import LINE, Layout
 from nvcoll.device.common import STAMP_BITS
+from nvcoll.device.low_latency import PAYLOAD
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
 from nvcoll.ops import DATATYPES, OPS, Datatype, Op
 
 PROTOCOLS = ("low_latency", "simple")
-PAYLOAD = 56
-"""Bytes of data in a line of the low-latency protocol."""
 LINKS = {"host": Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)}
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 VERBS = ("allreduce",)
