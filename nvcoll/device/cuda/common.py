@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS
+from nvcoll.device.common import STAMP_BITS, fold, log2, unfold
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 
@@ -255,7 +255,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
                 get, put_back, copy, fill, finish_to, keep, part_at,
             )},
         },
-        load=load, store=store,
+        load=load, store=store, log2=jit(log2), fold=jit(fold), unfold=jit(unfold),
     )  # fmt: skip
 
 
