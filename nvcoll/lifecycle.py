@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
+from nvcoll.buffers import Spec, parse
 from nvcoll.errors import StateError
 from nvcoll.hosts import Between
 from nvcoll.world import World
@@ -36,7 +37,7 @@ class Living:
     _between: Between | None  # joins the nodes, where there are several
     _plans: dict[str | None, Plans]  # the fast route, for each algorithm asked for; None leaves the choice to the rules
     _kept: dict[Any, Plan]  # the long way
-    _token: Any  # what a barrier sends
+    _token: Spec  # what a barrier sends
     _forked = False
 
     def __init__(self, opener: Callable[[], World], name: str) -> None:
@@ -70,7 +71,8 @@ class Living:
         except BaseException:
             world.close()
             raise
-        living: tuple[Any, ...] = (world, between, {}, {}, np.zeros(1, np.uint8))
+        token = parse("Barrier", "token", np.zeros(1, np.uint8), True)
+        living: tuple[Any, ...] = (world, between, {}, {}, token)
         self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,7 +138,10 @@ def test_signatures_tell_all_calls_apart_and_can_be_read():
         number = pack_signature(told, DATATYPES[datatype], OPS[op])
         seen.add(number)
         assert describe_signature(number, 7) == f"Allreduce of 7 {datatype}, {op}, by {name}"
-    assert len(seen) == len(supported()) * len(candidates())
+        barrier = pack_signature(replace(told, verb="barrier"), DATATYPES[datatype], OPS[op])
+        seen.add(barrier)
+        assert describe_signature(barrier, 1) == f"Barrier, by {name}"
+    assert len(seen) == 2 * len(supported()) * len(candidates())
 
 
 def test_stamps_of_calls_that_could_be_mistaken_for_each_other_differ():
