@@ -3,6 +3,7 @@
 import atexit
 import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -191,8 +192,15 @@ class Comm(Living):
             self._calls.barrier()
         elif self._between is not None:
             self._between.barrier()
-        else:
-            self.Allreduce(self._token)
+            return
+        token, kept = self._token, self._kept
+        plan = kept.get("barrier")
+        if plan is None:
+            planner = self._world.planner
+            told = replace(planner.explain("allreduce", 1, token.datatype, SUM), verb="barrier")
+            plan = kept["barrier"] = planner.plan(told, token.datatype, SUM)
+        if not plan.run(token.address, token.address):
+            raise self._failure(plan)
 
     def Allreduce(
         self, sendbuf: Any, recvbuf: Any = None, op: Any = SUM, *, stream: Any = None, algorithm: str | None = None
@@ -251,15 +259,16 @@ class Comm(Living):
         if self._between is not None:
             self._between.allreduce(send, recv, handle, algorithm)
             return
+        # Looked up once: should another thread finalize from here on, the plan must not end up in the next world's.
+        planner, plans, kept = self._world.planner, self._plans, self._kept
         key = (datatype.name, nbytes, handle.name, algorithm)
-        plan = self._kept.get(key)
+        plan = kept.get(key)
         if plan is None:
-            planner = self._world.planner
             plan = planner.plan(planner.explain("allreduce", recv.count, datatype, handle, algorithm), datatype, handle)
-            if len(self._kept) >= MOST_KEPT:
-                self._kept.clear()
-            self._kept[key] = plan
-        self._plans.setdefault(algorithm, Plans(IN_PLACE)).add(datatype.code, nbytes, op, plan)
+            if len(kept) >= MOST_KEPT:
+                kept.clear()
+            kept[key] = plan
+        plans.setdefault(algorithm, Plans(IN_PLACE)).add(datatype.code, nbytes, op, plan)
         if not plan.run(send.address, recv.address):
             raise self._failure(plan)
 

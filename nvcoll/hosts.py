@@ -130,7 +130,7 @@ class Between:
         self._notices = Notices(world)
         self._plans: dict[Any, tuple[Plan, Plan, int]] = {}
         self._token = parse("Barrier", "token", np.zeros(1, np.uint8), True)
-        self._calls = 0
+        self._calls, self._verb = 0, ""
         self._turn = threading.Lock()
         self._most = self._agree_on_pieces()
 
@@ -154,7 +154,8 @@ class Between:
 
     def barrier(self) -> None:
         """Wait until every rank of every node has called it."""
-        self.allreduce(self._token, self._token, SUM, None)
+        with self._call("barrier"):
+            self._piece(self._token.address, self._token.address, 1, self._token.datatype, SUM, 1)
 
     def allreduce(self, send: Spec, recv: Spec, op: Op, algorithm: str | None) -> None:
         """Reduce over all nodes, a piece at a time."""
@@ -162,13 +163,13 @@ class Between:
             raise ArgumentError(f"Allreduce: algorithm is {algorithm!r}, expected {NAME!r} for ranks on several nodes")
         datatype = recv.datatype
         size = self._most[datatype.name]
-        with self._call():
+        with self._call("allreduce"):
             for first in range(0, recv.count, size):
                 count, shift = min(size, recv.count - first), first * datatype.itemsize
                 self._piece(send.address + shift, recv.address + shift, count, datatype, op, recv.count - first)
 
     @contextlib.contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self, verb: str) -> Iterator[None]:
         """Let one call run at a time. One that fails is the last, and the other ranks hear of it."""
         if self._mpi.Is_finalized():
             raise StateError(
@@ -178,6 +179,7 @@ class Between:
             raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
         try:
             self._calls += 1
+            self._verb = verb
             yield
         except BaseException as exc:
             self._give_up(exc)
@@ -198,7 +200,7 @@ class Between:
         mine = max(0, min(each, count - self._local * each)) if self._local < self._slices else 0
         wide = DATATYPES["uint8" if datatype.name == "bool" else datatype.accumulate]
         part = np.empty(mine, wide.dtype)
-        key = (count, datatype.name, op.name)
+        key = (self._verb, count, datatype.name, op.name)
         new = key not in self._plans
         if new:
             if len(self._plans) >= MOST_KEPT:  # a program whose sizes never repeat
@@ -214,7 +216,7 @@ class Between:
         """Make the plans of the two ends inside the node, and the number by which calls are compared."""
         nbytes, planner = count * datatype.itemsize, self._world.planner
         told = [
-            Explanation("allreduce", nbytes, datatype.name, op.name, name, "simple", "", "", ())
+            Explanation(self._verb, nbytes, datatype.name, op.name, name, "simple", "", "", ())
             for name in ("node_scatter", "node_gather")
         ]
         scatter, gather = (planner.plan(one, datatype, op, self._world.size) for one in told)
@@ -295,7 +297,7 @@ class Between:
         return PeerLostError(f"{self._where()}: rank {who} {how} in or before call {self._calls}; see its output")
 
     def _where(self) -> str:
-        return f"Allreduce (call {self._calls} on rank {self._world.rank})"
+        return f"{self._verb.capitalize()} (call {self._calls} on rank {self._world.rank})"
 
     def close(self) -> None:
         """Tell the other nodes, and free the communicator between them if MPI is through with it."""

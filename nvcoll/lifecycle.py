@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
+from nvcoll.buffers import Spec, parse
 from nvcoll.errors import StateError
 from nvcoll.hosts import Between
 from nvcoll.world import World
@@ -16,7 +17,6 @@ from nvcoll.world import World
 LIVING = ("_world", "_between", "_plans", "_kept", "_token", "_calls")
 """Attributes of a communicator that is alive."""
 
-_opening = threading.RLock()
 _all: "weakref.WeakSet[Living]" = weakref.WeakSet()
 _inherited: list[Any] = []  # what a forked child got of its parent: kept, since closing it would speak for the parent
 
@@ -36,9 +36,10 @@ class Living:
     _between: Between | None  # joins the nodes, where there are several
     _plans: dict[str | None, Plans]  # the fast route, for each algorithm asked for; None leaves the choice to the rules
     _kept: dict[Any, Plan]  # the long way
-    _token: Any  # what a barrier sends
+    _token: Spec  # what a barrier sends
     _calls: Any  # `DeviceCalls`, on GPUs
-    _forked = False
+    _opening = threading.RLock()  # one opens at a time
+    _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
 
     def __init__(self, opener: Callable[[], World], name: str) -> None:
         self._opener = opener
@@ -49,7 +50,7 @@ class Living:
         # Only reached while the attribute is absent: a communicator that is alive pays nothing for this.
         if attribute not in LIVING:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
-        with _opening:
+        with self._opening:
             if attribute not in self.__dict__:
                 self._open()
         return self.__dict__[attribute]
@@ -65,18 +66,20 @@ class Living:
                 f"{self.name}: this process was forked from a rank and is none itself; start ranks with a launcher, "
                 "and use the 'spawn' start method for helper processes"
             )
+        Living._used = True
         world = self._opener()
         try:
             between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
         except BaseException:
             world.close()
             raise
-        calls = None
+        calls: Any = None
         if world.target == "cuda":
             from nvcoll.device_calls import DeviceCalls  # on hosts, nothing of GPUs is loaded
 
             calls = DeviceCalls(world)
-        living: tuple[Any, ...] = (world, between, {}, {}, np.zeros(1, np.uint8), calls)
+        token = parse("Barrier", "token", np.zeros(1, np.uint8), True)
+        living: tuple[Any, ...] = (world, between, {}, {}, token, calls)
         self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:
@@ -92,7 +95,8 @@ class Living:
 
 def _in_child() -> None:
     """In a forked child the parent's ranks are strangers: forget them, and say so on use."""
-    Living._forked = True
+    Living._opening = threading.RLock()  # a thread that held it is not in this process
+    Living._forked = Living._used
     for one in list(_all):
         _inherited.extend(one.__dict__.pop(name) for name in LIVING if name in one.__dict__)
 

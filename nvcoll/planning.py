@@ -12,16 +12,17 @@ from nvcoll._plan import Plan, State
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends.area import LINE, Layout
 from nvcoll.device.common import STAMP_BITS
+from nvcoll.device.low_latency import PAYLOAD
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
 from nvcoll.ops import DATATYPES, OPS, Datatype, Op
 
 PROTOCOLS = ("low_latency", "simple")
-PAYLOAD = 56
-"""Bytes of data in a line of the low-latency protocol."""
 LINK = Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 VERBS = ("allreduce",)
+CALLS = (*VERBS, "barrier")
+"""What a rank's board may name: a barrier runs as the all-reduce of a byte, but matches no other."""
 ROUND = 384 << 10
 """Bytes of a message that go through scratch memory at a time, so that slots stay in a core's second-level cache."""
 SLOT_ALIGN = 2 * LINE
@@ -240,7 +241,7 @@ class Planner:
 def pack_signature(told: Explanation, datatype: Datatype, op: Op) -> int:
     """Return, as one number, what ranks must agree on besides the count."""
     digits = (
-        (VERBS.index(told.verb), len(VERBS)),
+        (CALLS.index(told.verb), len(CALLS)),
         (list(ALGORITHMS).index(told.algorithm), len(ALGORITHMS)),
         (PROTOCOLS.index(told.protocol), len(PROTOCOLS)),
         (list(DATATYPES).index(datatype.name), len(DATATYPES)),
@@ -264,4 +265,5 @@ def describe_signature(number: int, count: int) -> str:
     number, protocol = divmod(number, len(PROTOCOLS))
     verb, algorithm = divmod(number, len(ALGORITHMS))
     kind = f"{list(ALGORITHMS)[algorithm]}/{PROTOCOLS[protocol]}"
-    return f"{VERBS[verb].capitalize()} of {count} {list(DATATYPES)[datatype]}, {list(OPS)[op]}, by {kind}"
+    what = "" if CALLS[verb] == "barrier" else f" of {count} {list(DATATYPES)[datatype]}, {list(OPS)[op]}"
+    return f"{CALLS[verb].capitalize()}{what}, by {kind}"

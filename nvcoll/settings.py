@@ -177,6 +177,15 @@ def value(variable: Variable, environ: Mapping[str, str] = os.environ) -> Any:
         raise ArgumentError(f"{variable.name}: expected {accepted}, got {got}; change or unset it") from None
 
 
+def let_streams_run_side_by_side(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Let the CUDA driver give as many streams a queue of their own as it can, unless the user has said how many.
+
+    Emulated ranks wait for each other: work of one must not be queued behind that of another. Only a driver that has
+    not been used before in this process heeds it.
+    """
+    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
 def _warn_unknown(environ: Mapping[str, str]) -> None:
     known = {variable.name for variable in TABLE}
     for name in sorted(environ):

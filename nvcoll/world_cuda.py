@@ -9,6 +9,7 @@ from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve_on
 from nvcoll.backends.heap import Heap
+from nvcoll.errors import Error
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
 
@@ -65,8 +66,12 @@ class DeviceWorld:
         try:
             with self.device:
                 driver.synchronize()  # kernels end by their deadline at the latest
-        except Exception:  # the context is lost, and all that ran in it
+                if self.stream:
+                    driver.stream_destroy(self.stream)
+        except Error:  # the context is lost, and all that ran in it
             return False
+        finally:
+            self.stream = 0
         return True
 
     def close(self) -> None:
@@ -88,6 +93,7 @@ class DeviceWorld:
 def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> list[DeviceWorld]:
     """Set up a world of threads that share a GPU, each with a stream of its own."""
     settings = settings_.read()
+    settings_.let_streams_run_side_by_side()
     rules = read_rules(settings.rules)
     device = driver.Device(ordinal)
     hub = Hub(size, settings.timeout)

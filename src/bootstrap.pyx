@@ -81,7 +81,10 @@ class Exchange:
             if self._channel is None:
                 raise StateError("allgather: the exchange is closed; connect anew")
             if self._failed:
-                raise StateError("allgather: an earlier call failed, the ranks may be out of step; connect anew")
+                raise StateError(
+                    "allgather: an earlier call failed, and the ranks may be out of step; "
+                    "call Finalize on all of them, and Init starts anew"
+                )
             self._failed = True
             everything = self._channel.allgather(data, self._timeout)
             self._failed = False

@@ -37,7 +37,7 @@ class _Client:
                 "ended, or does a firewall stand between?"
             ) from error
         try:
-            self._prove(key, time.monotonic() + GREETING_SECONDS)
+            self._prove(key, time.monotonic() + ANSWER_SECONDS)
         except (OSError, EOFError) as error:
             self.sock.close()
             # one that hangs up may be a server that is crowded, or is ending before the next one starts
@@ -56,7 +56,7 @@ class _Client:
         nonce = secrets.token_bytes(32)
         hello = GREETING.pack(MAGIC, self.rank, self.size, os.getpid(), nonce)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(GREETING_SECONDS)
+        self.sock.settimeout(ANSWER_SECONDS)
         self.sock.sendall(_frame(HELLO, hello))
         challenge = self._expect(CHALLENGE, deadline)
         theirs, proof = challenge[:32], challenge[32:]

@@ -190,10 +190,6 @@ cdef class State:
         """Make the communicator unusable for a reason that is not in a kernel: one of ERRORS."""
         fail(&self.world, ERRORS.index(error), -1)
 
-    def set_timeout(self, seconds):
-        """Set how long a wait may take, in seconds."""
-        self.world.timeout = <int64_t>(seconds * 1e9)
-
 
 # Buffer formats of the struct module that the fast route knows, as datatype numbers; the itemsize tells their width.
 cdef inline int64_t code_of(const char* form, Py_ssize_t itemsize) noexcept:

@@ -32,7 +32,8 @@ cdef enum:
 cdef Py_ssize_t LARGEST = 16 << 20  # bytes a rank may give to one exchange
 cdef Py_ssize_t LARGEST_GREETING = 1024  # bytes of a frame from somebody who has not proved the key
 cdef Py_ssize_t STRANGERS = 64  # connections that have not proved the key, at most, beside one for each rank
-GREETING_SECONDS = 5.0  # until a connection must have proved the key
+GREETING_SECONDS = 5.0  # until a connection must have proved the key; the server hangs up then, and a rank comes again
+ANSWER_SECONDS = 30.0  # that a rank gives the server to prove its own, on a machine that may have stalled
 
 
 def _digest(key, *parts):

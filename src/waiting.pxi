@@ -58,7 +58,7 @@ cdef extern from *:
     int PyErr_CheckSignals() except -1
 
 WORLD_FIELDS = (
-    "rank", "size", "peers", "everyone", "nodes", "node", "local_rank", "slices", "node_ranks", "node_starts",
+    "rank", "size", "peers", "nodes", "node", "local_rank", "slices", "node_ranks", "node_starts",
     "epoch", "spin", "wait", "wake", "flags", "flags_half", "lines", "lines_half", "data", "data_half",
     "workspace", "unpacked", "blocks", "table", "heap", "heap_size", "bell", "error",
 )
@@ -67,7 +67,6 @@ cdef struct World:
     # What kernels read; the order is WORLD_FIELDS'.
     int64_t rank, size
     int64_t peers           # address of size addresses: where each rank's area of this communicator lies
-    int64_t everyone        # address of size ranks: 0, 1, 2, ...
     int64_t nodes, node     # how many nodes, and which one is mine
     int64_t local_rank      # my place in my node
     int64_t slices          # ranks of the smallest node: in how many slices nvrar cuts a message

@@ -214,7 +214,7 @@ MISMATCHES = {  # name: what all ranks call but rank 1, what rank 1 calls, and w
     "algorithm": ({"n": 4}, {"n": 4, "algorithm": "two_shot"}, "by two_shot/simple"),
     "protocol": ({"n": 4}, {"n": 4, "algorithm": "one_shot/simple"}, "by one_shot/simple"),
     "symmetric": ({"n": 100_000, "symmetric": True}, {"n": 99_000, "symmetric": True}, "Allreduce of 99000 float64"),
-    "barrier": ({"n": 4}, {"barrier": True}, "Allreduce of 1 uint8"),
+    "barrier": ({"n": 4}, {"barrier": True}, "calls Barrier, by "),
 }
 
 
@@ -243,7 +243,8 @@ tell(sum=total())
                 assert [told["sum"] for told in crew.all_told().values()] == [[6.0] * 3] * 3
                 for rank, told in crew.all_told().items():
                     assert (told["name"], told["kind"]) == (name, "MismatchError")
-                    assert told["text"].startswith(f"Allreduce (call 2 on rank {rank}): this rank calls Allreduce of ")
+                    verb = "Barrier" if (name, rank) == ("barrier", 1) else "Allreduce"
+                    assert told["text"].startswith(f"{verb} (call 2 on rank {rank}): this rank calls {verb}")
                     assert odd in told["text"]
                     assert "rank 1" in told["text"]
                     assert told["seconds"] < 3 * SOON  # kernels are compiled meanwhile
@@ -270,6 +271,18 @@ tell(sum=total())
                     assert "allocate and free in the same order on all ranks" in told["text"]
             assert {told["kind"] for told in crew.all_told().values()} == {None}
             assert [told["sum"] for told in crew.all_told().values()] == [[6.0] * 3] * 3
+
+
+def test_a_barrier_matches_nothing_else():
+    def main(comm):
+        with pytest.raises(MismatchError) as caught:
+            comm.Allreduce(np.zeros(1, np.uint8)) if comm.rank else comm.Barrier()  # the same bytes on their way
+        return str(caught.value)
+
+    for rank, text in enumerate(nvcoll.emulate(2).run(main)):
+        own, other = ("Barrier", "Allreduce of 1 uint8, SUM")[:: -1 if rank else 1]
+        assert text.startswith(f"{own.split()[0]} (call 1 on rank {rank}): this rank calls {own}, by ")
+        assert f"; rank {1 - rank} calls {other}, by " in text
 
 
 def test_buffers_of_a_refused_call_are_let_go():

@@ -148,7 +148,7 @@ MISMATCHES = {
     "operator": ("comm.Allreduce(np.ones(4), op=nvcoll.MAX)", "Allreduce of 4 float64, MAX"),
     "datatype": ("comm.Allreduce(np.ones(4, 'int64'))", "Allreduce of 4 int64, SUM"),
     "size": ("comm.Allreduce(np.ones(100_000))", "Allreduce of 100000 float64, SUM"),
-    "barrier": ("comm.Barrier()", "Allreduce of 1 uint8, SUM"),
+    "barrier": ("comm.Barrier()", "Barrier"),
 }
 
 
@@ -173,8 +173,8 @@ tell(sum=total())
             if one["kind"] == "MismatchError":
                 own, other = ("Allreduce of 4 float64, SUM", odd)[:: 1 if rank < 2 else -1]
                 assert one["text"] == (
-                    f"Allreduce (call 2 on rank {rank}): this rank calls {own}; a rank of another node calls {other}; "
-                    "make the calls agree"
+                    f"{own.split()[0]} (call 2 on rank {rank}): this rank calls {own}; a rank of another node calls "
+                    f"{other}; make the calls agree"
                 )
         assert [one["kind"] for one in seen].count("MismatchError") >= 2
         assert {rank[2 * number + 1]["kind"] for rank in told} == {"StateError"}

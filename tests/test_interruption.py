@@ -59,6 +59,26 @@ for _ in range(2):
                 assert "rank 0 gave up in or before call" in told["text"]
                 assert told["seconds"] < SOON
 
+    def test_ctrl_c_ends_an_allocation_and_the_ranks_can_start_anew(self):
+        program = """
+tell(sum=total())
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start() if comm.rank == 0 else gate()
+for _ in range(2):
+    tell(**attempt(comm.empty, 3))
+nvcoll.Finalize()
+nvcoll.Init()
+tell(sum=total())
+"""
+        with Crew(program, 2) as crew:
+            crew.all_told()
+            assert crew.told(0)["kind"] == "KeyboardInterrupt"
+            told = crew.told(0)
+            assert told["kind"] == "StateError"
+            assert "call Finalize on all of them, and Init starts anew" in told["text"]
+            crew.let_go(1)
+            assert [crew.told(1)["kind"] for _ in range(2)] == ["PeerLostError", "StateError"]
+            assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
+
     def test_handlers_that_do_not_raise_let_it_go_on(self):
         program = """
 signal.signal(signal.SIGUSR1, lambda number, frame: tell(handled=number))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,6 @@ from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.low_latency import PAYLOAD
 from nvcoll.device.verbs import PROTOCOLS
 from nvcoll.ops import DATATYPES, FLOAT, OPS, SUM
-from nvcoll.planning import PAYLOAD as PLANNED_PAYLOAD
 from nvcoll.planning import PROTOCOLS as PLANNED_PROTOCOLS
 from nvcoll.planning import Explanation, Planner, candidates, describe_signature, pack_signature, pack_stamp, read_rules
 from tests.oracle import supported
@@ -42,7 +42,7 @@ def test_candidates():
 
 def test_what_planning_and_the_device_know_of_protocols_is_the_same():
     assert set(PLANNED_PROTOCOLS) == set(PROTOCOLS)
-    assert PLANNED_PAYLOAD == PAYLOAD == LINE - 8
+    assert PAYLOAD == LINE - 8
 
 
 @pytest.mark.parametrize("node_sizes", [(2,), (5,), (64,)])
@@ -138,7 +138,10 @@ def test_signatures_tell_all_calls_apart_and_can_be_read():
         number = pack_signature(told, DATATYPES[datatype], OPS[op])
         seen.add(number)
         assert describe_signature(number, 7) == f"Allreduce of 7 {datatype}, {op}, by {name}"
-    assert len(seen) == len(supported()) * len(candidates())
+        barrier = pack_signature(replace(told, verb="barrier"), DATATYPES[datatype], OPS[op])
+        seen.add(barrier)
+        assert describe_signature(barrier, 1) == f"Barrier, by {name}"
+    assert len(seen) == 2 * len(supported()) * len(candidates())
 
 
 def test_stamps_of_calls_that_could_be_mistaken_for_each_other_differ():

@@ -155,7 +155,7 @@ class TestDeadline:
             exchange.close()
 
     def test_a_server_that_is_stuck(self, monkeypatch):
-        monkeypatch.setattr(_bootstrap, "GREETING_SECONDS", 0.3)
+        monkeypatch.setattr(_bootstrap, "ANSWER_SECONDS", 0.3)
         with socket.create_server(("127.0.0.1", 0)) as silent:
             server = RendezvousServer(1)
             address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -163,6 +163,18 @@ class TestDeadline:
             server.address = address
             with pytest.raises(BootstrapError, match="did not answer rank 0 as nvcoll's meeting point does"):
                 join(server, 0)
+
+    def test_a_server_that_stalls_is_waited_for_and_met_again(self, monkeypatch):
+        stalls, greet = [0.5], RendezvousServer._greet
+
+        def stall(server, *given):
+            time.sleep(stalls.pop() if stalls else 0)  # by then its own clock tells it to hang up
+            greet(server, *given)
+
+        monkeypatch.setattr(_bootstrap, "GREETING_SECONDS", 0.2)
+        monkeypatch.setattr(RendezvousServer, "_greet", stall)
+        with RendezvousServer(1) as server, contextlib.closing(join(server, 0)) as exchange:
+            assert exchange.allgather(b"x") == [b"x"]
 
 
 class TestRefusals:

@@ -223,6 +223,18 @@ process.join()
                 assert told == {"seen": [5.0] * 3, "sum": [3.0] * 3}
             assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
 
+    def test_a_child_of_a_process_that_was_no_rank_yet_may_be_one(self):
+        program = """
+if os.fork() == 0:
+    tell(sum=total())
+    sys.exit(0)
+assert os.wait()[1] == 0
+tell(sum=total())
+"""
+        with Crew(program, 2) as crew:
+            for _ in range(2):
+                assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
+
     def test_a_child_does_not_pass_for_its_parent(self):
         """It holds the memory mapped and the descriptor open, but the others see that the rank is gone."""
         program = """

@@ -45,12 +45,12 @@ def text(v: Any) -> Any:
     wait_copy, wait_reduce, accumulators, fill, finish_to = (
         v.wait_copy, v.wait_reduce, v.accumulators, v.fill, v.finish_to,
     )  # fmt: skip
+    log2, fold, unfold, middle = v.log2, v.fold, v.unfold, v.middle
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
-        power, total = 1, 0
-        while 2 * power <= n:
-            power, total = 2 * power, total + 1
+        total = log2(n)
+        power = 1 << total
         extra = n - power  # ranks 0 .. 2 extra - 1 fold in pairs: the odd one of each hands over and waits
         acc = accumulators(c, recv)
         fill(c, acc, send, count)
@@ -60,33 +60,31 @@ def text(v: Any) -> Any:
             return
         if me < 2 * extra:
             wait_reduce(c, e, me + 1, 0, acc, count)
-        mine = me // 2 if me < 2 * extra else me - extra
+        mine = fold(me, extra)
         lo, hi = 0, count
         for step in range(total):  # the far partner first, so that slices end up in rank order
             distance = power >> (step + 1)
-            other = mine ^ distance
-            partner = 2 * other if other < extra else other + extra
-            middle = (lo + hi + 1) // 2  # the lower half is the larger: it fills a slot of half a message
-            keep_lo, keep_hi, give_lo, give_hi = lo, middle, middle, hi
+            partner = unfold(mine ^ distance, extra)
+            cut = middle(lo, hi)  # the lower half is the larger: it fills a slot of half a message
+            keep_lo, keep_hi, give_lo, give_hi = lo, cut, cut, hi
             if mine & distance:
-                keep_lo, keep_hi, give_lo, give_hi = middle, hi, lo, middle
+                keep_lo, keep_hi, give_lo, give_hi = cut, hi, lo, cut
             put(c, e, partner, 2 + step, acc + give_lo * width(c), (give_hi - give_lo) * width(c))
             wait_reduce(c, e, partner, 2 + step, acc + keep_lo * width(c), keep_hi - keep_lo)
             lo, hi = keep_lo, keep_hi
         finish_to(c, recv + lo * itemsize(c), acc + lo * width(c), hi - lo)
         for step in range(total):  # the way back: my part and my partner's make the part of the step before
             distance = 1 << step
-            other = mine ^ distance
-            partner = 2 * other if other < extra else other + extra
+            partner = unfold(mine ^ distance, extra)
             put(c, e, partner, 2 + total + step, recv + lo * itemsize(c), (hi - lo) * itemsize(c))
             # Find the parent's bounds by walking down to it again: cheaper than keeping them on a stack.
             wide_lo, wide_hi = 0, count
             for above in range(total - 1 - step):
-                middle = (wide_lo + wide_hi + 1) // 2
+                cut = middle(wide_lo, wide_hi)
                 if mine & (power >> (above + 1)):
-                    wide_lo = middle
+                    wide_lo = cut
                 else:
-                    wide_hi = middle
+                    wide_hi = cut
             if mine & distance:
                 wait_copy(c, e, 2 + total + step, recv + wide_lo * itemsize(c), (lo - wide_lo) * itemsize(c))
             else:

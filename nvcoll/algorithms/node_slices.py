@@ -40,21 +40,16 @@ def slots(shape: Shape) -> tuple[int, int]:
 )
 def scatter(v: Any) -> Any:
     size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
-    wait_reduce_all, jit = v.wait_reduce_all, v.jit
-
-    @jit
-    def slice_at(c, count, k):
-        each = (count + slices(c) - 1) // slices(c)
-        return min(k * each, count)
+    wait_reduce_all, part_at = v.wait_reduce_all, v.part_at
 
     def kernel(c, send, acc, count):
         e, me, at = begin(c), local_rank(c), itemsize(c)
         for k in range(slices(c)):
             if k != me:
-                lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
                 put(c, e, k, me, send + lo * at, (hi - lo) * at)
         if me < slices(c):
-            lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
+            lo, hi = part_at(c, count, slices(c), me), part_at(c, count, slices(c), me + 1)
             wait_reduce_all(c, e, size(c), me, 0, send + lo * at, acc, hi - lo)
 
     return kernel
@@ -63,24 +58,19 @@ def scatter(v: Any) -> Any:
 @algorithm("node_gather", verb="gather between hosts", source="NVRAR, arXiv 2511.09557", order="none", rounds=False)
 def gather(v: Any) -> Any:
     size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
-    wait_copy, finish_to, jit = v.wait_copy, v.finish_to, v.jit
-
-    @jit
-    def slice_at(c, count, k):
-        each = (count + slices(c) - 1) // slices(c)
-        return min(k * each, count)
+    wait_copy, finish_to, part_at = v.wait_copy, v.finish_to, v.part_at
 
     def kernel(c, acc, recv, count):
         e, me, at = begin(c), local_rank(c), itemsize(c)
         if me < slices(c):
-            lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
+            lo, hi = part_at(c, count, slices(c), me), part_at(c, count, slices(c), me + 1)
             finish_to(c, recv + lo * at, acc, hi - lo)
             for k in range(size(c)):
                 if k != me:
                     put(c, e, k, me, recv + lo * at, (hi - lo) * at)
         for k in range(slices(c)):
             if k != me:
-                lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
                 wait_copy(c, e, k, recv + lo * at, (hi - lo) * at)
 
     return kernel

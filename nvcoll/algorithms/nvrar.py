@@ -42,17 +42,13 @@ def slots(shape: Shape) -> tuple[int, int]:
 )
 def text(v: Any) -> Any:
     width, itemsize, begin, put, load = v.width, v.itemsize, v.begin, v.put, v.load
+    part_at, log2, fold, unfold = v.part_at, v.log2, v.fold, v.unfold
     nodes, node, local_rank, slices, node_ranks, node_starts = (
         v.nodes, v.node, v.local_rank, v.slices, v.node_ranks, v.node_starts,
     )  # fmt: skip
     wait_copy, wait_reduce, wait_reduce_all, accumulators, finish_to, jit = (
         v.wait_copy, v.wait_reduce, v.wait_reduce_all, v.accumulators, v.finish_to, v.jit,
     )  # fmt: skip
-
-    @jit
-    def slice_at(c, count, k):
-        each = (count + slices(c) - 1) // slices(c)
-        return min(k * each, count)
 
     @jit
     def member(c, b, k):
@@ -63,24 +59,19 @@ def text(v: Any) -> Any:
     def between_nodes(c, e, acc, n, result, first):
         """Recursive doubling over the ranks that own my slice on each node. Leaves the finished slice in `result`."""
         here, local, total = node(c), local_rank(c), nodes(c)
-        power = 1
-        while 2 * power <= total:
-            power *= 2
-        extra = total - power
+        doublings = log2(total)
+        extra = total - (1 << doublings)
         if here < 2 * extra and here % 2 == 1:
             put(c, e, member(c, here - 1, local), first, acc, n * width(c))
             wait_copy(c, e, first + 1, result, n * itemsize(c))
             return
         if here < 2 * extra:
             wait_reduce(c, e, member(c, here + 1, local), first, acc, n)
-        mine = here // 2 if here < 2 * extra else here - extra
-        distance, slot = 1, first + 2
-        while distance < power:
-            other = mine ^ distance
-            partner = member(c, 2 * other if other < extra else other + extra, local)
-            put(c, e, partner, slot, acc, n * width(c))
-            wait_reduce(c, e, partner, slot, acc, n)
-            distance, slot = 2 * distance, slot + 1
+        mine = fold(here, extra)
+        for step in range(doublings):
+            partner = member(c, unfold(mine ^ (1 << step), extra), local)
+            put(c, e, partner, first + 2 + step, acc, n * width(c))
+            wait_reduce(c, e, partner, first + 2 + step, acc, n)
         finish_to(c, result, acc, n)
         if here < 2 * extra:
             put(c, e, member(c, here + 1, local), first + 1, result, n * itemsize(c))
@@ -91,16 +82,13 @@ def text(v: Any) -> Any:
         largest = 0
         for b in range(nodes(c)):
             largest = max(largest, load(node_starts(c) + 8 * (b + 1)) - load(node_starts(c) + 8 * b))
-        inner, gather = largest, largest + 2
-        distance = 1
-        while 2 * distance <= nodes(c):
-            distance, gather = 2 * distance, gather + 1
+        inner, gather = largest, largest + 2 + log2(nodes(c))
         for k in range(slices(c)):  # scatter
             if k != local:
-                lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
                 put(c, e, member(c, here, k), local, send + lo * at, (hi - lo) * at)
         if local < slices(c):
-            lo, hi = slice_at(c, count, local), slice_at(c, count, local + 1)
+            lo, hi = part_at(c, count, slices(c), local), part_at(c, count, slices(c), local + 1)
             mine = recv + lo * at
             acc = accumulators(c, mine)
             wait_reduce_all(c, e, members, local, 0, send + lo * at, acc, hi - lo)
@@ -110,7 +98,7 @@ def text(v: Any) -> Any:
                     put(c, e, member(c, here, k), gather + local, mine, (hi - lo) * at)
         for k in range(slices(c)):
             if k != local:
-                lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
                 wait_copy(c, e, gather + k, recv + lo * at, (hi - lo) * at)
 
     return kernel

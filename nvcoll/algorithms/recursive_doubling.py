@@ -41,30 +41,25 @@ def text(v: Any) -> Any:
     wait_copy, wait_reduce, accumulators, fill, finish_to = (
         v.wait_copy, v.wait_reduce, v.accumulators, v.fill, v.finish_to,
     )  # fmt: skip
+    log2, fold, unfold = v.log2, v.fold, v.unfold
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
-        power = 1
-        while 2 * power <= n:
-            power *= 2
-        extra = n - power  # ranks 0 .. 2 extra - 1 fold in pairs: the odd one of each hands over and waits
+        doublings = log2(n)
+        extra = n - (1 << doublings)  # ranks 0 .. 2 extra - 1 fold in pairs: the odd one of each hands over and waits
         acc = accumulators(c, recv)
+        fill(c, acc, send, count)
         if me < 2 * extra and me % 2 == 1:
-            fill(c, acc, send, count)
             put(c, e, me - 1, 0, acc, count * width(c))
             wait_copy(c, e, 1, recv, count * itemsize(c))
             return
-        fill(c, acc, send, count)
         if me < 2 * extra:
             wait_reduce(c, e, me + 1, 0, acc, count)
-        mine = me // 2 if me < 2 * extra else me - extra
-        distance, slot = 1, 2
-        while distance < power:
-            other = mine ^ distance
-            partner = 2 * other if other < extra else other + extra
-            put(c, e, partner, slot, acc, count * width(c))
-            wait_reduce(c, e, partner, slot, acc, count)
-            distance, slot = 2 * distance, slot + 1
+        mine = fold(me, extra)
+        for step in range(doublings):
+            partner = unfold(mine ^ (1 << step), extra)
+            put(c, e, partner, 2 + step, acc, count * width(c))
+            wait_reduce(c, e, partner, 2 + step, acc, count)
         finish_to(c, recv, acc, count)
         if me < 2 * extra:
             put(c, e, me + 1, 1, recv, count * itemsize(c))

@@ -37,14 +37,9 @@ def slots(shape: Shape) -> tuple[int, int]:
 )
 def text(v: Any) -> Any:
     rank, size, width, itemsize, begin, put = v.rank, v.size, v.width, v.itemsize, v.begin, v.put
-    wait_copy, wait_reduce, accumulators, fill, finish_to, jit = (
-        v.wait_copy, v.wait_reduce, v.accumulators, v.fill, v.finish_to, v.jit,
+    wait_copy, wait_reduce, accumulators, fill, finish_to, part_at = (
+        v.wait_copy, v.wait_reduce, v.accumulators, v.fill, v.finish_to, v.part_at,
     )  # fmt: skip
-
-    @jit
-    def slice_at(c, count, k):
-        each = (count + size(c) - 1) // size(c)
-        return min(k * each, count)
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
@@ -53,20 +48,20 @@ def text(v: Any) -> Any:
         fill(c, acc, send, count)
         for step in range(n - 1):  # slice (me - step) moves right, slice (me - step - 1) comes and grows
             k = (me - step) % n
-            lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+            lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
             put(c, e, right, step, acc + lo * width(c), (hi - lo) * width(c))
             k = (me - step - 1) % n
-            lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+            lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
             wait_reduce(c, e, left, step, acc + lo * width(c), hi - lo)
         k = (me + 1) % n  # complete now: round it once, here, and pass on what was rounded
-        lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+        lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
         finish_to(c, recv + lo * itemsize(c), acc + lo * width(c), hi - lo)
         for step in range(n - 1):  # slice (me + 1 - step) moves right
             k = (me + 1 - step) % n
-            lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+            lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
             put(c, e, right, n - 1 + step, recv + lo * itemsize(c), (hi - lo) * itemsize(c))
             k = (me - step) % n
-            lo, hi = slice_at(c, count, k), slice_at(c, count, k + 1)
+            lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
             wait_copy(c, e, n - 1 + step, recv + lo * itemsize(c), (hi - lo) * itemsize(c))
 
     return kernel

@@ -94,7 +94,6 @@ def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, setti
     starts = list(accumulate(topology.node_sizes, initial=0))
     tables = {
         "peers": [memory.address(p) + piece.offset for p in range(size)],
-        "everyone": list(range(size)),
         "node_ranks": list(chain.from_iterable(topology.nodes)),
         "node_starts": starts,
         "table": [0] * (4 * size),

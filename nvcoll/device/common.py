@@ -1,8 +1,8 @@
 """Verbs that do not depend on the protocol: where I am, epochs, signals, waiting, and arithmetic on blocks.
 
-Every verb takes the call `c` first, and those that communicate take the call's tag `e` next: the epoch, shifted left by
-STAMP_BITS, and the call's stamp below. A flag is a tag, so flags of another call, or of a call that does not match
-on another rank, are never taken for one's own.
+Every verb but plain arithmetic takes the call `c` first, and those that communicate take the call's tag `e` next: the
+epoch, shifted left by STAMP_BITS, and the call's stamp below. A flag is a tag, so flags of another call, or of a call
+that does not match on another rank, are never taken for one's own.
 
 Two halves of every area take turns by the parity of the epoch. The half of epoch k is written again in epoch
 k + 2, and that is safe without any acknowledgement: a rank begins epoch k + 2 after its epoch k + 1 is complete; a
@@ -17,6 +17,35 @@ BLOCK = 16128
 """Bytes of accumulators that are worked on at a time: half of a first-level cache, and whole lines of any protocol."""
 STAMP_BITS = 24
 """Bits of a tag that tell calls of the same epoch apart; the other 40 are for the epoch."""
+
+
+def part_at(c: Any, count: int, parts: int, k: int) -> int:
+    """Return where part k of a message begins: parts are of the same size, but for the last."""
+    each = (count + parts - 1) // parts
+    return min(k * each, count)
+
+
+def middle(lo: int, hi: int) -> int:
+    """Return where the upper half of a range begins; the lower half is the larger."""
+    return (lo + hi + 1) // 2
+
+
+def log2(n: int) -> int:
+    """Return how often n can be halved: the steps of recursive doubling over n ranks, or the power of two below."""
+    k = 0
+    while n >> (k + 1) > 0:
+        k += 1
+    return k
+
+
+def fold(me: int, extra: int) -> int:
+    """Return my place when ranks 0 .. 2 extra - 1 have folded in pairs, so that a power of two of them is left."""
+    return me // 2 if me < 2 * extra else me - extra
+
+
+def unfold(place: int, extra: int) -> int:
+    """Return which rank has a place after folding; of a pair, it is the even one."""
+    return 2 * place if place < extra else place + extra
 
 
 def verbs(t: Any) -> SimpleNamespace:
@@ -156,6 +185,11 @@ def verbs(t: Any) -> SimpleNamespace:
 
     return SimpleNamespace(
         BLOCK=BLOCK,
+        part_at=jit(part_at),
+        middle=jit(middle),
+        log2=jit(log2),
+        fold=jit(fold),
+        unfold=jit(unfold),
         begin=begin,
         half=half,
         area=area,

@@ -5,7 +5,7 @@ from itertools import accumulate
 from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
-from nvcoll.device.common import BLOCK
+from nvcoll.device.common import BLOCK, fold, log2, part_at, unfold
 
 SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
 
@@ -98,6 +98,10 @@ def verbs(rank, shape, capacity, direct, notes):
     return {
         **{name: lambda c, value=value: value for name, value in constants.items()},
         "BLOCK": BLOCK,
+        "part_at": part_at,
+        "log2": log2,
+        "fold": fold,
+        "unfold": unfold,
         "jit": lambda function: function,
         "begin": begin,
         "load": load,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS
+from nvcoll.device.common import STAMP_BITS, fold, log2, unfold, fold, log2, unfold
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 
@@ -247,15 +247,21 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
         each = (count + parts * unit - 1) // (parts * unit) * unit
         return min(k * each, count)
 
+    @jit
+    def middle(lo, hi):
+        """Return where the upper half of a range begins, on a pack's boundary of it; the lower half is the larger."""
+        unit = BYTES // size_of
+        return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
+
     return SimpleNamespace(
         **{
             **vars(f),
             **{verb.py_func.__name__: verb for verb in (
                 itemsize, width, area, begin, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset, accumulators,
-                get, put_back, copy, fill, finish_to, keep, part_at,
+                get, put_back, copy, fill, finish_to, keep, part_at, middle,
             )},
         },
-        load=load, store=store,
+        load=load, store=store, log2=jit(log2), fold=jit(fold), unfold=jit(unfold),
     )  # fmt: skip
 
 
