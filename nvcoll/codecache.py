@@ -7,6 +7,7 @@ import os
 import stat
 import tempfile
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -35,7 +36,7 @@ class CodeCache:
         path = folder / name
         found = _read(path)
         if found is None:
-            with _locked(folder / "lock"):
+            with _locked(folder / "lock", name):
                 found = _read(path)
                 if found is None:
                     found = make()
@@ -102,8 +103,11 @@ def _write(path: Path, code: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among the processes that share the cache; without one where that is not possible."""
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Hold a file's lock among the processes that share the cache; without one where that is not possible.
+
+    Each name has a byte of the lock file, so that processes which make different files do not wait for each other.
+    """
     try:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
@@ -111,7 +115,7 @@ def _locked(path: Path) -> Iterator[None]:
         return
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.lockf(handle, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))
         yield
     finally:
         os.close(handle)

@@ -131,7 +131,8 @@ def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str)
     with _numba, _architecture(arch) as capability:
         jit = cuda.jit(device=True)
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
-        text = verbs.entry(jit, verbs.vocabulary(jit, a, protocol), a, ALGORITHMS[algorithm].text)
+        schedule = ALGORITHMS[algorithm]
+        text = verbs.entry(jit, verbs.vocabulary(jit, a, protocol), a, schedule.text_for("cuda"), schedule.rounds)
         signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
         ptx, _ = cuda.compile(text, signature, device=False, abi="numba", cc=capability, output="ptx", launch_bounds=THREADS)
     name = re.search(r"\.visible \.entry (\w+)\(", ptx)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -69,6 +69,8 @@ class Algorithm:
         ``text(v)`` returns the kernel ``kernel(c, send, recv, count)`` over the verbs `v`.
     rounds : bool
         Whether messages larger than the scratch memory are cut into rounds for it; else it does that itself.
+    own_texts : dict
+        Target -> text, where a target has one of its own.
     """
 
     name: str
@@ -77,6 +79,20 @@ class Algorithm:
     order: str
     text: Callable[[Any], Any]
     rounds: bool = True
+    own_texts: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def on(self, target: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+        """Register the decorated text for a target that is measurably better off with one of its own."""
+
+        def register(text: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            self.own_texts[target] = text
+            return text
+
+        return register
+
+    def text_for(self, target: str) -> Callable[[Any], Any]:
+        """Return the kernel text for a target."""
+        return self.own_texts.get(target, self.text)
 
     @property
     def _module(self) -> Any:

@@ -130,3 +130,71 @@ def text(v: Any) -> Any:
                 first += capacity(c)
 
     return kernel
+
+
+@text.on("cuda")
+def cuda_text(v: Any) -> Any:
+    """On GPUs a slice is reduced in registers, from where the others have it to where they want it.
+
+    There is no cache of blocks to work in, and thousands of packs must be under way at a time.
+    """
+    rank, size, itemsize, capacity, begin, signal, wait_signal = (
+        v.rank, v.size, v.itemsize, v.capacity, v.begin, v.signal, v.wait_signal,
+    )  # fmt: skip
+    put, wait_reduce_finish, wait_copy, offset, heap_of, part_at, reduce_direct = (
+        v.put, v.wait_reduce_finish, v.wait_copy, v.offset, v.heap_of, v.part_at, v.reduce_direct,
+    )  # fmt: skip
+    table, note, sync, jit = v.private, v.note, v.sync, v.jit
+
+    @jit
+    def agree(c, e, send, recv, count):
+        """Exchange where the buffers lie; return whether all lie in the symmetric heap, on boundaries of packs."""
+        me, n = rank(c), size(c)
+        nbytes = count * itemsize(c)
+        from_, to = offset(c, send, nbytes), offset(c, recv, nbytes)
+        for k in range(1, n):
+            signal(c, e, (me + k) % n, me, from_, to)
+        direct = True
+        for p in range(n):
+            its, its_to = from_, to
+            if p != me:
+                its, its_to = wait_signal(c, e, p)
+            direct = direct and its >= 0 and its_to >= 0 and (its | its_to) & 15 == 0
+            note(table(c) + 8 * p, heap_of(c, p) + its)
+            note(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
+        sync()
+        return direct
+
+    @jit
+    def one_round(c, e, send, recv, count):
+        me, n, at = rank(c), size(c), itemsize(c)
+        for k in range(1, n):
+            p = (me + k) % n
+            lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
+            put(c, e, p, me, send + lo * at, (hi - lo) * at)
+        lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
+        wait_reduce_finish(c, e, n, me, 0, send + lo * at, recv + lo * at, hi - lo)
+        for k in range(1, n):
+            put(c, e, (me + k) % n, n + me, recv + lo * at, (hi - lo) * at)
+        for k in range(1, n):
+            p = (me - k) % n
+            lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
+            wait_copy(c, e, n + p, recv + lo * at, (hi - lo) * at)
+
+    def kernel(c, send, recv, count):
+        e, me, n = begin(c), rank(c), size(c)
+        if agree(c, e, send, recv, count):
+            lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
+            reduce_direct(c, table(c), table(c) + 8 * n, n, me, lo, hi)
+            for k in range(1, n):
+                signal(c, e, (me + k) % n, n + me, 0, 0)
+            for k in range(1, n):
+                wait_signal(c, e, n + (me + k) % n)
+        else:
+            first = 0
+            while first < count:
+                shift = first * itemsize(c)
+                one_round(c, begin(c), send + shift, recv + shift, min(capacity(c), count - first))
+                first += capacity(c)
+
+    return kernel

@@ -152,11 +152,22 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
         return at
 
     @jit
+    def private(c):
+        """Return the address of memory that only this block uses."""
+        return workspace(c) + block() * workspace_block(c)
+
+    @jit
     def accumulators(c, recv):
         """Return where partial results are kept: the result itself, unless they are wider than its elements."""
         if widens:
-            return workspace(c) + block() * workspace_block(c)
+            return private(c)
         return recv
+
+    @jit
+    def note(at, value):
+        """Store 8 bytes that all threads of the block are to see after the next barrier."""
+        if thread() == 0:
+            store(at, value)
 
     @jit
     def get(at, nbytes):
@@ -258,7 +269,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
             **vars(f),
             **{verb.py_func.__name__: verb for verb in (
                 itemsize, width, area, begin, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset, accumulators,
-                get, put_back, copy, fill, finish_to, keep, part_at, middle,
+                get, put_back, copy, fill, finish_to, keep, part_at, middle, private, note,
             )},
         },
         load=load, store=store, log2=jit(log2), fold=jit(fold), unfold=jit(unfold),

@@ -27,6 +27,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
     put_part, put_end, arrival, peek, settle = w.put_part, w.put_end, w.arrival, w.peek, w.settle
     get, put_back, keep, rank, ranks = v.get, v.put_back, v.keep, v.rank, v.ranks
     widen, reduce, finish, stride = a.widen, a.reduce, a.finish, v.stride
+    load, load_shared = ptx.load, ptx.load_shared
     itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
     thread, threads, load_pack, store_pack, sync = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.sync
     _, store_wide = common.wide(jit, accumulates)
@@ -151,15 +152,56 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
             put_back(recv + i, finish(total, ranks(c)), nbytes - i)
             i += step
 
+    @jit
+    def reduce_direct(c, sources, targets, k, me, lo, hi):
+        """Reduce elements lo to hi of the k arrays of a table, in its order, into all k arrays of another."""
+        sync()
+        nbytes = (hi - lo) * itemsize
+        base = lo * itemsize
+        i = thread() * BYTES
+        step = threads() * BYTES
+        while i + 3 * step + BYTES <= nbytes:
+            at = load(sources) + base + i
+            t0, t1, t2, t3 = (
+                load_shared(at), load_shared(at + step), load_shared(at + 2 * step), load_shared(at + 3 * step),
+            )  # fmt: skip
+            s0, s1, s2, s3 = widen(t0), widen(t1), widen(t2), widen(t3)
+            for j in range(1, k):
+                at = load(sources + 8 * j) + base + i
+                t0, t1, t2, t3 = (
+                    load_shared(at), load_shared(at + step), load_shared(at + 2 * step), load_shared(at + 3 * step),
+                )  # fmt: skip
+                s0, s1, s2, s3 = (
+                    reduce(s0, widen(t0)), reduce(s1, widen(t1)), reduce(s2, widen(t2)), reduce(s3, widen(t3)),
+                )  # fmt: skip
+            t0, t1, t2, t3 = finish(s0, ranks(c)), finish(s1, ranks(c)), finish(s2, ranks(c)), finish(s3, ranks(c))
+            for j in range(k):
+                at = load(targets + 8 * ((me + j) % k)) + base + i
+                store_pack(at, t0)
+                store_pack(at + step, t1)
+                store_pack(at + 2 * step, t2)
+                store_pack(at + 3 * step, t3)
+            i += 4 * step
+        while i < nbytes:
+            total = widen(get(load(sources) + base + i, nbytes - i))
+            for j in range(1, k):
+                total = reduce(total, widen(get(load(sources + 8 * j) + base + i, nbytes - i)))
+            result = finish(total, ranks(c))
+            for j in range(k):
+                put_back(load(targets + 8 * ((me + j) % k)) + base + i, result, nbytes - i)
+            i += step
+
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
+    own |= {"reduce_direct": reduce_direct}
     return SimpleNamespace(**{**vars(v), **own}, sync=sync)
 
 
-def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any) -> Any:
+def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool) -> Any:
     """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
 
-    A piece is a complete reduction with an epoch of its own. Parameters are the fields of a call, in their order.
+    A piece is a complete reduction with an epoch of its own. Schedules that cut messages themselves (not `rounds`) get
+    the whole part. Parameters are the fields of a call, in their order.
     """
     kernel = jit(text(v))
     block, blocks = ptx.block, ptx.blocks
@@ -180,7 +222,8 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any) -> Any:
         first = block() * each
         last = min(first + each, count)
         while first < last:
-            kernel(c, send + first * itemsize, recv + first * itemsize, min(capacity, last - first))
-            first += capacity
+            piece = min(capacity, last - first) if rounds else last - first
+            kernel(c, send + first * itemsize, recv + first * itemsize, piece)
+            first += piece
 
     return whole
