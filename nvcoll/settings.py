@@ -1,9 +1,10 @@
 """Every environment variable nvcoll reads, in one table. The documentation and ``nvcoll info`` derive from it."""
 
+import contextlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from nvcoll.errors import ArgumentError
 
 PREFIX = "NVCOLL_"
+BACKENDS = ("auto", "shm", "nvshmem")
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
 LONGEST = 1_000_000
 """Seconds, about eleven days: poll and epoll cannot wait for much longer."""
@@ -47,6 +49,20 @@ class Variable:
 TABLE: tuple[Variable, ...] = (
     Variable("NVCOLL_BOOTSTRAP", "bootstrap", "bootstrap", "auto", "How the ranks find each other."),
     Variable(
+        "NVCOLL_BACKEND",
+        "backend",
+        "backend",
+        "auto",
+        "Where memory is: shm, the host; nvshmem, the GPUs; auto: the GPUs if every rank can use one.",
+    ),
+    Variable(
+        "NVCOLL_DEVICE",
+        "device",
+        "index or auto",
+        "auto",
+        "The GPU of this rank, among those it may use; auto: the ranks of a host take turns.",
+    ),
+    Variable(
         "NVCOLL_TIMEOUT", "timeout", "seconds", "600", "Seconds a call waits for the other ranks; then it raises."
     ),
     Variable("NVCOLL_RULES", "rules", "path", None, "A rules file to use instead of the one in the package."),
@@ -55,7 +71,11 @@ TABLE: tuple[Variable, ...] = (
     ),
     Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
     Variable(
-        "NVCOLL_HEAP", "heap", "bytes or auto", "auto", "Address space reserved per rank; auto: the physical memory."
+        "NVCOLL_HEAP",
+        "heap",
+        "bytes or auto",
+        "auto",
+        "Address space reserved per rank; auto: the physical memory. On GPUs memory; auto: a rank's part of a quarter.",
     ),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
@@ -71,6 +91,8 @@ class Settings:
     """The values in force, one field for each row of `TABLE`."""
 
     bootstrap: str
+    backend: str
+    device: int | None
     timeout: float
     rules: Path | None
     ranks_per_node: int | None
@@ -84,10 +106,13 @@ class Settings:
     key: bytes | None
 
 
-def _bootstrap(text: str) -> str:
-    if text not in BOOTSTRAPS:
-        raise ValueError(text)
-    return text
+def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return parse
 
 
 def _seconds(text: str) -> float:
@@ -137,12 +162,14 @@ def _path(text: str) -> Path:
 
 
 KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "bootstrap": ("one of " + ", ".join(BOOTSTRAPS), _bootstrap),
+    "bootstrap": ("one of " + ", ".join(BOOTSTRAPS), _one_of(BOOTSTRAPS)),
+    "backend": ("one of " + ", ".join(BACKENDS), _one_of(BACKENDS)),
     "seconds": (f"a number of seconds above 0, at most {LONGEST:,}", _seconds),
     "microseconds or auto": ("a number of microseconds, or auto", _or_auto(_microseconds)),
     "bytes": ("a number of bytes, with K, M or G for powers of 1024", _bytes),
     "bytes or auto": ("a number of bytes, with K, M or G for powers of 1024, or auto", _or_auto(_bytes)),
     "count": ("a whole number of 1 or more", lambda text: _whole(text, least=1)),
+    "index or auto": ("a whole number of 0 or more, or auto", _or_auto(lambda text: _whole(text, least=0))),
     "index": ("a whole number of 0 or more", lambda text: _whole(text, least=0)),
     "path": ("a path", _path),
     "host:port": ("host:port", _address),
@@ -226,3 +253,26 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     """
     _warn_unknown(environ)
     return Settings(**{variable.field: value(variable, environ) for variable in TABLE})
+
+
+def foreign(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the value of another library's variable; None if it is unset or empty."""
+    return environ.get(name, "").strip() or None
+
+
+@contextlib.contextmanager
+def lend(variables: Mapping[str, str], environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    """Set other libraries' variables, those that the user left unset, for the time of a ``with`` block.
+
+    The C library's environment changes too, so that native code sees them. They go afterwards: a second use may want
+    other values, and child processes have nothing to do with them.
+    """
+    lent = {name: text for name, text in variables.items() if foreign(name, environ) is None}
+    before = {name: environ[name] for name in lent if name in environ}
+    environ.update(lent)
+    try:
+        yield
+    finally:
+        for name in lent:
+            environ.pop(name, None)
+        environ.update(before)

@@ -9,6 +9,7 @@ from typing import Any
 from nvcoll import _bootstrap, _topology
 from nvcoll import settings as settings_
 from nvcoll.backends.area import Layout, open_area
+from nvcoll.backends.choice import agree_on_backend
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
 from nvcoll.backends.heap import Heap, Piece
 from nvcoll.backends.shm import SharedMemory
@@ -16,7 +17,7 @@ from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
 from nvcoll.planning import Planner, read_rules
 
-AGREED = ("timeout", "ranks_per_node", "scratch", "heap", "spin")
+AGREED = ("backend", "timeout", "ranks_per_node", "scratch", "heap", "spin")
 """Settings on which ranks must not differ: those of rank 0 are in force on all."""
 
 
@@ -79,13 +80,14 @@ def open_world() -> World:
         cores = exchange.allgather(_topology.usable_cpus())
         identities = exchange.allgather(_bootstrap.host_identity())
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
+        backend, _ = agree_on_backend(exchange, settings.backend, topology.host_sizes)
         memory = SharedMemory(exchange, topology, settings.heap)
         undo.callback(memory.close)
         here = topology
         if len(topology.nodes) > 1:  # kernels see the ranks of this node only; `nvcoll.hosts` joins the nodes
             members = topology.nodes[topology.node]
             here = _topology.detect(topology.local_rank, [identities[rank] for rank in members])
-        world = _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, "shm")
+        world = _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, backend)
         undo.pop_all()
     return world
 

@@ -7,10 +7,12 @@ import struct
 from pathlib import Path
 
 cdef object QUOTA = struct.Struct("<I")
+cdef tuple NICS = ("infiniband", "cxi")  # folders of /sys/class
 
 
 cdef class Topology:
-    """The nodes of a communicator, seen from one rank. All but `rank`, `node` and `local_rank` are equal on all ranks.
+    """The nodes of a communicator, seen from one rank. What depends on the rank: `rank`, `node`, `local_rank`,
+    `host_rank`, `ranks_on_my_gpu`; all else is equal on all ranks.
 
     Attributes
     ----------
@@ -26,14 +28,22 @@ cdef class Topology:
         Whether all nodes have the same number of ranks.
     hosts
         How many hosts there are; fewer than nodes if ``ranks_per_node`` splits hosts.
+    host_sizes
+        How many ranks each host has, ordered by the first rank of each.
+    host_rank
+        Which of the ranks of its host this one is.
+    gpus
+        The GPU of every rank, or None.
+    ranks_on_my_gpu
+        World ranks that share the GPU of this one, itself included; empty without GPUs.
     cores
         The CPUs that the ranks of a host may use together; the least of any host.
     oversubscribed
         Whether some host has more ranks than such CPUs.
     """
 
-    cdef readonly int rank, size, node, local_rank, hosts, cores
-    cdef readonly tuple nodes, node_sizes
+    cdef readonly int rank, size, node, local_rank, hosts, host_rank, cores
+    cdef readonly tuple nodes, node_sizes, host_sizes, gpus, ranks_on_my_gpu
     cdef readonly bint uniform, oversubscribed
 
     def __repr__(self):
@@ -43,7 +53,7 @@ cdef class Topology:
         )
 
 
-def detect(rank, identities, ranks_per_node=None, cores=1):
+def detect(rank, identities, ranks_per_node=None, cores=1, gpus=None):
     """Return the topology that follows from facts which all ranks have exchanged.
 
     Parameters
@@ -56,6 +66,8 @@ def detect(rank, identities, ranks_per_node=None, cores=1):
         Split the ranks of each host, in rank order, into nodes of so many; the last may have fewer. None: do not.
     cores
         CPUs that the ranks of a host may use: a number, or `usable_cpus` of every rank.
+    gpus
+        A name for the GPU of every rank that no other GPU anywhere has, such as its UUID; None: there are none.
 
     Returns
     -------
@@ -64,12 +76,14 @@ def detect(rank, identities, ranks_per_node=None, cores=1):
     Raises
     ------
     ValueError
-        `rank` is none of those with an identity, `ranks_per_node` is below 1, or `cores` has another length.
+        `rank` is none of those with an identity, `ranks_per_node` is below 1, or `cores` or `gpus` has another length.
     """
     if not 0 <= rank < len(identities):
         raise ValueError(f"detect: there is no rank {rank} among {len(identities)}")
     if ranks_per_node is not None and ranks_per_node < 1:
         raise ValueError(f"detect: ranks_per_node should be 1 or more, got {ranks_per_node}")
+    if gpus is not None and len(gpus) != len(identities):
+        raise ValueError(f"detect: {len(identities)} ranks, but {len(gpus)} names of GPUs")
     hosts = {}
     for other, identity in enumerate(identities):
         hosts.setdefault(identity, []).append(other)
@@ -83,6 +97,10 @@ def detect(rank, identities, ranks_per_node=None, cores=1):
     self.uniform = len(set(self.node_sizes)) == 1
     self.node = next(number for number, node in enumerate(self.nodes) if rank in node)
     self.local_rank = self.nodes[self.node].index(rank)
+    self.host_sizes = tuple(len(ranks) for ranks in hosts.values())
+    self.host_rank = hosts[identities[rank]].index(rank)
+    self.gpus = None if gpus is None else tuple(gpus)
+    self.ranks_on_my_gpu = () if gpus is None else tuple(r for r, gpu in enumerate(gpus) if gpu == gpus[rank])
     self.cores = min(by_host)
     self.oversubscribed = any(len(ranks) > available for ranks, available in zip(hosts.values(), by_host))
     return self
@@ -112,6 +130,11 @@ def usable_cpus(root="/"):
     return QUOTA.pack(0xFFFFFFFF if quota is None else quota) + mask.to_bytes((mask.bit_length() + 7) // 8, "little")
 
 
+def nics(root="/"):
+    """Return the names of the network adapters that NVSHMEM can use: InfiniBand, RoCE and EFA, and Slingshot."""
+    return sorted(entry.name for kind in NICS for entry in (Path(root) / "sys/class" / kind).glob("*"))
+
+
 def hardware(root="/"):
     """Return what ``nvcoll info`` tells of this host, from ``/proc`` and ``/sys``; None stands for what they lack.
 
@@ -125,7 +148,7 @@ def hardware(root="/"):
     dict
         cpu_model; cpus (online), usable_cpus (by affinity and quota), physical_cores, numa_nodes; cpu_features (vector
         extensions); cache_bytes (the largest cache of CPU 0); memory_bytes, shm_bytes, shm_free_bytes; gpus (models),
-        gpu_driver.
+        gpu_driver; nics (adapters that remote memory can be reached through).
     """
     root = Path(root)
     shm = _file_system(root / "dev/shm")
@@ -142,6 +165,7 @@ def hardware(root="/"):
         "shm_free_bytes": None if shm is None else shm.f_frsize * shm.f_bavail,
         "gpus": _gpus(root),
         "gpu_driver": _matched(root / "proc/driver/nvidia/version", r"Kernel Module.*?\s(\d+\.[\d.]+)\s"),
+        "nics": nics(root) or None,
     }
 
 

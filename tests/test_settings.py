@@ -1,5 +1,6 @@
 """The table of environment variables, and what `read` makes of them."""
 
+import ctypes
 import dataclasses
 import subprocess
 import sys
@@ -31,11 +32,11 @@ def test_every_row_is_complete(variable):
 
 def test_defaults():
     found = settings.read({"HOME": "/home/someone"})
-    assert found.bootstrap == "auto"
+    assert found.bootstrap == found.backend == "auto"
     assert found.timeout == 600.0
     assert found.scratch == 8 << 20
     assert found.cache_dir == Path("~/.cache/nvcoll").expanduser()
-    assert found.rules is found.ranks_per_node is found.heap is found.spin is None
+    assert found.rules is found.ranks_per_node is found.heap is found.spin is found.device is None
     assert found.rank is found.size is found.rendezvous is found.key is None
 
 
@@ -58,6 +59,9 @@ def test_settings_cannot_be_changed():
     ("field", "text", "value"),
     [
         ("bootstrap", "torchrun", "torchrun"),
+        ("backend", "nvshmem", "nvshmem"),
+        ("device", "3", 3),
+        ("device", "Auto", None),
         ("timeout", "0.25", 0.25),
         ("timeout", " 1e3 ", 1000.0),
         ("rules", "/etc/rules.json", Path("/etc/rules.json")),
@@ -86,6 +90,8 @@ def test_accepted(field, text, value):
     ("field", "text", "accepted"),
     [
         ("bootstrap", "slurm", "one of auto, run, torchrun, mpi, single"),
+        ("backend", "cuda", "one of auto, shm, nvshmem"),
+        *[("device", text, "0 or more, or auto") for text in ("-1", "cuda:0")],
         *[("timeout", text, "seconds above 0") for text in ("0", "-1", "nan", "inf", "1e7", "soon", "5s")],
         *[("ranks_per_node", text, "1 or more") for text in ("0", "-2", "1.5", "two", "\u0661")],
         *[("scratch", text, "K, M or G") for text in ("0", "8T", "1.5M", "M", "-8M", "9" * 18 + "G", "auto")],
@@ -128,6 +134,36 @@ def test_known_and_foreign_variables_give_none():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         settings.read({variable.name: "" for variable in settings.TABLE} | {"NVCC": "1", "XNVCOLL_A": "2"})
+
+
+def test_what_is_lent_to_other_libraries_is_what_the_user_left_unset():
+    environ = {"SET": "theirs", "EMPTY": ""}
+    with settings.lend({"SET": "ours", "EMPTY": "1", "NEW": "2"}, environ):
+        assert environ == {"SET": "theirs", "EMPTY": "1", "NEW": "2"}
+    assert environ == {"SET": "theirs", "EMPTY": ""}
+
+
+def test_what_is_lent_is_seen_by_native_code_and_goes_after_an_error(monkeypatch):
+    monkeypatch.delenv("OF_SOMEBODY_ELSE", raising=False)
+    seen = []
+
+    def use():
+        with settings.lend({"OF_SOMEBODY_ELSE": "here"}):
+            seen.append(ctypes.string_at(getenv(b"OF_SOMEBODY_ELSE")))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        use()
+    assert seen == [b"here"]
+    assert settings.foreign("OF_SOMEBODY_ELSE") is None
+    assert getenv(b"OF_SOMEBODY_ELSE") is None
+
+
+def getenv(name):
+    """What native code finds."""
+    find = ctypes.CDLL(None).getenv
+    find.restype = ctypes.c_void_p
+    return find(name)
 
 
 def test_the_leaves_import_nothing_of_nvcoll():

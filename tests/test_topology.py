@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvcoll._topology import detect, hardware, usable_cpus
+from nvcoll._topology import detect, hardware, nics, usable_cpus
 
 A, B, C = b"a", b"b", b"c"
 
@@ -39,6 +39,31 @@ def test_nodes(identities, ranks_per_node, nodes, hosts):
         assert found.uniform == (len(set(map(len, nodes))) == 1)
         assert (found.rank, found.size) == (rank, len(identities))
         assert nodes[found.node][found.local_rank] == rank
+
+
+def test_hosts():
+    found = [detect(rank, [B, A, B, B, A], ranks_per_node=1) for rank in range(5)]
+    assert [one.host_rank for one in found] == [0, 0, 1, 2, 1]
+    assert {one.host_sizes for one in found} == {(3, 2)}
+
+
+def test_gpus():
+    names = ["GPU-1", "GPU-2", "GPU-1"]
+    found = [detect(rank, [A] * 3, gpus=names) for rank in range(3)]
+    assert [one.ranks_on_my_gpu for one in found] == [(0, 2), (1,), (0, 2)]
+    assert found[1].gpus == ("GPU-1", "GPU-2", "GPU-1")
+    without = detect(0, [A] * 3)
+    assert (without.gpus, without.ranks_on_my_gpu) == (None, ())
+    with pytest.raises(ValueError, match="detect: 3 ranks, but 2 names of GPUs"):
+        detect(0, [A] * 3, gpus=names[:2])
+
+
+def test_nics(tmp_path):
+    assert nics(tmp_path) == []
+    for name in ("infiniband/mlx5_1", "infiniband/mlx5_0", "cxi/cxi0", "net/eth0"):
+        (tmp_path / "sys/class" / name).mkdir(parents=True)
+    assert nics(tmp_path) == ["cxi0", "mlx5_0", "mlx5_1"]
+    assert hardware(tmp_path)["nics"] == nics(tmp_path)
 
 
 @given(st.lists(st.sampled_from([A, B, C]), min_size=1, max_size=40), st.none() | st.integers(1, 9), st.data())
@@ -171,6 +196,7 @@ def test_hardware_is_read_from_proc_and_sys(tmp_path):
         "shm_bytes": shm.f_frsize * shm.f_blocks,
         "gpus": ["NVIDIA H200", "NVIDIA H200"],
         "gpu_driver": "580.95.05",
+        "nics": None,
     }
 
 

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from nvcoll.errors import AllocationError
+from nvcoll.errors import AllocationError, Error
 
 
 def physical_memory() -> int:
@@ -11,18 +11,15 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def agree(exchange: Any, data: bytes, problem: str, what: str) -> list[bytes]:
-    """Exchange bytes, and raise on all ranks if any of them has a problem.
+def agree(exchange: Any, data: bytes, problem: str, what: str, kind: type[Error] = AllocationError) -> list[bytes]:
+    """Exchange bytes, and raise an error of `kind` on all ranks if any of them has a problem.
 
-    Raises
-    ------
-    AllocationError
-        Naming the first rank with a problem, and what it said.
+    The message names the first rank with a problem, and what it said.
     """
     found = exchange.allgather(bytes([bool(problem)]) + (problem.encode() if problem else data))
     for rank, answer in enumerate(found):
         if answer[0]:
-            raise AllocationError(f"{what}: rank {rank}: {answer[1:].decode(errors='replace')}")
+            raise kind(f"{what}: rank {rank}: {answer[1:].decode(errors='replace')}")
     return [answer[1:] for answer in found]
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from nvcoll.backends.group import Member, agree, physical_memory
-from nvcoll.errors import AllocationError
+from nvcoll.errors import AllocationError, BootstrapError
 
 
 class Exchange:
@@ -38,6 +38,10 @@ class TestAgree:
             agree(Exchange(*others), b"a", problem, "it")
         assert str(caught.value) == message
         assert isinstance(caught.value, MemoryError)
+
+    def test_an_error_of_the_callers_kind(self):
+        with pytest.raises(BootstrapError, match=r"^it: rank 1: no$"):
+            agree(Exchange(b"\1no", b"\0"), b"", "", "it", BootstrapError)
 
 
 class Segment:

@@ -1,0 +1,328 @@
+"""Processes with a GPU each: NVSHMEM's symmetric memory, one reservation a rank, mapped by the peers that can.
+
+NVSHMEM starts over nvcoll's own exchange, with a unique id of rank 0, so that it needs no MPI. It counts who starts it:
+where other code of the process did, its start is used, and its end is left to it. A GPU may serve several ranks;
+NVSHMEM's own collectives then end the process, so that none is called here but those which do without.
+"""
+
+import ctypes
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nvcoll import _topology
+from nvcoll import settings as settings_
+from nvcoll.backends import driver
+from nvcoll.backends.agreement import Facts, plan, size_of
+from nvcoll.backends.group import Member, agree
+from nvcoll.errors import AllocationError, BootstrapError, Error, TimeoutError
+
+CLOSING = b"c" + bytes(8)
+"""What ranks say that close; the heap's own messages have the same form, so that a rank which allocates notices."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The parts of NVSHMEM that this process would use.
+
+    Attributes
+    ----------
+    package, library, headers
+        Versions of nvshmem4py, of the host library, and of what kernels are linked with; None: not installed.
+    library_path, headers_path
+        Where the latter two are.
+    """
+
+    package: str
+    library: str
+    library_path: str
+    headers: str | None
+    headers_path: str | None
+
+
+def find() -> Found:
+    """Return what there is of NVSHMEM. Needs no GPU.
+
+    Raises
+    ------
+    BootstrapError
+        Something is missing, or the parts do not fit each other.
+    """
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory, load_nvidia_dynamic_lib
+        from nvshmem import __version__, bindings
+    except ImportError as exc:
+        raise BootstrapError(f'nvshmem4py is not installed ({exc}); pip install "nvcoll[cuda]"') from exc
+    try:
+        path = load_nvidia_dynamic_lib("nvshmem_host").abs_path
+    except RuntimeError as exc:
+        raise BootstrapError(f"libnvshmem_host does not load ({exc}); pip install nvidia-nvshmem-cu13") from exc
+    parts = [ctypes.c_int() for _ in range(3)]
+    bindings.vendor_get_version_info(*(ctypes.addressof(part) for part in parts))
+    library = ".".join(str(part.value) for part in parts)
+    folder = find_nvidia_header_directory("nvshmem")
+    found = Found(str(__version__), library, str(path), _headers(folder), folder and str(folder))
+    if found.headers is not None and _series(found.headers) != _series(found.library):
+        raise BootstrapError(
+            f"NVSHMEM {found.library} was found at {found.library_path} (host library), {found.headers} at "
+            f"{found.headers_path} (device part); install one: pip install --force-reinstall nvidia-nvshmem-cu13"
+        )
+    return found
+
+
+def _headers(folder: str | None) -> str | None:
+    """Return the version that the headers tell, which lie beside the device library."""
+    try:
+        lines = Path(folder or "/nowhere", "non_abi/nvshmem_version.h").read_text().splitlines()
+    except OSError:
+        return None
+    words = {name: value for _, name, value in (line.split() for line in lines if len(line.split()) == 3)}
+    return ".".join(words.get(f"NVSHMEM_VENDOR_{part}_VERSION", "?") for part in ("MAJOR", "MINOR", "PATCH"))
+
+
+def _series(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def usable() -> str | None:
+    """Return why this process cannot use NVSHMEM, or None. Makes no context; without a driver it imports nothing."""
+    reason = driver.available()
+    if reason is not None:
+        return reason
+    try:
+        find()
+    except BootstrapError as exc:
+        return str(exc)
+    return None
+
+
+class SymmetricMemory(Member):
+    """One rank's view of the heaps of all ranks, on their GPUs. Collective over `exchange`.
+
+    Parameters
+    ----------
+    exchange
+        Byte exchange among all ranks.
+    topology
+        Which of them share a host.
+    settings
+        ``device``, ``heap`` and ``timeout`` are looked at.
+
+    Attributes
+    ----------
+    device
+        The GPU of this rank.
+    gpus
+        UUIDs of the GPUs of all ranks.
+    """
+
+    def __init__(self, exchange: Any, topology: Any, settings: Any) -> None:
+        self._base = 0
+        self._ours = False
+        self.exchange = exchange
+        self.device: driver.Device | None = None
+
+        def look() -> bytes:
+            self.device = _device(settings.device, topology.host_rank)
+            return json.dumps(asdict(_look(self.device))).encode()
+
+        answers = self._together("NVSHMEM cannot be used", look)
+        everyone = [Facts(**json.loads(answer)) for answer in answers]
+        self.gpus = tuple(facts.gpu for facts in everyone)
+        start = plan(everyone, topology.host_sizes, settings.heap)
+        super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, start.extent, -1)
+        with settings_.lend(start.variables):
+            if start.stage < 2:
+                answers = self._together("NVSHMEM gives no unique id", lambda: _unique_id(exchange.rank, start.stage))
+                identity = answers[0]
+                self._together("NVSHMEM does not start", lambda: self._start(identity, settings.timeout))
+        try:
+            self._together("NVSHMEM cannot be used", self._check_ranks)
+            self._together("NVSHMEM has no memory", self._reserve, AllocationError)
+            self._together("NVSHMEM cannot be used", self._check_device)
+        except Error:
+            self._base = 0  # a rank may have none, and to free would wait for it; all goes when NVSHMEM ends
+            self.close()
+            raise
+        self.addresses = self._addresses()
+
+    def address(self, place: int) -> int:
+        """Return where the heap of a rank begins, as seen from this GPU; 0 where it cannot be loaded from."""
+        return self.addresses[place]
+
+    def take(self, offset: int, nbytes: int) -> None:
+        """Check that a range lies in the heap: its memory was taken with the reservation."""
+        if not 0 <= offset <= offset + nbytes <= self.extent:
+            raise ValueError(f"take: {nbytes} bytes at {offset} are not in the heap of {self.extent} bytes")
+
+    def give(self, offset: int, nbytes: int) -> None:
+        """Check that a range lies in the heap: its memory goes with the reservation."""
+        self.take(offset, nbytes)
+
+    def close(self) -> None:
+        """Free the memory and end NVSHMEM, if all ranks do so. If one is gone, both are left to the process's end.
+
+        Both are collective inside NVSHMEM, without a deadline: they would wait for the lost rank for ever.
+        """
+        base, ours, self._base, self._ours = self._base, self._ours, 0, False
+        if not (base or ours) or self.device is None:
+            return
+        try:
+            together = set(self.exchange.allgather(CLOSING)) == {CLOSING}
+        except Error:
+            together = False
+        if together:
+            with self.device:
+                _end(base, ours)
+        self.device.close()
+
+    def _together(self, what: str, act: Callable[[], bytes], kind: type[Error] = BootstrapError) -> list[bytes]:
+        """Let every rank act, and return what they gave; raise on all if one failed."""
+        data, problem = b"", ""
+        try:
+            data = act()
+        except Exception as exc:  # whatever it is, the other ranks wait to hear of it
+            problem = str(exc) if isinstance(exc, Error) else f"{type(exc).__name__}: {exc}"
+        return agree(self.exchange, data, problem, what, kind)
+
+    def _start(self, identity: bytes, timeout: float) -> bytes:
+        """Start NVSHMEM on a thread of its own: it pins the calling thread to the CPUs near the GPU, and may hang."""
+
+        def start() -> None:
+            from cuda import core
+            from nvshmem import bindings
+            from nvshmem import core as nvshmem
+
+            uid = nvshmem.get_unique_id(empty=True)
+            ctypes.memmove(uid.ptr, identity, bindings.uniqueid_dtype.itemsize)
+            assert self.device is not None
+            with self.device:
+                nvshmem.init(
+                    device=core.Device(self.device.ordinal),
+                    uid=uid,
+                    rank=self.exchange.rank,
+                    nranks=self.exchange.size,
+                    initializer_method="uid",
+                )
+
+        within(timeout, "NVSHMEM", start)
+        self._ours = True
+        return b""
+
+    def _check_ranks(self) -> bytes:
+        from nvshmem import bindings
+
+        mine, runs = (self.exchange.rank, self.exchange.size), (bindings.my_pe(), bindings.n_pes())
+        if mine != runs:
+            raise BootstrapError(
+                f"it was started by other code, this rank being {runs[0]} of {runs[1]}, to nvcoll it is {mine[0]} of "
+                f"{mine[1]}; number the ranks alike"
+            )
+        return b""
+
+    def _reserve(self) -> bytes:
+        from nvshmem import bindings
+
+        assert self.device is not None
+        with self.device:
+            # Not `nvshmem.core.buffer`: its objects raise at the process's end if they could not be freed before.
+            self._base = bindings.malloc(self.extent)
+        if not self._base:
+            raise AllocationError(
+                f"a heap takes {self.extent} bytes; free memory of the GPU, lower NVCOLL_HEAP or raise "
+                "NVSHMEM_SYMMETRIC_SIZE"
+            )
+        return b""
+
+    def _check_device(self) -> bytes:
+        assert self.device is not None
+        with self.device:
+            found = driver.ordinal_of(self._base)
+        if found != self.device.ordinal:
+            raise BootstrapError(
+                f"it was started by other code, on GPU {found}, nvcoll was to use {self.device.ordinal}; "
+                f"set NVCOLL_DEVICE={found}"
+            )
+        return b""
+
+    def _addresses(self) -> list[int]:
+        from nvshmem import bindings
+
+        assert self.device is not None
+        with self.device:
+            return [self._base if place == self.place else bindings.ptr(self._base, place) for place in self.members]
+
+
+def _device(wanted: int | None, host_rank: int) -> driver.Device:
+    """Return the GPU of a rank: the one it wants, else the ranks of a host take turns."""
+    reason = usable()
+    if reason is not None:
+        raise BootstrapError(reason)
+    return driver.Device(host_rank % driver.count() if wanted is None else wanted)
+
+
+def _look(device: driver.Device) -> Facts:
+    from nvshmem import bindings
+
+    found = find()
+    with device:
+        free, total = driver.memory_info()
+    chosen = ("NVSHMEM_REMOTE_TRANSPORT", "NVSHMEM_DISABLE_P2P", "NVSHMEM_IB_ENABLE_IBGDA")
+    return Facts(
+        gpu=driver.uuid(device.ordinal),
+        total=total,
+        free=free,
+        library=found.library,
+        library_path=found.library_path,
+        stage=min(2, bindings.init_status()),
+        limit=size_of(settings_.foreign("NVSHMEM_SYMMETRIC_SIZE")),
+        on_host=(settings_.foreign("NVSHMEM_HEAP_KIND") or "").upper() == "SYSMEM",
+        wired=bool(_topology.nics()) or any(settings_.foreign(name) for name in chosen),
+    )
+
+
+def _unique_id(rank: int, stage: int) -> bytes:
+    """Return the id by which the ranks find rank 0; the others, and those that know each other, need none of theirs."""
+    from nvshmem import bindings
+    from nvshmem import core as nvshmem
+
+    uid = nvshmem.get_unique_id(empty=rank != 0 or stage > 0)
+    return ctypes.string_at(uid.ptr, bindings.uniqueid_dtype.itemsize)
+
+
+def _end(base: int, ours: bool) -> None:
+    from nvshmem import bindings
+    from nvshmem import core as nvshmem
+
+    if base:
+        bindings.free(base)
+    if ours:
+        nvshmem.finalize()
+
+
+def within(seconds: float, what: str, act: Callable[[], None]) -> None:
+    """Run a function on a thread of its own, and wait for it no longer than that.
+
+    Raises
+    ------
+    TimeoutError
+        It takes longer; its thread stays behind.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as exc:  # raised again by the caller's thread
+            raised.append(exc)
+
+    thread = threading.Thread(target=run, daemon=True, name=f"nvcoll: {what}")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"{what}: expected an answer within {seconds:g} s, none came; raise NVCOLL_TIMEOUT")
+    if raised:
+        raise raised[0]
