@@ -138,7 +138,8 @@ class Device:
         with self._lock:
             if self._context is None:
                 self._context = _call("cuDevicePrimaryCtxRetain", self._device)
-                self._release = weakref.finalize(self, _release, self._device)
+                # Its error, if any, is ignored: it tells that the context is gone, which is what is wanted.
+                self._release = weakref.finalize(self, _driver().cuDevicePrimaryCtxRelease, self._device)
                 self._release.atexit = False  # the driver may have ended before
             context = self._context
         _call("cuCtxPushCurrent", context)
@@ -149,10 +150,6 @@ class Device:
 
     def __repr__(self) -> str:
         return f"<Device {self.ordinal}: {self.name}, {self.arch}>"
-
-
-def _release(device: Any) -> None:
-    _driver().cuDevicePrimaryCtxRelease(device)  # an error tells that the context is gone, which is what is wanted
 
 
 def allocate(nbytes: int) -> int:

@@ -200,13 +200,16 @@ class SymmetricMemory(Member):
             ctypes.memmove(uid.ptr, identity, bindings.uniqueid_dtype.itemsize)
             assert self.device is not None
             with self.device:
-                nvshmem.init(
-                    device=core.Device(self.device.ordinal),
-                    uid=uid,
-                    rank=self.exchange.rank,
-                    nranks=self.exchange.size,
-                    initializer_method="uid",
-                )
+                try:
+                    nvshmem.init(
+                        device=core.Device(self.device.ordinal),
+                        uid=uid,
+                        rank=self.exchange.rank,
+                        nranks=self.exchange.size,
+                        initializer_method="uid",
+                    )
+                except Exception as exc:  # its own class, or the bindings'
+                    raise BootstrapError(f"{type(exc).__name__}: {exc}; NVSHMEM_DEBUG=INFO tells more") from exc
 
         within(timeout, "NVSHMEM", start)
         self._ours = True
