@@ -75,7 +75,7 @@ TABLE: tuple[Variable, ...] = (
         "heap",
         "bytes or auto",
         "auto",
-        "Address space reserved per rank; auto: the physical memory. On GPUs memory; auto: a rank's part of a quarter.",
+        "Heap of a rank; auto: address space for the physical memory, on GPUs a quarter of the GPU for all its ranks.",
     ),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),

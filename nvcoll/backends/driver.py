@@ -7,7 +7,6 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 
 import threading
 import uuid as uuid_
-import weakref
 from typing import Any, Self
 
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
@@ -67,7 +66,8 @@ def uuid(ordinal: int) -> str:
 class Device:
     """A GPU, with its primary context. ``with device:`` makes it current on this thread, and restores what was.
 
-    The context is taken by the first ``with``: to ask for a name makes none.
+    The context is taken by the first ``with``, to ask for a name makes none; it is given back by `close` only, since
+    memory in it may outlive this object.
 
     Parameters
     ----------
@@ -111,7 +111,6 @@ class Device:
         self.max_threads_per_multiprocessor = self.attribute("max_threads_per_multiprocessor")
         self._lock = threading.Lock()
         self._context: Any = None
-        self._release: Any = None
 
     def attribute(self, name: str) -> int:
         """Return an attribute: a name of ``CUdevice_attribute`` without its prefix, in any case.
@@ -130,17 +129,14 @@ class Device:
     def close(self) -> None:
         """Release the primary context, which ends when nobody in this process uses it any more."""
         with self._lock:
-            if self._context is not None:
-                self._release()
-            self._context = self._release = None
+            context, self._context = self._context, None
+        if context is not None:
+            _call("cuDevicePrimaryCtxRelease", self._device)
 
     def __enter__(self) -> Self:
         with self._lock:
             if self._context is None:
                 self._context = _call("cuDevicePrimaryCtxRetain", self._device)
-                # Its error, if any, is ignored: it tells that the context is gone, which is what is wanted.
-                self._release = weakref.finalize(self, _driver().cuDevicePrimaryCtxRelease, self._device)
-                self._release.atexit = False  # the driver may have ended before
             context = self._context
         _call("cuCtxPushCurrent", context)
         return self

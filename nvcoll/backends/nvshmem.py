@@ -177,7 +177,7 @@ class SymmetricMemory(Member):
         if together:
             with self.device:
                 _end(base, ours)
-        self.device.close()
+            self.device.close()
 
     def _together(self, what: str, act: Callable[[], bytes], kind: type[Error] = BootstrapError) -> list[bytes]:
         """Let every rank act, and return what they gave; raise on all if one failed."""

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "info",
         help="tell versions, settings and hardware",
-        description="Tell what nvcoll sees here. It starts no MPI, no GPU driver and no communication.",
+        description="Tell what nvcoll sees here. It starts no MPI and no communication, and uses no memory of a GPU.",
         allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="write one JSON object")
@@ -37,6 +38,7 @@ def facts(environ: Mapping[str, str]) -> dict[str, Any]:
         "settings": settings_in_force(environ),
         "bootstrap": bootstrap(environ),
         "hardware": hardware(),
+        "gpus": gpus(environ),
         "cache": cache(environ),
     }
 
@@ -93,6 +95,30 @@ def hardware() -> dict[str, Any]:
     return {"host": platform.node(), **_topology.hardware()}
 
 
+def gpus(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return the GPUs that this process may use, NVSHMEM, and the backend that a rank like it would get."""
+    from nvcoll.backends import driver, nvshmem
+    from nvcoll.backends.choice import choose
+
+    found: dict[str, Any] = {"problem": driver.available(), "driver_cuda": None, "devices": []}
+    if found["problem"] is None:
+        found["driver_cuda"] = ".".join(map(str, driver.driver_version()))
+        for device in map(driver.Device, range(driver.count())):
+            told = {"name": device.name, "arch": device.arch, "memory_bytes": device.nbytes}
+            found["devices"].append(told | {"uuid": driver.uuid(device.ordinal)})
+    try:
+        found["nvshmem"] = {"problem": None, **asdict(nvshmem.find())}
+    except Error as error:
+        found["nvshmem"] = {"problem": str(error)}
+    try:
+        kind, reason = choose(settings.read(environ).backend, [nvshmem.usable()], [1])
+    except Error as error:
+        found["backend"] = {"kind": None, "reason": str(error)}
+    else:
+        found["backend"] = {"kind": kind, "reason": reason}
+    return found
+
+
 def cache(environ: Mapping[str, str]) -> dict[str, Any]:
     """Return where compiled kernels are kept, how many bytes they are, and whether more can be written."""
     variable = next(variable for variable in settings.TABLE if variable.field == "cache_dir")
@@ -125,7 +151,8 @@ def _rows(told: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
     known = {name: "unknown" if value is None else value for name, value in machine.items()}
     memory, shm, free = (_size(machine[name]) for name in ("memory_bytes", "shm_bytes", "shm_free_bytes"))
-    gpus = "none" if machine["gpus"] is None else ", ".join(machine["gpus"]) + f"; driver {known['gpu_driver']}"
+    models = "none" if machine["gpus"] is None else ", ".join(machine["gpus"]) + f"; driver {known['gpu_driver']}"
+    adapters = "none" if machine["nics"] is None else ", ".join(machine["nics"])
     features = "unknown" if machine["cpu_features"] is None else " ".join(machine["cpu_features"])
     return [
         ("Versions", [(name, version or "not installed") for name, version in told["versions"].items()]),
@@ -141,9 +168,11 @@ def _rows(told: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("NUMA nodes", str(known["numa_nodes"])),
                 ("largest cache", _size(machine["cache_bytes"])),
                 ("memory", f"{memory}; /dev/shm {shm}, {free} free"),
-                ("GPUs", gpus),
+                ("GPUs", models),
+                ("network adapters", adapters),
             ],
         ),
+        ("GPUs", _gpu_rows(told["gpus"])),
         (
             "Compiled kernels",
             [
@@ -151,6 +180,22 @@ def _rows(told: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("files", f"{kernels['files']}, {_size(kernels['bytes'])}"),
             ],
         ),
+    ]
+
+
+def _gpu_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
+    devices = [
+        (f"GPU {number}", f"{one['name']}, {_size(one['memory_bytes'])}, {one['arch']}, {one['uuid']}")
+        for number, one in enumerate(told["devices"])
+    ]
+    library = told["nvshmem"]
+    versions = library["problem"] or f"{library['library']}, nvshmem4py {library['package']}; {library['library_path']}"
+    backend = told["backend"]
+    return [
+        *devices,
+        ("CUDA of the driver", told["problem"] or told["driver_cuda"]),
+        ("NVSHMEM", versions),
+        ("backend", f"{backend['kind'] or 'none'} ({backend['reason']})"),
     ]
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from nvcoll import cli, settings
+from nvcoll.backends.choice import OPENS
 from nvcoll.cli import info
+from tests.fake_cuda import FakeDriver, install
+from tests.fake_nvshmem import FakeNvshmem
 
 NVCOLL = str(Path(sys.executable).with_name("nvcoll"))
 
@@ -43,14 +46,14 @@ def facts(told):
 def test_json_has_all_sections(facts):
     status, found = facts()
     assert status == 0
-    assert list(found) == ["versions", "settings", "bootstrap", "hardware", "cache"]
+    assert list(found) == ["versions", "settings", "bootstrap", "hardware", "gpus", "cache"]
 
 
 def test_text_has_all_sections(told):
     status, output, errors = told()
     assert (status, errors) == (0, "")
     titles = [line for line in output.splitlines() if not line.startswith(" ")]
-    assert titles == ["Versions", "Settings", "Ranks", "Hardware", "Compiled kernels"]
+    assert titles == ["Versions", "Settings", "Ranks", "Hardware", "GPUs", "Compiled kernels"]
     assert re.search(r"^  NVCOLL_TIMEOUT +600 \(default\)$", output, re.MULTILINE)
     assert re.search(r"^  bootstrap +single \(no launcher's variables are set\)$", output, re.MULTILINE)
 
@@ -125,10 +128,50 @@ def test_text_where_nothing_is_known(told, monkeypatch, tmp_path):
 
 def test_text_of_a_machine_with_gpus(told, monkeypatch):
     machine = info.hardware() | {"gpus": ["NVIDIA H200"] * 2, "gpu_driver": "580.1", "shm_bytes": 1536}
-    monkeypatch.setattr(info, "hardware", lambda: machine)
+    monkeypatch.setattr(info, "hardware", lambda: machine | {"nics": ["mlx5_0", "mlx5_1"]})
     _, output, _ = told()
+    assert re.search(r"network adapters +mlx5_0, mlx5_1$", output, re.MULTILINE)
     assert re.search(r"GPUs +NVIDIA H200, NVIDIA H200; driver 580\.1", output)
     assert re.search(r"memory +.*; /dev/shm 1\.5 KiB,", output)
+
+
+class TestGpus:
+    @pytest.fixture
+    def driver(self, monkeypatch, tmp_path):
+        driver = FakeDriver()
+        install(monkeypatch, driver)
+        FakeNvshmem(driver, tmp_path).install(monkeypatch)
+        return driver
+
+    def test_what_there_is(self, facts, told, driver):
+        _, found = facts()
+        first = found["gpus"]["devices"][0]
+        assert (first["name"], first["arch"], first["memory_bytes"]) == ("Fake 0", "sm_90", 64 << 20)
+        assert (found["gpus"]["problem"], found["gpus"]["driver_cuda"]) == (None, "13.0")
+        assert found["gpus"]["nvshmem"]["library"] == "3.8.0"
+        assert found["gpus"]["backend"]["kind"] in OPENS
+        assert driver.contexts == []
+        output = told()[1]
+        assert re.search(r"^  GPU 1 +Fake 1, 64\.0 MiB, sm_90, GPU-01010101-0101-", output, re.MULTILINE)
+        assert re.search(r"^  CUDA of the driver +13\.0$", output, re.MULTILINE)
+        assert re.search(r"^  NVSHMEM +3\.8\.0, nvshmem4py 0\.4\.1; /lib/libnvshmem_host\.so\.3$", output, re.MULTILINE)
+
+    def test_why_there_is_nothing(self, facts, told, monkeypatch):
+        install(monkeypatch, None)
+        monkeypatch.setitem(sys.modules, "nvshmem", None)
+        status, found = facts()
+        assert status == 0
+        assert (found["gpus"]["devices"], found["gpus"]["backend"]["kind"]) == ([], "shm")
+        output = told()[1]
+        assert re.search(r"^  CUDA of the driver +cuda-python is not installed", output, re.MULTILINE)
+        assert re.search(r"^  NVSHMEM +nvshmem4py is not installed", output, re.MULTILINE)
+        assert re.search(r"^  backend +shm \(", output, re.MULTILINE)
+
+    def test_a_backend_that_cannot_be_had(self, facts, monkeypatch):
+        install(monkeypatch, None)
+        _, found = facts(NVCOLL_BACKEND="nvshmem")
+        assert found["gpus"]["backend"]["kind"] is None
+        assert found["gpus"]["backend"]["reason"].startswith("NVCOLL_BACKEND=nvshmem: ")
 
 
 def test_compiled_kernels(facts, tmp_path):
