@@ -264,7 +264,10 @@ def _device(wanted: int | None, host_rank: int) -> driver.Device:
     reason = usable()
     if reason is not None:
         raise BootstrapError(reason)
-    return driver.Device(host_rank % driver.count() if wanted is None else wanted)
+    gpus = driver.count()
+    if wanted is not None and wanted >= gpus:
+        raise BootstrapError(f"NVCOLL_DEVICE: there is no GPU {wanted}, this process may use {gpus}; count from 0")
+    return driver.Device(host_rank % gpus if wanted is None else wanted)
 
 
 def _look(device: driver.Device) -> Facts:
