@@ -202,6 +202,7 @@ class FakeDriver(types.ModuleType):
 
 def install(monkeypatch: pytest.MonkeyPatch, driver: types.ModuleType | None) -> None:
     """Let `from cuda.bindings import driver` find this one; None: no cuda-python."""
+    monkeypatch.setattr("nvcoll.backends.driver._problem_of_library", lambda: None)
     bindings = types.ModuleType("cuda.bindings")
     if driver is not None:
         bindings.driver = driver

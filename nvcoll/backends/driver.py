@@ -5,6 +5,7 @@ Contexts are the primary ones, which torch, CuPy and Numba use too. Nothing here
 ranks may be threads. Without cuda-python this module imports; what needs it raises DeviceError.
 """
 
+import ctypes
 import threading
 import uuid as uuid_
 from typing import Any, Self
@@ -34,6 +35,10 @@ CURES = {
 def available() -> str | None:
     """Return why there is no usable GPU, or None if there is one. Creates no context."""
     try:
+        _driver()
+        problem = _problem_of_library()  # cuda-python, where it finds none, looks for it in a process of its own
+        if problem is not None:
+            return f"{problem}; install the NVIDIA driver"
         version = driver_version()
         if version < OLDEST:
             return (
@@ -276,6 +281,15 @@ def load_module(image: bytes) -> Module:
 def occupancy(function: int, threads: int, shared: int = 0) -> int:
     """Return how many blocks of a kernel fit on a multiprocessor, given threads and dynamic shared bytes a block."""
     return int(_call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared))
+
+
+def _problem_of_library() -> str | None:
+    """Return why the driver's library does not load, or None."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as exc:
+        return f"libcuda.so.1 does not load ({exc})"
+    return None
 
 
 def _driver() -> Any:

@@ -18,6 +18,8 @@ from tests.fake_cuda import (
     install,
 )
 
+PROBLEM_OF_LIBRARY = driver._problem_of_library
+
 
 @pytest.fixture
 def fake(monkeypatch):
@@ -36,6 +38,16 @@ class TestAvailable:
         reason = driver.available()
         assert reason.startswith("cuda-python is not installed (")
         assert reason.endswith('; pip install "nvcoll[cuda]"')
+
+    def test_no_library(self, fake, monkeypatch):
+        def load(name):
+            raise OSError(f"{name}: cannot open shared object file")
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        monkeypatch.setattr(driver, "_problem_of_library", PROBLEM_OF_LIBRARY)
+        reason = "libcuda.so.1 does not load (libcuda.so.1: cannot open shared object file); install the NVIDIA driver"
+        assert driver.available() == reason
+        assert fake.calls == []
 
     def test_no_driver(self, fake):
         fake.fail["cuDriverGetVersion"] = DynamicLibNotFoundError("only found via system search.")

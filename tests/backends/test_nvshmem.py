@@ -233,7 +233,9 @@ class TestProblems:
         assert fake.calls == []
 
     def test_a_gpu_that_is_not_there(self, fake):
-        with pytest.raises(BootstrapError, match="rank 0: NVCOLL_DEVICE: there is no GPU 7, this process may use 2; count from 0"):
+        with pytest.raises(
+            BootstrapError, match="rank 0: NVCOLL_DEVICE: there is no GPU 7, this process may use 2; count from 0"
+        ):
             open_memory(device=7)
 
     def test_no_id(self, fake):
