@@ -21,9 +21,7 @@ class Emulation:
         Ordinal of the GPU that they share, or None for the host.
     """
 
-    def __init__(
-        self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None, device: int | None
-    ) -> None:
+    def __init__(self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None, device: int | None) -> None:
         self.size = size
         self.device = device
         self.node_sizes = _node_sizes(size, ranks_per_node)
@@ -71,7 +69,6 @@ class Emulation:
         if failures:
             raise _first(failures)
         return outcomes
-
 
     def _open(self) -> list[Any]:
         """Open the worlds of all ranks."""

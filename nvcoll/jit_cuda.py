@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from nvcoll.codecache import CodeCache, digest_of
 from nvcoll.jit import ENTRY
@@ -134,7 +133,9 @@ def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str)
         schedule = ALGORITHMS[algorithm]
         text = verbs.entry(jit, verbs.vocabulary(jit, a, protocol), a, schedule.text_for("cuda"), schedule.rounds)
         signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
-        ptx, _ = cuda.compile(text, signature, device=False, abi="numba", cc=capability, output="ptx", launch_bounds=THREADS)
+        ptx, _ = cuda.compile(
+            text, signature, device=False, abi="numba", cc=capability, output="ptx", launch_bounds=THREADS
+        )
     name = re.search(r"\.visible \.entry (\w+)\(", ptx)
     if name is None:
         raise RuntimeError(f"Numba made no kernel of {algorithm}/{protocol}")

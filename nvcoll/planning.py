@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nvcoll import _selection
-from nvcoll._plan import Plan, State
+from nvcoll._plan import Plan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
-from nvcoll.backends.area import LINE, Layout
+from nvcoll.backends.area import LINE
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.low_latency import PAYLOAD
 from nvcoll.errors import ArgumentError

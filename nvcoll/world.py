@@ -71,7 +71,7 @@ class World:
         self.heap.retire()
 
 
-def open_world() -> World:
+def open_world() -> Any:
     """Find the other ranks and set everything up. Collective: every rank of the launch does it."""
     with contextlib.ExitStack() as undo:
         exchange = _bootstrap.connect(settings_.read())
@@ -81,6 +81,13 @@ def open_world() -> World:
         identities = exchange.allgather(_bootstrap.host_identity())
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
         backend, _ = agree_on_backend(exchange, settings.backend, topology.host_sizes)
+        backend, _ = agree_on_backend(exchange, settings.backend, topology.host_sizes)
+        if backend == "nvshmem":
+            from nvcoll.world_cuda import open_gpus  # on hosts, nothing of GPUs is loaded
+
+            world = open_gpus(exchange, topology, identities, settings, rules)
+            undo.pop_all()
+            return world
         memory = SharedMemory(exchange, topology, settings.heap)
         undo.callback(memory.close)
         here = topology

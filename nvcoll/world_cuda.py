@@ -9,7 +9,8 @@ from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve_on
 from nvcoll.backends.heap import Heap
-from nvcoll.errors import Error
+from nvcoll.backends.nvshmem import SymmetricMemory
+from nvcoll.errors import BootstrapError, Error
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
 
@@ -65,9 +66,12 @@ class DeviceWorld:
         self.planner.state.end()
         try:
             with self.device:
-                driver.synchronize()  # kernels end by their deadline at the latest
+                # Kernels end by their deadline at the latest.
                 if self.stream:
+                    driver.stream_synchronize(self.stream)
                     driver.stream_destroy(self.stream)
+                elif self.backend != "emulated":
+                    driver.synchronize()
         except Error:  # the context is lost, and all that ran in it
             return False
         finally:
@@ -121,6 +125,28 @@ def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> li
     if problems:
         raise problems[0]
     return worlds
+
+
+def open_gpus(
+    exchange: Any, topology: Any, identities: list[bytes], settings: Any, rules: dict[str, Any]
+) -> DeviceWorld:
+    """Set up a world of processes with a GPU each. Collective."""
+    memory = SymmetricMemory(exchange, topology, settings)
+    try:
+        here = _topology.detect(exchange.rank, identities, settings.ranks_per_node, gpus=memory.gpus)
+        unreachable = [rank for rank, address in enumerate(memory.addresses) if not address]
+        if unreachable:
+            raise BootstrapError(
+                f"Init: rank {exchange.rank} cannot load from the GPU of rank {unreachable[0]}; NVLink or PCIe peer access "
+                "is needed, or set NVCOLL_BACKEND=shm"
+            )
+        shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
+        sharers = max(int.from_bytes(share, "little") for share in shares)
+        kernels = Kernels(memory.device, settings.cache_dir)
+        return build_world(exchange, here, memory, settings, rules, kernels, sharers, "nvshmem")
+    except BaseException:
+        memory.close()
+        raise
 
 
 def build_world(

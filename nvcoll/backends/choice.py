@@ -7,7 +7,7 @@ from nvcoll.backends import nvshmem
 from nvcoll.backends.agreement import uneven
 from nvcoll.errors import BootstrapError
 
-OPENS = ("shm",)
+OPENS = ("shm", "nvshmem")
 """Backends that worlds of processes can be opened on."""
 
 

@@ -206,8 +206,13 @@ def memset(address: int, byte: int, nbytes: int, stream: int = 0) -> None:
 
 
 def copy(to: int, source: int, nbytes: int, stream: int = 0) -> None:
-    """Copy between any two addresses of hosts and GPUs, in the order of a stream, and wait until it is done."""
+    """Copy between any two addresses of hosts and GPUs, in the order of a stream, and wait until it is done.
+
+    What was queued before is waited for first: the driver holds a lock of the context while it waits inside a copy, and
+    emulated ranks need that to launch what the queue may be waiting for.
+    """
     if nbytes:
+        stream_synchronize(stream)
         _call("cuMemcpyAsync", to, source, nbytes, stream)
         stream_synchronize(stream)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS, fold, log2, unfold, fold, log2, unfold
+from nvcoll.device.common import STAMP_BITS, fold, log2, unfold
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 

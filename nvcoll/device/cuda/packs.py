@@ -154,9 +154,7 @@ def partial(unit: int) -> SimpleNamespace:
                     value = builder.extract_element(packed, ir.Constant(ir.IntType(32), k))
                     value = builder.zext(value, register) if register != scalar else value
                     at = builder.add(args[0], ir.Constant(I64, k * unit))
-                    assembly(
-                        builder, f"st.global.u{8 * unit} [$0], $1;", f"l,{letter}", ir.VoidType(), [at, value]
-                    )
+                    assembly(builder, f"st.global.u{8 * unit} [$0], $1;", f"l,{letter}", ir.VoidType(), [at, value])
             return context.get_dummy_value()
 
         return types.void(types.int64, PACK, types.int64), emit

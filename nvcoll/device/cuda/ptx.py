@@ -109,7 +109,9 @@ def _action(text: str, doc: str) -> Any:
     return act
 
 
-fence = _action("fence.acq_rel.sys;", "Order this thread's stores before it against its stores after it, for everybody.")
+fence = _action(
+    "fence.acq_rel.sys;", "Order this thread's stores before it against its stores after it, for everybody."
+)
 sync = _action("bar.sync 0;", "Wait for all threads of the block; what they stored is visible from here on.")
 
 
