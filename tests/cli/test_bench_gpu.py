@@ -1,6 +1,7 @@
 """The benchmark on GPUs, on a stage without one: who takes part, what is checked, and what is told."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -239,6 +240,17 @@ def test_json(stage, tmp_path):
     assert peer["variants"]["two_shot"]["refused"] == "symm_mem/two_shot: too small"
     assert document["geometric_means"] == {"symm_mem": {"symmetric": pytest.approx(1)}}
     assert "# refused: symm_mem/two_shot: too small" not in lines, "another kernel did it"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason='needs matplotlib: pip install "nvcoll[bench]"'
+)
+@pytest.mark.filterwarnings("default")  # matplotlib's own, of its dependencies
+def test_plot(stage, tmp_path):
+    path = tmp_path / "x.svg"
+    status, _ = output("--compare", "nccl,symm_mem", "--plot", str(path))
+    assert status == 0
+    assert "Imagined" in path.read_text(), "the title names the GPU"
 
 
 def test_eager_tells_no_bandwidth(stage, tmp_path):
