@@ -384,7 +384,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Train, report, compare; 0 if the split network is the unsplit one."""
     options = parse_options()
-    if options.device == "gpu" and getattr(COMM_WORLD, "target", None) != "cuda":
+    if options.device == "gpu" and COMM_WORLD.target != "cuda":
         sys.exit(f"--device gpu: nvcoll's ranks are on {COMM_WORLD.backend}, not on GPUs; set NVCOLL_BACKEND=nvshmem")
     report = COMM_WORLD.rank == 0
     digits = load(options.dtype, options.seed)

@@ -176,7 +176,7 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     if args.n not in (None, comm.size):
         raise ArgumentError(f"-n is {args.n}, and the launcher has started {comm.size} ranks; leave -n out")
     workload = _workload(args)
-    on_gpus = getattr(comm, "target", None) == "cuda"
+    on_gpus = comm.target == "cuda"
     algorithms = _algorithms(comm, args.verb, args.algorithm)
     tell = say if comm.rank == 0 else _nothing
     if on_gpus:
