@@ -22,15 +22,17 @@ Nothing else is communicated. All ranks see the same images in the same order, a
 all of them, so the copies of embedding, readout and b stay equal by themselves.
 
 In the end every rank also trains the network unsplit and compares: the program exits with 1 if a weight of any rank,
-or a logit, is further off than the tolerance that it prints.
+or a logit, is further off than the tolerance that it prints. Where nvcoll's ranks have GPUs, the arrays are torch's (or
+CuPy's), and with torch a training step with all its sums is one CUDA graph.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 # The ranks share the machine's cores, and NumPy reads this once, when it is imported: a BLAS that starts one thread per
 # core in every rank gets in its own way.
@@ -39,6 +41,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import numpy as np
+from array_libraries import OfNumpy, library_of
 from numpy.typing import NDArray
 
 from nvcoll import COMM_SELF, COMM_WORLD, MAX, Comm
@@ -77,27 +80,20 @@ class Digits:
 
 
 class PartialSums:
-    """Matrix products that are sums over the ranks, formed in one symmetric buffer and all-reduced there.
+    """Matrix products that are sums over the ranks, formed and reduced in one symmetric buffer (images, WIDTH)."""
 
-    Parameters
-    ----------
-    comm : Comm
-    buffer : numpy.ndarray
-        The symmetric buffer, of the shape of a batch: (images, WIDTH).
-    """
-
-    def __init__(self, comm: Comm, buffer: Array) -> None:
+    def __init__(self, comm: Comm, buffer: Any) -> None:
         self.comm = comm
-        self.buffer = buffer
-        self.seconds = 0.0
-        self.calls = 0
+        self.arrays = library_of(buffer)
+        self.buffer = self.arrays.view(buffer)
+        self.seconds, self.calls = 0.0, 0
 
     def product(self, left: Array, right: Array) -> Array:
         """Sum of `left @ right` over all ranks; it stands in the buffer until the next call."""
         total = self.buffer[: len(left)]
-        np.matmul(left, right, out=total)
+        self.arrays.library.matmul(left, right, out=total)
         start = perf_counter()
-        self.comm.Allreduce(total)
+        self.comm.Allreduce(total, stream=self.arrays.stream())
         self.seconds += perf_counter() - start
         self.calls += 1
         return total
@@ -130,7 +126,7 @@ class Block:
     def forward(self, x: Array) -> Array:
         A, a, B, b = (self.parameters[name] for name in "AaBb")
         self.x = x
-        self.hidden = np.tanh(x @ A + a)
+        self.hidden = self.sums.arrays.library.tanh(x @ A + a)
         # x and b are whole on every rank: add them after the sum, once.
         return x + self.sums.product(self.hidden, B) + b
 
@@ -185,6 +181,13 @@ class Network:
         self.blocks = [block() for _ in range(BLOCKS)]
         self.readout = dense(WIDTH, CLASSES)
         self.layers: list[Dense | Block] = [self.embedding, *self.blocks, self.readout]
+        self.arrays = sums.arrays
+        self.convert(self.arrays.array)
+
+    def convert(self, function: Callable[[Any], Any]) -> None:
+        """Bring all weights to another library."""
+        for layer in self.layers:
+            layer.parameters = {name: function(values) for name, values in layer.parameters.items()}
 
     def forward(self, images: Array) -> Array:
         x = images
@@ -204,7 +207,7 @@ class Momentum:
     def __init__(self, network: Network, rate: float) -> None:
         self.layers = network.layers
         self.rate = rate
-        self.velocities = [{name: np.zeros_like(w) for name, w in layer.parameters.items()} for layer in self.layers]
+        self.velocities = [{name: 0 * w for name, w in layer.parameters.items()} for layer in self.layers]
 
     def step(self) -> None:
         for layer, velocity in zip(self.layers, self.velocities, strict=True):
@@ -214,19 +217,19 @@ class Momentum:
                 layer.parameters[name] += velocity[name]
 
 
-def cross_entropy(logits: Array, labels: Labels) -> tuple[float, Array]:
+def cross_entropy(logits: Array, labels: Labels, library: Any = np) -> tuple[Any, Array]:
     """Mean loss of a batch, and its gradient with respect to the logits."""
-    rows = np.arange(len(labels))
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    gradient = np.exp(log_probabilities)
+    rows = library.arange(len(labels))
+    shifted = logits - library.amax(logits, axis=1, keepdims=True)
+    log_probabilities = shifted - library.log(library.exp(shifted).sum(axis=1, keepdims=True))
+    gradient = library.exp(log_probabilities)
     gradient[rows, labels] -= 1
-    return -float(log_probabilities[rows, labels].mean()), gradient / len(labels)
+    return -log_probabilities[rows, labels].mean(), gradient / len(labels)
 
 
-def accuracy(logits: Array, labels: Labels) -> float:
-    """Share of the rows whose largest logit is the label's, in percent."""
-    return 100 * float((logits.argmax(axis=1) == labels).mean())
+def hits(logits: Array, labels: Labels) -> Any:
+    """How many rows have their largest logit at the label."""
+    return (logits.argmax(axis=1) == labels).sum()
 
 
 def batches(count: int, size: int) -> Iterator[slice]:
@@ -251,24 +254,24 @@ class Training:
     seconds: float
     allreduce_seconds: float
     allreduce_calls: int
+    arrays: OfNumpy
 
 
 def train(comm: Comm, digits: Digits, options: argparse.Namespace, report: bool = False) -> Training:
-    """Train the network over the ranks of `comm`, then run it on the test images.
-
-    All ranks of `comm` call it together and pass the same, but for `report`: whether this rank shows the progress.
-    """
+    """Train over the ranks of `comm`, which call it together, and run the test images; `report`: show the progress."""
     with comm.empty((options.batch, WIDTH), options.dtype) as buffer:
         sums = PartialSums(comm, buffer)
-        network = Network(sums, options.hidden, options.dtype, options.seed)
+        network, arrays = Network(sums, options.hidden, options.dtype, options.seed), sums.arrays
         # The first call compiles a kernel if the cache lacks it, and waits for the last rank to start: not training.
-        buffer.fill(0)
-        comm.Allreduce(buffer)
+        sums.buffer[:] = 0
+        comm.Allreduce(sums.buffer, stream=arrays.stream())
         start = perf_counter()
         train_epochs(network, digits, options, report)
-        seconds, allreduce_seconds, calls = perf_counter() - start, sums.seconds, sums.calls
-        parts = [network.forward(digits.test_images[batch]) for batch in batches(TEST_IMAGES, options.batch)]
-    return Training(network, np.concatenate(parts), seconds, allreduce_seconds, calls)
+        spent = perf_counter() - start, sums.seconds, sums.calls
+        images = arrays.array(digits.test_images)
+        parts = [arrays.numpy(network.forward(images[batch])) for batch in batches(TEST_IMAGES, options.batch)]
+        network.convert(arrays.numpy)
+    return Training(network, np.concatenate(parts), *spent, arrays)
 
 
 def train_epochs(network: Network, digits: Digits, options: argparse.Namespace, report: bool) -> None:
@@ -276,20 +279,28 @@ def train_epochs(network: Network, digits: Digits, options: argparse.Namespace, 
     random = np.random.default_rng(options.seed)
     # In proportion to the batch, so that other batches go the same way in more or fewer steps, within reason.
     optimizer = Momentum(network, options.lr * min(options.batch / USUAL_BATCH, 4))
+    arrays = network.arrays
+
+    def step(images: Array, labels: Labels) -> tuple[Any, Any]:
+        logits = network.forward(images)
+        loss, gradient = cross_entropy(logits, labels, arrays.library)
+        network.backward(gradient)
+        optimizer.step()
+        return loss, hits(logits, labels)
+
+    step = arrays.repeated(step)
+    images, labels = arrays.array(digits.images), arrays.array(digits.labels)
     count = len(digits.labels)
     hide_bar = None if report else True  # None: show it where standard error is a terminal
     for epoch in tqdm(range(1, options.epochs + 1), unit="epoch", leave=False, mininterval=0, disable=hide_bar):
-        order = random.permutation(count)
+        order = arrays.array(random.permutation(count))
         loss = correct = 0.0
         for batch in batches(count, options.batch):
             rows = order[batch]
-            labels = digits.labels[rows]
-            logits = network.forward(digits.images[rows])
-            batch_loss, gradient = cross_entropy(logits, labels)
-            network.backward(gradient)
-            optimizer.step()
-            loss += batch_loss * len(rows) / count
-            correct += accuracy(logits, labels) * len(rows) / count
+            batch_loss, batch_hits = step(images[rows], labels[rows])
+            loss = loss + batch_loss * (len(rows) / count)
+            correct = correct + batch_hits * (100 / count)
+        loss, correct = float(loss), float(correct)  # waits for the GPU
         if report:
             # tqdm's own print does not tear the bar
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.4f}  training accuracy {correct:.1f} %", file=sys.stdout)
@@ -314,8 +325,8 @@ def agrees_with_unsplit(run: Training, digits: Digits, options: argparse.Namespa
     """Train the unsplit network on every rank and compare; all ranks come to the same verdict."""
     unsplit = train(COMM_SELF, digits, options)
     mine = columns_of(COMM_WORLD.rank, COMM_WORLD.size, options.hidden)
-    worst = np.array([worst_deviation(run, unsplit, mine)])
-    COMM_WORLD.Allreduce(worst, op=MAX)
+    worst = run.arrays.array(np.array([worst_deviation(run, unsplit, mine)]))
+    COMM_WORLD.Allreduce(worst, op=MAX, stream=run.arrays.stream())
     same = bool(worst[0] <= TOLERANCES[options.dtype])  # False for NaN
     if COMM_WORLD.rank == 0:
         print(
@@ -323,9 +334,7 @@ def agrees_with_unsplit(run: Training, digits: Digits, options: argparse.Namespa
             f"{'equal' if same else 'NOT equal'} to the tolerance of {TOLERANCES[options.dtype]:.0e}"
         )
         if not same:
-            print(
-                "Either a sum is wrong, or training is unstable and blows rounding up: if so, a smaller --lr cures it."
-            )
+            print("Either a sum is wrong, or training is unstable and blows rounding up; then a smaller --lr cures it.")
     return same
 
 
@@ -343,12 +352,11 @@ def describe(options: argparse.Namespace) -> None:
 
 def summarize(run: Training, digits: Digits) -> None:
     """Print where the time went, and what was learned."""
-    share = 100 * run.allreduce_seconds / run.seconds
-    print(
-        f"trained in {run.seconds:.2f} s, {share:.0f} % of it in {run.allreduce_calls} calls of Allreduce "
-        "(rank 0, waiting for other ranks included)"
-    )
-    print(f"test accuracy {accuracy(run.test_logits, digits.test_labels):.1f} %")
+    share = f"{100 * run.allreduce_seconds / run.seconds:.0f} % of it in {run.allreduce_calls} calls of Allreduce"
+    if run.arrays.in_graph:
+        share = "all calls of Allreduce but the first inside CUDA graphs"
+    print(f"trained in {run.seconds:.2f} s, {share} (rank 0, waiting for other ranks included)")
+    print(f"test accuracy {100 * hits(run.test_logits, digits.test_labels) / TEST_IMAGES:.1f} %")
 
 
 def positive(text: str) -> int:
@@ -368,6 +376,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate for the usual batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of images (%(default)s)")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of weights and messages (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "gpu"), default="auto", help="gpu: end if nvcoll uses none")
     parser.add_argument("--no-check", action="store_true", help="do not compare with the unsplit network")
     return parser.parse_args(arguments)
 
@@ -375,6 +384,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Train, report, compare; 0 if the split network is the unsplit one."""
     options = parse_options()
+    if options.device == "gpu" and COMM_WORLD.target != "cuda":
+        sys.exit(f"--device gpu: nvcoll's ranks are on {COMM_WORLD.backend}, not on GPUs; set NVCOLL_BACKEND=nvshmem")
     report = COMM_WORLD.rank == 0
     digits = load(options.dtype, options.seed)
     if report:

@@ -32,7 +32,7 @@ class Heap(np.ndarray):
 class Alone:
     """A communicator of one rank: what the benchmark uses of one, and no more."""
 
-    rank, size = 0, 1
+    rank, size, target = 0, 1, "host"
     refuse = ()
 
     def Barrier(self):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -12,12 +13,12 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def load_example():
-    """Import an example by name: ``load_example("cgls")``; what it does to the environment is undone."""
+    """Import an example by name: ``load_example("cgls")``; its neighbours are found, the environment is as before."""
 
     def load(name):
         spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        with mock.patch.dict(os.environ):
+        with mock.patch.dict(os.environ), mock.patch.object(sys, "path", [str(EXAMPLES), *sys.path]):
             spec.loader.exec_module(module)
         return module
 

@@ -3,6 +3,8 @@
 Every line is checked before it is timed: all ranks reduce random data, and each compares what it got with a reference
 in float64. A wrong answer is never timed; its line says WRONG, and the exit status is 1. The timed calls reduce zeros:
 in place, sums of anything else double at every call and soon overflow.
+
+Where ranks have GPUs, calls are timed there: as replays of CUDA graphs or, with --eager, as what a call costs the host.
 """
 
 import argparse
@@ -16,8 +18,12 @@ from typing import Any
 
 from nvcoll import settings
 from nvcoll.cli import info
-from nvcoll.cli.bench import report, run
+from nvcoll.cli.bench import gpu, report, run
 from nvcoll.cli.bench.contestants import BUFFERS, PEERS, Arrays, Nvcoll
+from nvcoll.cli.bench.field import Field
+from nvcoll.cli.bench.gpu.clock import ExchangingRanks
+from nvcoll.cli.bench.gpu.contestants import BUFFERS as GPU_BUFFERS
+from nvcoll.cli.bench.gpu.peers import PEERS as GPU_PEERS
 from nvcoll.cli.bench.measure import Budget, Ranks
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, OPS
@@ -41,6 +47,21 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}") from None
 
 
+def peers(text: str) -> list[str]:
+    """Return ``nccl,symm_mem`` as a list of names.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        One of them is no peer.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in (*PEERS, *GPU_PEERS):
+            raise argparse.ArgumentTypeError(f"expected names of {', '.join([*PEERS, *GPU_PEERS])}, got {name!r}")
+    return names
+
+
 def add_parser(subparsers: Any) -> None:
     """Add ``bench`` to the command line."""
     parser = subparsers.add_parser(
@@ -50,7 +71,8 @@ def add_parser(subparsers: Any) -> None:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  nvcoll bench allreduce -n 2\n  nvcoll run -n 4 -- nvcoll bench allreduce --max 1M\n"
-        "  mpiexec -n 2 nvcoll bench allreduce --compare mpi --json new.json --plot new.png\n",
+        "  mpiexec -n 2 nvcoll bench allreduce --compare mpi --json new.json --plot new.png\n"
+        "  nvcoll bench allreduce -n 2 --dtype bfloat16 --compare nccl,nccl_symmetric,symm_mem    (GPUs)\n",
     )
     parser.add_argument("verb", choices=VERBS, help="the collective")
     parser.add_argument("-n", type=int, metavar="RANKS", help="start so many ranks on this host, as `nvcoll run` does")
@@ -68,9 +90,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--buffer",
         action="append",
-        choices=BUFFERS,
-        help="symmetric: in place on the symmetric heap (default); numpy: in place on an ordinary array; out-of-place: "
-        "from one symmetric array to another; may be repeated",
+        choices=tuple(dict.fromkeys(BUFFERS + GPU_BUFFERS)),
+        help="symmetric: in place on the symmetric heap (default); numpy, on GPUs torch: in place on an ordinary "
+        "array; out-of-place: from one symmetric array to another; may be repeated",
     )
     parser.add_argument(
         "--algorithm",
@@ -80,9 +102,17 @@ def add_parser(subparsers: Any) -> None:
         "(default: what nvcoll chooses)",
     )
     parser.add_argument("--time", type=float, default=0.3, metavar="SECONDS", help="time for a line (default 0.3)")
-    parser.add_argument("--iters", type=int, metavar="CALLS", help="calls in a batch, whatever their time")
+    parser.add_argument("--iters", type=int, metavar="CALLS", help="calls in a batch, whatever their time; on GPUs 50")
     parser.add_argument(
-        "--compare", action="append", choices=tuple(PEERS), help="also time this library, by turns, on ordinary arrays"
+        "--eager", action="store_true", help="on GPUs: the host's time of a call, not replays of CUDA graphs"
+    )
+    parser.add_argument(
+        "--compare",
+        action="extend",
+        type=peers,
+        metavar="NAMES",
+        help=f"also time these libraries, by turns: on hosts {', '.join(PEERS)}, on ordinary arrays; "
+        f"on GPUs {', '.join(GPU_PEERS)}; may be repeated",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it, each batch too, to FILE")
     parser.add_argument(
@@ -146,23 +176,25 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     if args.n not in (None, comm.size):
         raise ArgumentError(f"-n is {args.n}, and the launcher has started {comm.size} ranks; leave -n out")
     workload = _workload(args)
-    _check_files(comm, args)
-    tell = say if comm.rank == 0 else _nothing
-    arrays = Arrays(comm, max(workload.counts), workload.datatype)
-    peers = [PEERS[name](comm, arrays, workload.op) for name in dict.fromkeys(args.compare or ())]
+    on_gpus = comm.target == "cuda"
     algorithms = _algorithms(comm, args.verb, args.algorithm)
-    kinds = dict.fromkeys(args.buffer or BUFFERS[:1])
-    own = [Nvcoll(comm, arrays, workload.op, kind, algorithm) for kind in kinds for algorithm in algorithms]
-    versions = {peer.name: peer.version for peer in peers}
-    document = report.document(args.verb, args.op, comm, _options(args), versions)
-    for text in report.header(document):
+    tell = say if comm.rank == 0 else _nothing
+    if on_gpus:
+        _check_files(ExchangingRanks(comm), args)
+        field = gpu.field(comm, args, workload, algorithms)
+    else:
+        _check_files(Ranks(comm), args)
+        field = _on_hosts(comm, args, workload, algorithms)
+    document = {**report.document(args.verb, args.op, comm, _options(args), field.versions), **field.facts}
+    for text in (*report.header(document), *field.lines):
         tell(f"# {text}")
-    tell(report.heading([peer.name for peer in peers]))
+    tell(field.heading(list(field.versions)))
     rows = []
-    for row in run.rows(comm, workload, own, peers):
-        tell(report.line(row))
+    for measured in run.rows(field.ranks, workload, field.own, field.peers, field.clock):
+        row = field.finish(measured)
+        tell(field.line(row))
         rows.append(row)
-    arrays.free()
+    field.free()
     for text in report.notes(rows):
         tell(f"# {text}")
     if comm.rank == 0:
@@ -170,8 +202,26 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     wrong = any(row.wrong for row in rows)
     if wrong and comm.rank > 0:
         print(f"nvcoll bench: rank {comm.rank}: some answers were wrong", file=sys.stderr, flush=True)
-    comm.Barrier()  # a launcher may end all ranks when the first of them ends
+    field.ranks.barrier()  # a launcher may end all ranks when the first of them ends
     return int(wrong)
+
+
+def _on_hosts(comm: Any, args: argparse.Namespace, workload: run.Workload, algorithms: list[str | None]) -> Field:
+    kinds = dict.fromkeys(args.buffer or BUFFERS[:1])
+    names = dict.fromkeys(args.compare or ())
+    if args.eager:
+        raise ArgumentError("--eager is for ranks on GPUs: calls on hosts are timed as they are made; leave it out")
+    for option, given, known in ("--buffer", kinds, BUFFERS), ("--compare", names, PEERS):
+        for one in given:
+            if one not in known:
+                raise ArgumentError(
+                    f"{option} {one} is for ranks on GPUs, these are on hosts; take one of {', '.join(known)}"
+                )
+    arrays = Arrays(comm, max(workload.counts), workload.datatype)
+    others = [PEERS[name](comm, arrays, workload.op) for name in names]
+    own = [Nvcoll(comm, arrays, workload.op, kind, algorithm) for kind in kinds for algorithm in algorithms]
+    versions = {name: peer.version for name, peer in zip(names, others, strict=True)}
+    return Field(Ranks(comm), own, others, versions, arrays.free)
 
 
 def _nothing(text: str) -> None:
@@ -197,10 +247,10 @@ def _workload(args: argparse.Namespace) -> run.Workload:
     return run.Workload(counts, datatype, op, Budget(args.time, args.iters))
 
 
-def _check_files(comm: Any, args: argparse.Namespace) -> None:
+def _check_files(ranks: Ranks, args: argparse.Namespace) -> None:
     """Refuse files that rank 0 will not be able to write: before the measurement, not after it."""
     reason = ""
-    if comm.rank == 0:
+    if ranks.comm.rank == 0:
         if args.plot and args.plot.suffix not in PICTURES:
             reason = f"--plot {args.plot.name} has no suffix of a picture; end it in {', '.join(PICTURES)}"
         elif args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -208,7 +258,7 @@ def _check_files(comm: Any, args: argparse.Namespace) -> None:
         for path in filter(None, (args.json, args.plot)):
             if not path.parent.is_dir():
                 reason = f"there is no folder {path.parent} for {path.name}; make it first"
-    if any(Ranks(comm).largest([bool(reason)])):
+    if any(ranks.largest([bool(reason)])):
         raise ArgumentError(reason or "rank 0 cannot write the files that were asked for")
 
 
@@ -244,6 +294,8 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report
         from nvcoll.cli.bench import plot
 
         host = document["machine"]
-        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on "
-        title += f"{host['cpu_model']}, {host['physical_cores']} cores"
+        place = f"{host['cpu_model']}, {host['physical_cores']} cores"
+        if "gpu" in document:
+            place = f"{', '.join(document['gpu']['names'])} ({document['gpu']['mode']})"
+        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {place}"
         plot.save(args.plot, rows, title)

@@ -38,6 +38,10 @@ class Contestant(Protocol):
     recv: Array
     call: Callable[[], object]
 
+    @property
+    def may_refuse(self) -> bool:
+        """Whether an `ArgumentError` of a call is an answer: nobody can do this here."""
+
     def prepare(self, count: int) -> None:
         """Make `call` reduce the first `count` elements."""
 
@@ -113,9 +117,15 @@ class Nvcoll:
     def __init__(self, comm: Any, arrays: Arrays, op: Op, buffer: str, algorithm: str | None = None) -> None:
         self.comm = comm
         self.arrays = arrays
+        self.datatype = arrays.datatype
         self.op = op
         self.buffer = buffer
         self.algorithm = algorithm
+
+    @property
+    def may_refuse(self) -> bool:
+        """Whether it may: an algorithm that was asked for has limits, the one that nvcoll chooses has none."""
+        return self.algorithm is not None
 
     def prepare(self, count: int) -> None:
         """Make `call` reduce the first `count` elements."""
@@ -129,7 +139,7 @@ class Nvcoll:
         """Return the algorithm and protocol of the prepared call, as ``ring/simple``."""
         if self.algorithm is not None:
             return self.algorithm
-        why = self.comm.explain("allreduce", self.recv.nbytes, self.arrays.datatype, self.op)
+        why = self.comm.explain("allreduce", self.recv.nbytes, self.datatype, self.op)
         return f"{why.algorithm}/{why.protocol}" if why.protocol else str(why.algorithm)
 
 
@@ -143,6 +153,7 @@ class Mpi:
     """
 
     name = "mpi"
+    may_refuse = False
     send: Array
     recv: Array
     call: Callable[[], object]

@@ -118,7 +118,7 @@ def measure(ranks: Ranks, contestants: Sequence[Contestant], budget: Budget) -> 
     list of Timing
         In the contestants' order; equal on all ranks.
     """
-    with _no_garbage_collection():
+    with no_garbage_collection():
         estimates = ranks.largest([_estimate(ranks, contestant.call) for contestant in contestants])
         calls, rounds = budget.plan(estimates)
         batches: list[list[float]] = [[] for _ in contestants]
@@ -177,7 +177,8 @@ def _clamp(value: float, least: int, most: int) -> int:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage now, and none inside."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -161,7 +161,9 @@ def number(value: float | None) -> str:
 def heading(peers: Sequence[str]) -> str:
     """Return the table's first line."""
     texts = [f"{name:>{width}}" for name, width in WIDTHS.items()]
-    texts += [f"{peer + ' us':>8} {'p99':>8} {'error':>7} {peer + '/nvcoll':>10}" for peer in peers]
+    for peer in peers:
+        time, ratio = _peer_widths(peer)
+        texts.append(f"{peer + ' us':>{time}} {'p99':>8} {'error':>7} {peer + '/nvcoll':>{ratio}}")
     return "#" + " ".join(texts)[1:]
 
 
@@ -173,8 +175,14 @@ def line(row: Row) -> str:
     texts = [f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS.values(), strict=True)]
     for peer, outcome in row.peers.items():
         microseconds, p99, error = outcome.cells()
-        texts.append(f"{microseconds:>8} {p99:>8} {error:>7} {number(row.ratio(peer)):>10}")
+        time, ratio = _peer_widths(peer)
+        texts.append(f"{microseconds:>{time}} {p99:>8} {error:>7} {number(row.ratio(peer)):>{ratio}}")
     return " ".join(texts)
+
+
+def _peer_widths(peer: str) -> tuple[int, int]:
+    """Return the widths of a peer's time and ratio, whose heads hold its name."""
+    return max(8, len(f"{peer} us")), max(10, len(f"{peer}/nvcoll"))
 
 
 def means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
@@ -190,7 +198,8 @@ def means(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 
 def notes(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the lines below the table: refusals, wrong answers, geometric means."""
-    for text in dict.fromkeys(row.outcome.refused for row in rows if row.outcome.refused):
+    everybody = [outcome for row in rows for outcome in (row.outcome, *row.peers.values())]
+    for text in dict.fromkeys(outcome.refused for outcome in everybody if outcome.refused):
         yield f"refused: {text}"
     for row in rows:
         for name, outcome in (("nvcoll", row.outcome), *row.peers.items()):
@@ -212,7 +221,7 @@ def header(document: Mapping[str, Any]) -> Iterator[str]:
     cores = f"{host['physical_cores']} cores, {host['usable_cpus']} CPUs usable"
     yield f"machine: {host['cpu_model']}, {cores}, load {host['load']}"
     yield "versions: " + ", ".join(f"{name} {text}" for name, text in document["versions"].items())
-    yield from EXPLANATION
+    yield from document["explanation"]
 
 
 def document(verb: str, op: str, comm: Any, options: Mapping[str, Any], peers: Mapping[str, str]) -> dict[str, Any]:

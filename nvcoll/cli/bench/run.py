@@ -1,17 +1,17 @@
 """The benchmark itself: for every size prepare, check, and only then time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nvcoll.cli.bench.check import Data, Verdict
 from nvcoll.cli.bench.contestants import Contestant, Nvcoll
-from nvcoll.cli.bench.measure import Budget, Ranks, measure
+from nvcoll.cli.bench.measure import Budget, Ranks, Timing, measure
 from nvcoll.cli.bench.report import Outcome, Row
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import Datatype, Op
 
 SMALL = 1 << 16  # elements up to which several checks are cheap
+Clock = Callable[[Ranks, Sequence[Contestant], Budget], list[Timing]]
 CHECKS = 4  # one more than the slots that low-latency protocols rotate
 
 
@@ -55,7 +55,9 @@ def counts(least: int, most: int, factor: float, itemsize: int) -> list[int]:
     return list(found)
 
 
-def rows(comm: Any, workload: Workload, own: Sequence[Nvcoll], peers: Sequence[Contestant]) -> Iterator[Row]:
+def rows(
+    ranks: Ranks, workload: Workload, own: Sequence[Nvcoll], peers: Sequence[Contestant], clock: Clock = measure
+) -> Iterator[Row]:
     """Check and time the contestants size by size; collective.
 
     Yields
@@ -64,10 +66,9 @@ def rows(comm: Any, workload: Workload, own: Sequence[Nvcoll], peers: Sequence[C
         One for each size and contestant of `own`; the same on all ranks but for `Verdict`, which holds at least what
         this rank saw itself.
     """
-    ranks = Ranks(comm)
     for count in workload.counts:
         everybody: list[Contestant] = [*own, *peers]
-        outcomes = _round(ranks, everybody, count, workload)
+        outcomes = _round(ranks, everybody, count, workload, clock)
         beside = {peer.name: outcome for peer, outcome in zip(peers, outcomes[len(own) :], strict=True)}
         for contestant, outcome in zip(own, outcomes, strict=False):
             yield Row(
@@ -75,7 +76,7 @@ def rows(comm: Any, workload: Workload, own: Sequence[Nvcoll], peers: Sequence[C
                 count=count,
                 datatype=workload.datatype.name,
                 op=workload.op.name,
-                ranks=comm.size,
+                ranks=ranks.comm.size,
                 buffer=contestant.buffer,
                 requested=contestant.algorithm,
                 algorithm=contestant.chosen(),
@@ -84,7 +85,9 @@ def rows(comm: Any, workload: Workload, own: Sequence[Nvcoll], peers: Sequence[C
             )
 
 
-def _round(ranks: Ranks, everybody: Sequence[Contestant], count: int, workload: Workload) -> list[Outcome]:
+def _round(
+    ranks: Ranks, everybody: Sequence[Contestant], count: int, workload: Workload, clock: Clock
+) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     right: dict[int, Contestant] = {}
     for index, contestant in enumerate(everybody):
@@ -95,7 +98,7 @@ def _round(ranks: Ranks, everybody: Sequence[Contestant], count: int, workload: 
             right[index] = contestant
     for contestant in right.values():  # sums of zeros stay finite however often they are reduced in place
         contestant.send.fill(0)
-    timings = measure(ranks, list(right.values()), workload.budget) if right else []
+    timings = clock(ranks, list(right.values()), workload.budget) if right else []
     for index, timing in zip(right, timings, strict=True):
         outcomes[index] = Outcome(outcomes[index].verdict, timing)
     return [outcomes[index] for index in range(len(everybody))]
@@ -111,7 +114,7 @@ def _check(ranks: Ranks, contestant: Contestant, workload: Workload) -> tuple[Ou
         try:
             contestant.call()
         except ArgumentError as exc:  # what an algorithm cannot do depends on what all ranks know: all are refused
-            if isinstance(contestant, Nvcoll) and contestant.algorithm is not None:
+            if contestant.may_refuse:
                 return Outcome(None, None, str(exc)), False
             raise
         verdict = data.check(contestant.recv)

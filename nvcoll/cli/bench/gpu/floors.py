@@ -1,0 +1,120 @@
+"""What the hardware gives: the cost of a launch of nothing, and the bandwidth of a copy between two GPUs."""
+
+import ctypes
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nvcoll.cli.bench.gpu.clock import CALLS
+from nvcoll.cli.bench.gpu.stage import Stage
+
+EMPTY = b".version 6.5\n.target sm_75\n.address_size 64\n.visible .entry empty()\n{\n  ret;\n}\n\0"
+BATCHES = 20
+COPY_BYTES, COPIES = 256 << 20, 10
+
+
+def bare_launch(stage: Stage) -> float:
+    """Return the seconds of the host for a launch of an empty kernel by the driver: median over batches of calls.
+
+    It is called through ctypes, whose share is about half a microsecond.
+
+    Raises
+    ------
+    RuntimeError
+        The driver refused.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _succeed(driver, "cuModuleLoadData", ctypes.byref(module), EMPTY)
+    _succeed(driver, "cuModuleGetFunction", ctypes.byref(function), module, b"empty")
+    one = ctypes.c_uint(1)
+    arguments = (function, *[one] * 6, ctypes.c_uint(0), ctypes.c_void_p(stage.handle), None, None)
+    launch = driver.cuLaunchKernel
+    batches = []
+    for _ in range(BATCHES):
+        _succeed(driver, "cuLaunchKernel", *arguments)
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            launch(*arguments)
+        batches.append((time.perf_counter() - start) / CALLS)
+        stage.synchronize()
+    _succeed(driver, "cuModuleUnload", module)
+    return statistics.median(batches)
+
+
+def _succeed(driver: Any, name: str, *arguments: Any) -> None:
+    status = getattr(driver, name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+
+def copy_bandwidth(stage: Stage, gpus: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
+    """Measure copies between this GPU and another rank's, both ways at once.
+
+    Parameters
+    ----------
+    stage
+        This rank's.
+    gpus
+        `Stage.facts` of all ranks, this one's first.
+
+    Returns
+    -------
+    tuple of float and str
+        GB/s (1e9 bytes) of the slower way, and between which GPUs; None and why there is none.
+    """
+    torch = stage.torch
+    here = {
+        str(torch.cuda.get_device_properties(ordinal).uuid): ordinal for ordinal in range(torch.cuda.device_count())
+    }
+    others = [gpu["uuid"] for gpu in gpus if gpu["uuid"] != gpus[0]["uuid"]]
+    if not others:
+        return None, "all ranks share one GPU"
+    seen = [here[uuid] for uuid in others if uuid in here]
+    if not seen:
+        return None, "rank 0 sees no GPU of another rank"
+    mine, other = stage.device, torch.device("cuda", seen[0])
+    ways = [_Way(torch, mine, other), _Way(torch, other, mine)]
+    for way in ways:
+        way.copy()
+    for device in (mine, other):
+        torch.cuda.synchronize(device)
+    for way in ways:
+        way.start()
+    for _ in range(COPIES):
+        for way in ways:
+            way.copy()
+    for way in ways:
+        way.stop()
+    slowest = max(way.seconds() for way in ways)
+    torch.cuda.set_device(mine)
+    return COPY_BYTES * COPIES / slowest / 1e9, f"GPUs {mine.index} and {other.index}"
+
+
+class _Way:
+    """Copies from one GPU to another, on streams of their own: torch makes both GPUs' current streams wait."""
+
+    def __init__(self, torch: Any, source: Any, target: Any) -> None:
+        self.torch = torch
+        self.source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=source)
+        self.target = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=target)
+        self.streams = torch.cuda.Stream(source), torch.cuda.Stream(target)
+        for device in (source, target):  # the zeros were written on other streams
+            torch.cuda.synchronize(device)
+
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def start(self) -> None:
+        self.begin.record(self.streams[0])
+
+    def stop(self) -> None:
+        self.end.record(self.streams[0])
+
+    def copy(self) -> None:
+        with self.torch.cuda.stream(self.streams[1]), self.torch.cuda.stream(self.streams[0]):
+            self.target.copy_(self.source, non_blocking=True)
+
+    def seconds(self) -> float:
+        self.end.synchronize()
+        return float(self.begin.elapsed_time(self.end)) * 1e-3
