@@ -38,6 +38,7 @@ class CupyStream:
 
 STREAMS = {
     "integer": (HANDLE, HANDLE),
+    "integer of NumPy": (np.uint64(HANDLE), HANDLE),
     "legacy default": (0, 0),
     "legacy default, by name": (1, 1),
     "the thread's default": (2, 2),
@@ -83,6 +84,10 @@ REFUSALS = {
     ),
     "closed torch": (thing(cuda_stream=property(raising)), "gives no handle"),
     "closed cuda.core": (thing(__cuda_stream__=lambda self: (0, None)), r"gives no handle \(its handle is None\)"),
+    "closed cuda.core, by its word": (
+        thing(__cuda_stream__=lambda self: (0, 0), is_closed=True),
+        r"gives no handle \(it was closed\)",
+    ),
     "closed numba": (thing(handle=None), "gives no handle"),
     "unknown version": (thing(__cuda_stream__=lambda self: (7, 1)), r"\(version 7 of the CUDA stream protocol is not"),
     "malformed protocol": (thing(__cuda_stream__=lambda self: 7), "gives no handle"),
@@ -102,7 +107,7 @@ def test_no_stream_is_the_legacy_default_where_no_library_has_a_current_one():
     assert as_stream(None, None) == 0
     assert as_stream(None, empty_on_gpu(3, "f4")[0]) == 0
     assert as_stream(None, np.zeros(3)) == 0
-    assert as_stream(None) == 0
+    assert as_stream(None) == as_stream(None, []) == 0
 
 
 @pytest.mark.parametrize(("stream", "handle"), [(None, 0), (1, 1), (HANDLE, HANDLE)])
@@ -128,8 +133,9 @@ def test_no_stream_is_torch_s_current_one_for_its_tensors(monkeypatch):
 
     torch = library("torch", "Tensor", current_stream=current)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    assert as_stream(None, torch.Tensor()) == HANDLE
-    assert asked == [5]
+    for owner in (torch.Tensor(), [torch.Tensor(), 3], (torch.Tensor(), 3, "f4")):
+        assert as_stream(None, owner) == HANDLE
+    assert asked == [5] * 3
     assert as_stream(3, torch.Tensor()) == 3
     assert as_stream(None, np.zeros(3)) == 0
 
