@@ -12,7 +12,7 @@ try:
 except ImportError as _exc:
     raise _missing_extension(_exc) from _exc
 
-from nvcoll.buffers import IN_PLACE, Buffer
+from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer
 from nvcoll.comm import COMM_SELF, COMM_WORLD, Comm, Finalize, Init, Is_initialized
 from nvcoll.emulation import Emulation, emulate
 from nvcoll.errors import (
@@ -138,6 +138,7 @@ __all__ = [
     "Comm",
     "Datatype",
     "DatatypeError",
+    "DeviceBuffer",
     "DeviceError",
     "Emulation",
     "Error",

@@ -236,7 +236,7 @@ class Comm(Living):
 
         Notes
         -----
-        All ranks get bitwise equal results. 16-bit floats are summed in float32 and rounded once.
+        All ranks get bitwise equal results. Floats of 8 and 16 bits are summed in float32 and rounded once.
         """
         plans = self._plans.get(algorithm)
         if plans is not None and stream is None:

@@ -1,7 +1,7 @@
 """Ranks on several nodes without GPUs: shared memory inside each node, MPI between them.
 
 Every node reduces slices of the message, as many as the smallest node has ranks; the k-th ranks of all nodes reduce
-slice k among them by MPI; every node spreads the slices again. 16-bit floats travel as float32.
+slice k among them by MPI; every node spreads the slices again. Floats of 8 and 16 bits travel as float32.
 """
 
 import contextlib

@@ -14,7 +14,9 @@ import numpy as np
 from .errors import DatatypeError
 
 # What the fast route makes of the buffer protocol's formats, and letters of their own for types that have no format.
-_LETTERS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c", "bfloat16": "B"}
+_LETTERS = {"bool": "b", "int": "i", "uint": "u", "float": "f", "complex": "c"}
+_LETTERS |= {"bfloat16": "B", "float8_e4m3fn": "4", "float8_e5m2": "5"}
+_FROM_ML_DTYPES = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Datatype:
         ``"bool"``, ``"int"``, ``"uint"``, ``"float"`` or ``"complex"``.
     accumulate : str
         Name of the type in which sums and products are kept while ranks are combined:
-        ``"float32"`` for the 16-bit floats, which are rounded once at the end, else `name`.
+        ``"float32"`` for floats of 8 and 16 bits, which are rounded once at the end, else `name`.
     """
 
     name: str
@@ -41,12 +43,12 @@ class Datatype:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype, in native byte order; for bfloat16 that of ml_dtypes."""
-        if self.name == "bfloat16":
+        """The NumPy dtype, in native byte order; for bfloat16 and 8-bit floats that of ml_dtypes."""
+        if self.name in _FROM_ML_DTYPES:
             import ml_dtypes  # here, because `import nvcoll` needs NumPy only
 
-            name: type = ml_dtypes.bfloat16
-            return np.dtype(name)
+            scalar: type = getattr(ml_dtypes, self.name)
+            return np.dtype(scalar)
         return np.dtype(self.name)
 
     @property
@@ -111,6 +113,8 @@ class Op:
             A reason with its cure, ready to follow ``"Allreduce: "`` in a message.
         """
         needed, cure = _refused(self.kind, datatype.kind)
+        if self.name == "PROD" and (datatype.kind, datatype.itemsize) == ("float", 1):
+            needed, cure = "floats of 16 bits or more", "convert with .astype('float32')"
         if not needed:
             return None
         return f"{self.name} is defined for {needed}, the buffers hold {datatype.name}; {cure}"
@@ -144,9 +148,9 @@ def _refused(op_kind: str, datatype_kind: str) -> tuple[str, str]:
 
 
 def _table(*rows: tuple[str, int, str]) -> dict[str, Datatype]:
-    """Build the registry; 16-bit floats accumulate in float32, everything else in itself."""
+    """Build the registry; floats of 8 and 16 bits accumulate in float32, everything else in itself."""
     return {
-        name: Datatype(name, itemsize, kind, "float32" if (kind, itemsize) == ("float", 2) else name)
+        name: Datatype(name, itemsize, kind, "float32" if kind == "float" and itemsize < 4 else name)
         for name, itemsize, kind in rows
     }
 
@@ -162,6 +166,8 @@ DATATYPES: dict[str, Datatype] = _table(
     ("uint16", 2, "uint"),
     ("uint32", 4, "uint"),
     ("uint64", 8, "uint"),
+    ("float8_e4m3fn", 1, "float"),
+    ("float8_e5m2", 1, "float"),
     ("float16", 2, "float"),
     ("bfloat16", 2, "float"),
     ("float32", 4, "float"),

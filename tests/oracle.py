@@ -11,6 +11,8 @@ RANKS = 64  # random_data keeps the averages of integers of that many ranks free
 
 # Spacing of numbers around 1; complex numbers have that of their parts.
 EPSILON = {
+    "float8_e4m3fn": 2.0**-3,
+    "float8_e5m2": 2.0**-2,
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
     "float32": 2.0**-23,
@@ -20,7 +22,8 @@ EPSILON = {
 }
 
 # Smallest positive numbers: below them, results are rounded to zero.
-SMALLEST = {name: spacing * (2.0**-14 if name == "float16" else 2.0**-126) for name, spacing in EPSILON.items()}
+NORMAL = {"float8_e4m3fn": 2.0**-6, "float8_e5m2": 2.0**-14, "float16": 2.0**-14}  # the others: 2**-126 or smaller
+SMALLEST = {name: spacing * NORMAL.get(name, 2.0**-126) for name, spacing in EPSILON.items()}
 
 COMBINE = {
     "SUM": np.add,
@@ -85,7 +88,7 @@ def rounds(datatype, op):
 def roundings(datatype, op, n_ranks, total):
     """Relative error of the one rounding to `datatype`, and absolute error of combining values that add up to `total`.
 
-    Values are combined in float32 for 16-bit floats, in `datatype` itself otherwise, with a rounding for each rank.
+    Values are combined in float32 for smaller floats, in `datatype` itself otherwise, with a rounding for each rank.
     """
     if not rounds(datatype, op):
         return 0.0, 0.0

@@ -250,7 +250,7 @@ class TestKeys:
         addresses = [compiler.schedule(*name) for name in names]
         addresses += [compiler.reducer(op, "float32") for op in ("SUM", "PROD", "MIN", "MAX")]
         addresses += [compiler.reducer("SUM", name) for name in ("float64", "uint8", "uint64", "complex64")]
-        addresses += [compiler.widener(name) for name in ("float16", "bfloat16")]
+        addresses += [compiler.widener(name) for name in ("float16", "bfloat16", "float8_e5m2")]
         addresses += [compiler.finisher(n, "float32", avg) for n in ("float16", "bfloat16") for avg in (False, True)]
         addresses += [compiler.finisher(name, name, True) for name in ("int8", "uint8", "float32")]
         assert addresses == list(range(1, len(addresses) + 1))

@@ -4,6 +4,8 @@ import operator
 import sys
 from typing import Any
 
+import numpy as np
+
 from nvcoll._plan import DeviceSpan
 from nvcoll.errors import ArgumentError
 
@@ -25,7 +27,7 @@ def as_stream(stream: Any, owner: Any = None, verb: str = "as_stream") -> int:
         current stream of the library that `owner` belongs to, where it has one, or the stream that
         ``__cuda_array_interface__`` of `owner` names, else the legacy default stream.
     owner
-        The array that a call is about.
+        The array that a call is about, or a spec of it: ``[array, count]``.
     verb
         The call, with which a message begins.
 
@@ -41,8 +43,8 @@ def as_stream(stream: Any, owner: Any = None, verb: str = "as_stream") -> int:
     """
     if stream is None:
         return _current(owner)
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        return _checked(stream, "an integer", verb)
+    if isinstance(stream, int | np.integer) and not isinstance(stream, bool):
+        return _checked(int(stream), "an integer", verb)
     kind = f"a {type(stream).__module__}.{type(stream).__qualname__}"
     if isinstance(stream, bool | float | complex | str | bytes):
         raise ArgumentError(f"{verb}: stream is {stream!r}, expected {EXPECTED}; pass the stream object itself")
@@ -68,6 +70,8 @@ def _checked(handle: int, kind: str, verb: str) -> int:
 
 def _handle(stream: Any) -> int | None:
     """Return what a stream object says its handle is; None if it is no stream."""
+    if getattr(stream, "is_closed", False) is True:  # of cuda.core, where its handle would be that of the default
+        raise ValueError("it was closed")
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is not None:
         version, handle = protocol() if callable(protocol) else protocol  # a property before it became a method
@@ -92,6 +96,8 @@ def _number(handle: Any) -> int:
 
 def _current(owner: Any) -> int:
     """Return the stream on which the library of an array works now."""
+    if isinstance(owner, list | tuple) and owner:
+        owner = owner[0]
     if owner is None or isinstance(owner, DeviceSpan):
         return LEGACY
     torch = sys.modules.get("torch")

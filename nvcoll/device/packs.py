@@ -17,7 +17,8 @@ UNROLL = 4
 
 
 def _size(datatype: str) -> int:
-    return {"bool": 1, "bfloat16": 2}.get(datatype) or int(datatype.lstrip("uintfloacmpex")) // 8
+    digits = datatype.partition("_")[0].lstrip("uintfloacmpex")  # float8_e5m2
+    return {"bool": 1, "bfloat16": 2}.get(datatype) or int(digits) // 8
 
 
 def _vector(datatype: str, items: int) -> Any:
@@ -112,12 +113,12 @@ def _converter(make: Any, source: str, target: str) -> Any:
 
 
 def widener(datatype: str) -> Any:
-    """Return the text of ``widen(to, source, count, _)``: 16-bit floats to float32."""
+    """Return the text of ``widen(to, source, count, _)``: floats of 8 or 16 bits to float32."""
     return _converter(lambda k: lambda b, value, _: reduce.widen(b, value, datatype, k), datatype, "float32")
 
 
 def finisher(datatype: str, accumulator: str, average: bool) -> Any:
-    """Return the text of ``finish(to, source, count, ranks)``: divide for AVG, round to 16 bits where that is due."""
+    """Return the text of ``finish(to, source, count, ranks)``: divide for AVG, and round where that is due."""
 
     def make(items: int) -> Any:
         def convert(builder: Any, value: Any, ranks: Any) -> Any:

@@ -13,9 +13,14 @@ from llvmlite import ir
 PACK = 64
 """Bytes that the host target reduces at a time."""
 
+EIGHT_BITS = {"float8_e4m3fn": (3, 7, 0x7F, 0x7F), "float8_e5m2": (2, 15, 0x7C, 0x7E)}
+"""Float of 8 bits -> bits of its fraction, bias of its exponent, and the codes of what is too large and of a NaN."""
+
 
 def element(datatype: str) -> Any:
-    """Return the LLVM type of an element; a complex one is two of these."""
+    """Return the LLVM type of an element; a complex one is two of these, and floats that LLVM lacks are integers."""
+    if datatype in EIGHT_BITS:
+        return ir.IntType(8)
     if datatype.startswith(("float", "complex")):
         bits = {"float16": 16, "float32": 32, "float64": 64, "complex64": 32, "complex128": 64}[datatype]
         return {16: ir.HalfType(), 32: ir.FloatType(), 64: ir.DoubleType()}[bits]
@@ -98,8 +103,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 
 
 def widen(builder: Any, value: Any, source: str, lanes: int) -> Any:
-    """Convert a pack of 16-bit floats to float32."""
+    """Convert a pack of floats of 8 or 16 bits to float32."""
     wide = ir.VectorType(ir.FloatType(), lanes)
+    if source in EIGHT_BITS:
+        return _widen_bytes(builder, value, source, lanes)
     if source == "float16":
         return builder.fpext(value, wide)
     bits = ir.VectorType(ir.IntType(32), lanes)
@@ -108,7 +115,9 @@ def widen(builder: Any, value: Any, source: str, lanes: int) -> Any:
 
 
 def narrow(builder: Any, value: Any, target: str, lanes: int) -> Any:
-    """Round a pack of float32 to 16-bit floats, ties to even."""
+    """Round a pack of float32 to floats of 8 or 16 bits, ties to even."""
+    if target in EIGHT_BITS:
+        return _narrow_to_bytes(builder, value, target, lanes)
     if target == "float16":
         return builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
     bits = ir.VectorType(ir.IntType(32), lanes)
@@ -123,6 +132,60 @@ def narrow(builder: Any, value: Any, target: str, lanes: int) -> Any:
     quiet = builder.or_(word, all_lanes(0x400000))
     word = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
     return builder.trunc(builder.lshr(word, all_lanes(16)), ir.VectorType(ir.IntType(16), lanes))
+
+
+def _widen_bytes(builder: Any, value: Any, source: str, lanes: int) -> Any:
+    """Convert a pack of 8-bit floats to float32, by way of float16, which holds them all but for a power of two."""
+    fraction, bias, _, _ = EIGHT_BITS[source]
+    bits = ir.VectorType(ir.IntType(16), lanes)
+
+    def all_lanes(constant: int) -> Any:
+        return ir.Constant(bits, [constant] * lanes)
+
+    code = builder.zext(value, bits)
+    sign = builder.shl(builder.and_(code, all_lanes(0x80)), all_lanes(8))
+    magnitude = builder.and_(code, all_lanes(0x7F))
+    half = builder.or_(sign, builder.shl(magnitude, all_lanes(10 - fraction)))
+    wide = builder.fpext(
+        builder.bitcast(half, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(ir.FloatType(), lanes)
+    )
+    if bias == 15:  # float16's own, and so are its infinities and NaNs
+        return wide
+    scale = ir.Constant(wide.type, [2.0 ** (15 - bias)] * lanes)
+    words = ir.VectorType(ir.IntType(32), lanes)
+    quiet = builder.or_(
+        builder.shl(builder.zext(sign, words), ir.Constant(words, [16] * lanes)),
+        ir.Constant(words, [0x7FC00000] * lanes),
+    )
+    nan = builder.icmp_unsigned("==", magnitude, all_lanes(0x7F))
+    return builder.select(nan, builder.bitcast(quiet, wide.type), builder.fmul(wide, scale))
+
+
+def _narrow_to_bytes(builder: Any, value: Any, target: str, lanes: int) -> Any:
+    """Round a pack of float32 to 8-bit floats, ties to even; what is too large becomes infinity, or NaN without one."""
+    fraction, bias, beyond, nan = EIGHT_BITS[target]
+    bits = ir.VectorType(ir.IntType(32), lanes)
+
+    def all_lanes(constant: int) -> Any:
+        return ir.Constant(bits, [constant] * lanes)
+
+    word = builder.bitcast(value, bits)
+    sign = builder.and_(builder.lshr(word, all_lanes(24)), all_lanes(0x80))
+    magnitude = builder.and_(word, all_lanes(0x7FFFFFFF))
+    # Normal numbers: exchange the bias, and round away the bits of the fraction that are too many.
+    drop = 23 - fraction
+    rebased = builder.sub(magnitude, all_lanes(127 - bias << 23))
+    odd = builder.and_(builder.lshr(rebased, all_lanes(drop)), all_lanes(1))
+    normal = builder.lshr(builder.add(rebased, builder.add(odd, all_lanes((1 << drop - 1) - 1))), all_lanes(drop))
+    normal = builder.select(builder.icmp_unsigned("<", normal, all_lanes(beyond)), normal, all_lanes(beyond))
+    # Smaller ones: a sum with a number whose last bit is the smallest step has rounded to that step.
+    steps = all_lanes(127 + 23 + 1 - bias - fraction << 23)
+    total = builder.fadd(builder.bitcast(magnitude, value.type), builder.bitcast(steps, value.type))
+    small = builder.sub(builder.bitcast(total, bits), steps)
+    is_small = builder.icmp_unsigned("<", magnitude, all_lanes(128 - bias << 23))
+    code = builder.select(is_small, small, normal)
+    code = builder.select(builder.fcmp_unordered("uno", value, value), all_lanes(nan), code)
+    return builder.trunc(builder.or_(code, sign), ir.VectorType(ir.IntType(8), lanes))
 
 
 def divide(builder: Any, value: Any, ranks: Any, datatype: str) -> Any:

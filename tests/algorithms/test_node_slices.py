@@ -20,6 +20,7 @@ PAIRS = [
     ("float16", "SUM"),
     ("bool", "LXOR"),
     ("int8", "AVG"),
+    ("float8_e4m3fn", "AVG"),
 ]
 COUNTS = [1, 2, 5, 64, 1001, 4099]
 

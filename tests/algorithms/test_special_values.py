@@ -86,12 +86,17 @@ def test_a_nan_on_any_rank_is_one_in_the_result(datatype, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", candidates())
-@pytest.mark.parametrize("datatype", ["float16", "bfloat16"])
-def test_sums_that_a_16_bit_float_cannot_hold_on_the_way(datatype, algorithm):
+@pytest.mark.parametrize(
+    ("datatype", "columns", "totals", "averages"),
+    [
+        ("float16", [[2048, 60000], [1, 60000], [1, -60000]], [2050, 60000], [float(np.float16(2050 / 3)), 20000]),
+        ("bfloat16", [[256, 3e38], [1, 0], [1, -3e38]], [258, 0], [86, 0]),
+        ("float8_e4m3fn", [[16, 384], [1, 384], [1, -384]], [18, 384], [6, 128]),
+        ("float8_e5m2", [[8, 49152], [1, 49152], [1, -49152]], [10, 49152], [3.5, 16384]),
+    ],
+)
+def test_sums_that_a_small_float_cannot_hold_on_the_way(datatype, columns, totals, averages, algorithm):
     """2048 + 1 is 2048 in a float16, and 60000 + 60000 infinite; float32 keeps both until the end."""
-    columns = {"float16": [[2048, 60000], [1, 60000], [1, -60000]], "bfloat16": [[256, 3e38], [1, 0], [1, -3e38]]}[
-        datatype
-    ]
 
     def main(comm):
         x = np.array(columns[comm.rank], DATATYPES[datatype].dtype)
@@ -101,12 +106,8 @@ def test_sums_that_a_16_bit_float_cannot_hold_on_the_way(datatype, algorithm):
         return x.astype(float).tolist(), y.astype(float).tolist()
 
     for total, average in nvcoll.emulate(3).run(main):
-        if datatype == "float16":
-            assert total == [2050, 60000]
-            assert average == [float(np.float16(2050 / 3)), 20000]
-        else:
-            assert total == [258, 0]
-            assert average == [86, 0]
+        assert total == totals
+        assert average == averages
 
 
 @pytest.mark.parametrize("algorithm", candidates())

@@ -69,13 +69,13 @@ def in_ctypes(values):
 def in_torch(values):
     import torch
 
-    if values.dtype.name == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    if values.dtype.isbuiltin != 1:  # of ml_dtypes
+        return torch.from_numpy(values.view(f"i{values.itemsize}")).view(getattr(torch, values.dtype.name))
     return torch.from_numpy(values)
 
 
 ALL = frozenset(DATATYPES)
-WITH_COMPLEX = ALL - {"bfloat16"}
+WITH_COMPLEX = ALL - {"bfloat16", "float8_e4m3fn", "float8_e5m2"}
 PLAIN = WITH_COMPLEX - {"complex64", "complex128"}
 BYTES = frozenset()  # holds bytes only: the caller names the type
 

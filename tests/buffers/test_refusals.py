@@ -161,9 +161,9 @@ def test_a_format_without_a_name_in_numpy_needs_a_datatype():
         (lambda t: t.zeros(3, dtype=t.complex64).conj().imag, ArgumentError, "has not computed yet"),
         (lambda t: t.zeros(6)[::2], ArgumentError, r"has gaps .+, expected .+; pass \.contiguous\(\)"),
         (
-            lambda t: t.zeros(3, dtype=t.float8_e5m2),
+            lambda t: t.zeros(3, dtype=t.float8_e5m2fnuz),
             DatatypeError,
-            r"is torch\.float8_e5m2, expected one of .+; convert",
+            r"is torch\.float8_e5m2fnuz, expected one of .+; convert",
         ),
     ],
     ids=["grad", "device", "sparse", "conjugate", "negative", "gaps", "datatype"],

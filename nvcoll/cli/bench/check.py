@@ -27,6 +27,7 @@ COMBINE: dict[str, np.ufunc] = {
     "BXOR": np.bitwise_xor,
 }
 INEXACT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+INEXACT |= {"float8_e4m3fn": 2.0**-3, "float8_e5m2": 2.0**-2}
 INEXACT |= {"complex64": INEXACT["float32"], "complex128": INEXACT["float64"]}
 """Datatype -> the distance from 1 to the next number it can hold (of each part, for complex ones)."""
 
@@ -90,12 +91,13 @@ class Data:
         """Largest error of a right answer, in the unit of `Verdict.error`.
 
         Rounding once per rank is right; 16-bit floats, for which that would pass anything on many ranks, get four units
-        at most (a sum's random errors cancel, a product's do not).
+        at most (a sum's random errors cancel, a product's do not), and 8-bit floats one.
         """
         epsilon = INEXACT.get(self.datatype.name, 0.0)
         if self.op.kind == "order":
             return 0.0
-        units = self.size if self.op.name == "PROD" else min(self.size, 4)
+        most = 1 if self.datatype.itemsize == 1 else 4
+        units = self.size if self.op.name == "PROD" else min(self.size, most)
         return 2.0 * units * epsilon if self.datatype.kind == "complex" else units * epsilon
 
     def _draw(self, rank: int, start: int, count: int) -> Array:
@@ -123,6 +125,8 @@ class Data:
         if self.op.name == "PROD":
             # Magnitudes from 1 to 1 + 1 / size: a product of all ranks is at most e, and fits in float16.
             values = np.copysign(1 + np.abs(values) / dtype(self.size), values) / dtype(np.sqrt(parts))
+        if self.datatype.itemsize == 1:  # away from zero, around which these have steps as large as their numbers
+            values = np.copysign((1 + np.abs(values)) / 2, values)
         if parts == 2:
             return values.view(self.datatype.dtype)
         return values.astype(self.datatype.dtype)
