@@ -57,7 +57,7 @@ class World:
     def leave(self) -> bool:
         """Take no more part, and tell the ranks that share memory. Returns whether no thread is in a call any more."""
         self.queue.close()
-        left = self.planner.state.leave()
+        left: bool = self.planner.state.leave()
         if left:
             self.queue.join(1.0)  # it ends at once, but for what Python code it may be in
         return left

@@ -11,6 +11,8 @@ cdef extern from "Python.h":
 
 cdef int64_t LONG = 3_600_000_000_000     # ns; who sleeps so long is woken
 cdef unsigned int MOMENT = 20             # us in which a thread that was woken takes the GIL
+cdef unsigned int BETWEEN_LOOKS = 50      # us, and somewhat more by the system's timers
+cdef int LOOKS = 20
 
 
 cdef class Task:
@@ -78,7 +80,8 @@ cdef class Queue:
     cdef Task last
     cdef Task current           # the one that runs, on whatever thread
     cdef unsigned long runner   # that thread, where it runs a function and not a plan
-    cdef int64_t bell           # 1 while the queue's own thread sleeps
+    cdef int64_t ready          # 1 if there is something to do for the queue's own thread, which looks without the GIL
+    cdef int64_t bell           # 1 while that thread sleeps
     cdef object worker
     cdef object closed          # why no more calls are taken
 
@@ -124,6 +127,7 @@ cdef class Queue:
         state.world.busy |= RESERVED
         self.tasks.append(task)
         self.last = task
+        self.ready = self.current is None
         self.ring()
         return task
 
@@ -141,8 +145,9 @@ cdef class Queue:
         return 0
 
     cdef void ring(self) noexcept:
-        """Wake the queue's thread."""
-        if self.bell:
+        """Wake the queue's thread. The order is: say that it is ready, look whether it sleeps; there, the other way."""
+        nv_fence()
+        if self.ready and nv_load(&self.bell):
             self.bell = 0
             nv_futex_wake(&self.bell)
 
@@ -153,10 +158,25 @@ cdef class Queue:
                 self.run_next()
             if self.closed is not None:
                 return
-            self.bell = 1
             with nogil:
-                nv_futex_wait(&self.bell, LONG)
-            self.bell = 0
+                while not nv_load(&self.ready):
+                    self.sleep()
+
+    cdef void sleep(self) noexcept nogil:
+        """Sleep until there may be something to do.
+
+        Often a thread that waits takes the call first: to wake this one would be in vain, and cost more than the call.
+        So for a while after it has been awake, this one looks by itself now and then.
+        """
+        for _ in range(LOOKS):
+            usleep(BETWEEN_LOOKS)
+            if nv_load(&self.ready):
+                return
+        nv_store(&self.bell, 1)
+        nv_fence()
+        if not nv_load(&self.ready):
+            nv_futex_wait(&self.bell, LONG)
+        nv_store(&self.bell, 0)
 
     cdef int run_next(self) except -1:
         """Run the next call. An interruption, which only Python's main thread knows, is raised; all else is told."""
@@ -164,6 +184,7 @@ cdef class Queue:
         cdef Task task = self.tasks.popleft()
         cdef object interruption = None
         self.current = task
+        self.ready = 0
         try:
             problem = self.run_plan(task) if isinstance(task.call, Plan) else self.run_function(task)
         except BaseException as exc:
@@ -174,6 +195,7 @@ cdef class Queue:
             interruption = problem
             problem = Error("the call was interrupted while a thread waited for it or a later one; call Finalize")
         self.current = None
+        self.ready = self.closed is not None or len(self.tasks) > 0
         if not self.tasks:
             state.world.busy &= ~RESERVED
         task.end(problem)
@@ -231,6 +253,7 @@ cdef class Queue:
         tasks, self.tasks = self.tasks, deque()
         problem = self.finalized() if reason is None else StateError(reason)
         self.closed = str(problem)
+        self.ready = 1
         if reason is not None and self.current is not None:
             tasks.append(self.current)
         self.state.queue = None  # two that refer to each other would wait for the garbage collector

@@ -97,8 +97,8 @@ tell(sum=total())
         for verb, told in (("Iallreduce", first), ("Allreduce_init", second)):
             assert told["kind"] == "StateError"
             assert told["text"] == (
-                f"{verb}: MPI was initialized for one thread at a time, expected MPI.THREAD_MULTIPLE, for the call runs "
-                "on one of its own; leave mpi4py.rc.thread_level as it is"
+                f"{verb}: MPI was initialized for one thread at a time, expected MPI.THREAD_MULTIPLE, for the call "
+                "runs on one of its own; leave mpi4py.rc.thread_level as it is"
             )
 
 
