@@ -45,6 +45,8 @@ cdef class Task:
 
     cdef int finish(self) except -1:
         cdef Queue queue = self.queue
+        if not self.unfinished:
+            return 0
         try:
             while self.unfinished:
                 if queue.current is None and queue.tasks:
@@ -60,8 +62,8 @@ cdef class Task:
 
     cdef void end(self, problem) noexcept:
         """Let whoever waits go on, and let go of the buffers, which may run code of theirs: last of all."""
-        keep, call = self.keep, self.call
-        self.keep = self.call = self.blame = None
+        keep, call, queue = self.keep, self.call, self.queue
+        self.keep = self.call = self.blame = self.queue = None
         self.problem = problem
         nv_store(&self.unfinished, 0)
         nv_futex_wake(&self.unfinished)
@@ -197,6 +199,7 @@ cdef class Queue:
         self.current = None
         self.ready = self.closed is not None or len(self.tasks) > 0
         if not self.tasks:
+            self.last = None
             state.world.busy &= ~RESERVED
         task.end(problem)
         if interruption is not None:
@@ -236,8 +239,10 @@ cdef class Queue:
 
     cdef int drain(self) except -1:
         """Wait for all calls, whatever becomes of them; but not those that the calling thread itself runs."""
-        while (self.state.world.busy & RESERVED) and self.runner != PyThread_get_thread_ident():
-            self.last.finish()
+        cdef Task last = self.last
+        while last is not None and self.runner != PyThread_get_thread_ident():
+            last.finish()
+            last = self.last
         return 0
 
     def close(self, reason=None):
@@ -258,6 +263,7 @@ cdef class Queue:
             tasks.append(self.current)
         self.state.queue = None  # two that refer to each other would wait for the garbage collector
         if self.current is None:
+            self.last = None
             self.state.world.busy &= ~RESERVED
         self.ring()
         for task in tasks:

@@ -1,10 +1,12 @@
 """The queue of nonblocking calls, among emulated ranks: order, overlap, buffers, errors, threads."""
 
 import gc
+import os
 import sys
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,11 @@ from nvcoll import Prequest, Request
 from nvcoll.errors import MismatchError, PeerLostError, StateError
 
 SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
+
+
+def address_space():
+    """Bytes that this process has mapped or reserved."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def run(main, size=3):
@@ -255,6 +262,28 @@ class TestErrors:
                 request.Start()
             with pytest.raises(StateError, match="this communicator was finalized"):
                 comm.Iallreduce(np.ones(4))
+
+
+def test_memory_goes_with_the_communicator():
+    """Without the help of the garbage collector."""
+
+    def main(comm):
+        comm.Iallreduce(np.ones(3)).Wait()
+        persistent = comm.Allreduce_init(np.ones(3))
+        persistent.Start()
+        requests.append(comm.Iallreduce(np.ones(3)))
+
+    requests = []
+    run(main, 4)
+    gc.collect()
+    gc.disable()
+    try:
+        mapped = address_space()
+        for _ in range(5):
+            run(main, 4)
+        assert address_space() - mapped < 2 << 30  # a world of four ranks reserves 4 GiB
+    finally:
+        gc.enable()
 
 
 class TestThreads:
