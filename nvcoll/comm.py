@@ -187,10 +187,9 @@ class Comm(Living):
         TimeoutError, PeerLostError, MismatchError
             As for `Allreduce`.
         """
-        if self._calls is not None:
-            self._calls.barrier()
-        elif self._between is not None:
-            self._between.barrier()
+        others = self._calls or self._between
+        if others is not None:
+            others.barrier()
             return
         token, kept = self._token, self._kept
         plan = kept.get("barrier")
