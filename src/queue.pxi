@@ -52,6 +52,8 @@ cdef class Task:
                 if queue.current is None and queue.tasks:
                     queue.run_next()
                     continue
+                if queue.runner == PyThread_get_thread_ident():  # in a handler of a signal that came during the call
+                    raise queue.state.refusal()
                 with nogil:
                     nv_futex_wait(&self.unfinished, LONGEST_NAP)
                 PyErr_CheckSignals()
@@ -81,7 +83,7 @@ cdef class Queue:
     cdef object tasks           # not begun
     cdef Task last
     cdef Task current           # the one that runs, on whatever thread
-    cdef unsigned long runner   # that thread, where it runs a function and not a plan
+    cdef unsigned long runner   # that thread, or 0
     cdef int64_t ready          # 1 if there is something to do for the queue's own thread, which looks without the GIL
     cdef int64_t bell           # 1 while that thread sleeps
     cdef object worker
@@ -110,21 +112,22 @@ cdef class Queue:
         Task
         """
         cdef State state = self.state
-        cdef Task task
+        cdef Task task = Task.__new__(Task)
+        cdef bint alone = isinstance(call, Plan) and (<Plan>call).kernel == NULL
+        task.queue, task.call, task.send, task.recv, task.keep, task.blame = self, call, send, recv, keep, blame
+        if self.worker is None and not alone:
+            self.start()
+        # No other thread comes in from here on.
         if self.closed is not None or state.world.error:
             raise self.refusal()
         if isinstance(call, Plan) and (<Plan>call).state is not state:  # another thread finalized meanwhile
             raise self.finalized()
         if state.world.busy == CALLING:  # of a blocking call: those of the queue come with RESERVED
             raise state.refusal()
-        task = Task.__new__(Task)
-        task.queue, task.call, task.send, task.recv, task.keep, task.blame = self, call, send, recv, keep, blame
-        if not state.world.busy and isinstance(call, Plan) and (<Plan>call).kernel == NULL:
+        if alone and not state.world.busy:
             (<Plan>call).launch(send, recv)  # the copy that one rank needs: there is nobody to wait for
             task.end(None)
             return task
-        if self.worker is None:
-            self.start()
         task.unfinished = 1
         state.world.busy |= RESERVED
         self.tasks.append(task)
@@ -186,6 +189,7 @@ cdef class Queue:
         cdef Task task = self.tasks.popleft()
         cdef object interruption = None
         self.current = task
+        self.runner = PyThread_get_thread_ident()
         self.ready = 0
         try:
             problem = self.run_plan(task) if isinstance(task.call, Plan) else self.run_function(task)
@@ -197,6 +201,7 @@ cdef class Queue:
             interruption = problem
             problem = Error("the call was interrupted while a thread waited for it or a later one; call Finalize")
         self.current = None
+        self.runner = 0
         self.ready = self.closed is not None or len(self.tasks) > 0
         if not self.tasks:
             self.last = None
@@ -223,14 +228,11 @@ cdef class Queue:
 
     cdef object run_function(self, Task task):
         """Call a function, which may enter the communicator as a blocking call would; return the error, or None."""
-        self.runner = PyThread_get_thread_ident()
         try:
             task.call()
             return None
         except Exception as exc:
             return self.finalized() if self.state.world.error == FINALIZED else exc
-        finally:
-            self.runner = 0
 
     cdef object finalized(self):
         from nvcoll.errors import StateError

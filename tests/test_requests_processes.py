@@ -2,6 +2,7 @@
 
 import re
 import signal
+import time
 
 import pytest
 
@@ -168,6 +169,28 @@ else:
             assert crew.told(0)["kind"] == "KeyboardInterrupt"
             crew.let_go(1)
             assert crew.told(0)["kind"] is None
+            assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
+
+    def test_a_handler_that_waits_for_the_call_it_interrupts(self):
+        """Is refused where the call runs on the same thread, for it cannot go on before the handler has returned."""
+        program = """
+signal.signal(signal.SIGUSR1, lambda number, frame: tell(**attempt(request.Wait)))
+tell(sum=total())
+if comm.rank == 0:
+    when_waiting(2, os.kill, os.getpid(), signal.SIGUSR1)
+else:
+    gate()
+request = comm.Iallreduce(np.ones(4))
+request.Wait()
+tell(sum=total())
+"""
+        with Crew(program, 2) as crew:
+            crew.all_told()
+            time.sleep(1)
+            crew.let_go(1)
+            told = crew.told(0)
+            assert told["kind"] in {"StateError", None}
+            assert told["kind"] is None or "calls on one communicator take turns" in told["text"]
             assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
 
 
