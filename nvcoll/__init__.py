@@ -13,7 +13,7 @@ except ImportError as _exc:
     raise _missing_extension(_exc) from _exc
 
 from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer
-from nvcoll.comm import COMM_SELF, COMM_WORLD, Comm, Finalize, Init, Is_initialized
+from nvcoll.comm import Comm
 from nvcoll.emulation import Emulation, emulate
 from nvcoll.errors import (
     AllocationError,
@@ -111,6 +111,8 @@ from nvcoll.ops import (
     Op,
 )
 from nvcoll.planning import Candidate, Explanation
+from nvcoll.requests import UNDEFINED, Prequest, Request
+from nvcoll.session import COMM_SELF, COMM_WORLD, Finalize, Init, Is_initialized
 
 __version__ = "0.1.0"
 
@@ -129,6 +131,7 @@ __all__ = [
     "MIN",
     "PROD",
     "SUM",
+    "UNDEFINED",
     "AllocationError",
     "ArgumentError",
     "BootstrapError",
@@ -149,6 +152,8 @@ __all__ = [
     "MismatchError",
     "Op",
     "PeerLostError",
+    "Prequest",
+    "Request",
     "StateError",
     "TimeoutError",
     "emulate",

@@ -1,24 +1,23 @@
-"""Comm: MPI's verbs. Each validates, finds the plan and runs it; all judgement on arguments is here or in `buffers`."""
+"""Comm: MPI's verbs. Each has its arguments judged, finds the plan and runs it, or puts it in the queue."""
 
-import atexit
 import math
-import operator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer, Spec, check_pair, is_in_place, parse
-from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.arguments import dimensions, judge, judge_explain, not_on_gpus
+from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer, Spec, while_alive
+from nvcoll.errors import StateError
 from nvcoll.failures import failure
 from nvcoll.lifecycle import Living
-from nvcoll.ops import SUM, Op, as_datatype, as_op
+from nvcoll.ops import SUM, Op, as_datatype
 from nvcoll.planning import Explanation
-from nvcoll.world import open_self, open_world
+from nvcoll.requests import Ended, Pending, Prequest, Request
 
-MOST_ELEMENTS = 2**59
-"""Elements of an array, so that the bytes of the widest type fit an address."""
 MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 
@@ -121,7 +120,7 @@ class Comm(Living):
             On all ranks, if they ask for different sizes.
         """
         datatype = as_datatype(dtype, "empty", "dtype")
-        dims = _dimensions(shape)  # judged before anything is sent or taken
+        dims = dimensions(shape)  # judged before anything is sent or taken
         if self._calls is not None:
             return self._calls.empty(dims, datatype)  # type: ignore[no-any-return]
         return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
@@ -188,10 +187,9 @@ class Comm(Living):
         TimeoutError, PeerLostError, MismatchError
             As for `Allreduce`.
         """
-        if self._calls is not None:
-            self._calls.barrier()
-        elif self._between is not None:
-            self._between.barrier()
+        others = self._calls or self._between
+        if others is not None:
+            others.barrier()
             return
         token, kept = self._token, self._kept
         plan = kept.get("barrier")
@@ -252,25 +250,103 @@ class Comm(Living):
         if self._calls is not None:
             self._calls.allreduce(sendbuf, recvbuf, op, stream, algorithm)
             return
-        send, recv, handle = _judge(sendbuf, recvbuf, op, stream)
-        datatype, nbytes = recv.datatype, recv.nbytes
+        send, recv, handle = judge("Allreduce", sendbuf, recvbuf, op, stream)
         if recv.count == 0:
             return
         if self._between is not None:
             self._between.allreduce(send, recv, handle, algorithm)
             return
+        plan = self._plan(recv, op, handle, algorithm)
+        if not plan.run(send.address, recv.address):
+            raise self._failure(plan)
+
+    def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> Plan:
+        """Return the plan of an all-reduce, made if there is none, and keep it for the fast route with this `op`."""
         # Looked up once: should another thread finalize from here on, the plan must not end up in the next world's.
         planner, plans, kept = self._world.planner, self._plans, self._kept
-        key = (datatype.name, nbytes, handle.name, algorithm)
+        key = (recv.datatype.name, recv.nbytes, handle.name, algorithm)
         plan = kept.get(key)
         if plan is None:
-            plan = planner.plan(planner.explain("allreduce", recv.count, datatype, handle, algorithm), datatype, handle)
+            told = planner.explain("allreduce", recv.count, recv.datatype, handle, algorithm)
+            plan = planner.plan(told, recv.datatype, handle)
             if len(kept) >= MOST_KEPT:
                 kept.clear()
             kept[key] = plan
-        plans.setdefault(algorithm, Plans(IN_PLACE)).add(datatype.code, nbytes, op, plan)
-        if not plan.run(send.address, recv.address):
-            raise self._failure(plan)
+        plans.setdefault(algorithm, Plans(IN_PLACE)).add(recv.datatype.code, recv.nbytes, op, plan)
+        return plan
+
+    def Iallreduce(
+        self, sendbuf: Any, recvbuf: Any = None, op: Any = SUM, *, stream: Any = None, algorithm: str | None = None
+    ) -> Request:
+        """Begin an `Allreduce` and return: it goes on while this rank does other things.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf, op, stream, algorithm
+            As for `Allreduce`. Leave the buffers alone until the request has ended.
+
+        Returns
+        -------
+        Request
+            To be waited for. Its ``Wait`` and ``Test`` raise what the blocking call would have raised.
+
+        Raises
+        ------
+        ArgumentError, DatatypeError
+            At once, as `Allreduce`.
+        StateError
+            The communicator is of no use any more, or another thread is in a blocking call.
+
+        Notes
+        -----
+        The calls of a communicator, blocking and nonblocking, run in the order in which they were begun, which must be
+        the same on all ranks.
+        """
+        plans = self._plans.get(algorithm)
+        if plans is not None and stream is None:
+            task = plans.begin(self._world.queue, sendbuf, recvbuf, op, self._failure)
+            if task is not None:
+                return Request(task)
+        return Request(self._begin("Iallreduce", sendbuf, recvbuf, op, stream, algorithm)())
+
+    def Allreduce_init(
+        self, sendbuf: Any, recvbuf: Any = None, op: Any = SUM, *, stream: Any = None, algorithm: str | None = None
+    ) -> Prequest:
+        """Prepare an `Allreduce` on these buffers that is to be begun many times. Nothing is sent.
+
+        Parameters
+        ----------
+        sendbuf, recvbuf, op, stream, algorithm
+            As for `Allreduce`.
+
+        Returns
+        -------
+        Prequest
+            Its ``Start`` begins a call, as `Iallreduce` does.
+
+        Raises
+        ------
+        ArgumentError, DatatypeError
+            As `Allreduce`.
+        """
+        return Prequest(self._begin("Allreduce_init", sendbuf, recvbuf, op, stream, algorithm))
+
+    def _begin(
+        self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
+    ) -> Callable[[], Pending]:
+        """Judge the arguments of a nonblocking all-reduce; return what begins it."""
+        if self._calls is not None:
+            raise not_on_gpus(verb)
+        send, recv, handle = judge(verb, sendbuf, recvbuf, op, stream)
+        if recv.count == 0:
+            return Ended
+        begin, owners = self._world.queue.begin, (send.owner, recv.owner)
+        if self._between is not None:
+            self._between.judge(verb, algorithm)
+            call = partial(self._between.allreduce, send, recv, handle, algorithm)
+            return while_alive(verb, owners, partial(begin, call))
+        plan = self._plan(recv, op, handle, algorithm)
+        return while_alive(verb, owners, partial(begin, plan, send.address, recv.address, owners, self._failure))
 
     def _failure(self, plan: Plan) -> BaseException:
         """Return the error of a call that ended early."""
@@ -303,19 +379,10 @@ class Comm(Living):
         ArgumentError
             If there is no such verb, or `nbytes` is no multiple of the itemsize.
         """
-        if not isinstance(verb, str) or verb.lower() != "allreduce":
-            raise ArgumentError(f"explain: verb is {verb!r}, expected 'allreduce'")
-        datatype, handle = as_datatype(dtype, "explain", "dtype"), as_op(op, "explain")
-        if reason := handle.supports(datatype):
-            raise DatatypeError(f"explain: {reason}")
-        if not hasattr(nbytes, "__index__") or nbytes < 0 or nbytes % datatype.itemsize:
-            raise ArgumentError(
-                f"explain: nbytes is {nbytes!r}, expected a multiple of "
-                f"the {datatype.itemsize} bytes of {datatype.name}"
-            )
+        count, datatype, handle = judge_explain(verb, nbytes, dtype, op)
         if self._between is not None:
-            return self._between.explain(nbytes // datatype.itemsize, datatype, handle)
-        return self._world.planner.explain("allreduce", nbytes // datatype.itemsize, datatype, handle)
+            return self._between.explain(count, datatype, handle)
+        return self._world.planner.explain("allreduce", count, datatype, handle)
 
     def algorithms(self, verb: str = "allreduce") -> list[str]:
         """Return the names that ``algorithm=`` takes.
@@ -330,75 +397,3 @@ class Comm(Living):
         list of str
         """
         return [one.name for one in self.explain(verb, 4).candidates]
-
-
-def _dimensions(shape: Any) -> tuple[int, ...]:
-    """Return a shape as whole numbers whose product fits an address."""
-    try:
-        dims = tuple(operator.index(length) for length in np.atleast_1d(np.asarray(shape, dtype=object)))
-    except TypeError:
-        raise ArgumentError(f"empty: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
-    if min(dims, default=0) < 0:
-        raise ArgumentError(f"empty: shape {shape} has a negative dimension; give sizes of 0 or more")
-    if math.prod(dims) >= MOST_ELEMENTS:
-        raise ArgumentError(f"empty: shape {dims} has more elements than addresses; give a product below 2**59")
-    return dims
-
-
-def _judge(sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op]:
-    """Check the arguments of an all-reduce; in place, both specs are the same."""
-    verb = "Allreduce"
-    if stream is not None:
-        raise ArgumentError(f"{verb}: stream is given, and arrays of the host have none; leave it out")
-    if is_in_place(sendbuf):
-        if recvbuf is None:
-            raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
-        sendbuf = recvbuf
-    elif recvbuf is None or is_in_place(recvbuf):
-        recvbuf = sendbuf
-    recv = parse(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True)
-    send = recv
-    if recvbuf is not sendbuf:
-        send = parse(verb, "sendbuf", sendbuf, False)
-        check_pair(verb, send, recv)
-    handle = as_op(op, verb)
-    if reason := handle.supports(recv.datatype):
-        raise DatatypeError(f"{verb}: {reason}")
-    return send, recv, handle
-
-
-COMM_WORLD = Comm(open_world, "COMM_WORLD")
-COMM_SELF = Comm(open_self, "COMM_SELF")
-
-
-def Init() -> None:
-    """Bring `COMM_WORLD` to life now rather than on first use. Collective; does nothing if it is alive.
-
-    Raises
-    ------
-    BootstrapError
-        If the ranks cannot find each other.
-    """
-    COMM_WORLD.rank  # noqa: B018 - the first look opens it
-
-
-def Finalize() -> None:
-    """Leave `COMM_WORLD` and `COMM_SELF` and give their memory back; buffers of theirs are gone. Runs at exit too.
-
-    Not collective: ranks that still wait for this one raise PeerLostError. A later use, or `Init`, starts anew.
-    """
-    COMM_WORLD._close()
-    COMM_SELF._close()
-
-
-def Is_initialized() -> bool:
-    """Tell whether `COMM_WORLD` is alive.
-
-    Returns
-    -------
-    bool
-    """
-    return COMM_WORLD.alive
-
-
-atexit.register(Finalize)

@@ -159,8 +159,7 @@ class Between:
 
     def allreduce(self, send: Spec, recv: Spec, op: Op, algorithm: str | None) -> None:
         """Reduce over all nodes, a piece at a time."""
-        if algorithm not in (None, NAME):
-            raise ArgumentError(f"Allreduce: algorithm is {algorithm!r}, expected {NAME!r} for ranks on several nodes")
+        _judge("Allreduce", algorithm)
         datatype = recv.datatype
         size = self._most[datatype.name]
         with self._call("allreduce"):
@@ -168,13 +167,27 @@ class Between:
                 count, shift = min(size, recv.count - first), first * datatype.itemsize
                 self._piece(send.address + shift, recv.address + shift, count, datatype, op, recv.count - first)
 
-    @contextlib.contextmanager
-    def _call(self, verb: str) -> Iterator[None]:
-        """Let one call run at a time. One that fails is the last, and the other ranks hear of it."""
+    def judge(self, verb: str, algorithm: str | None) -> None:
+        """Check that a nonblocking call can be made, whose thread then shares MPI with the caller's."""
+        _judge(verb, algorithm)
+        self._refuse_finalized()
+        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
+            raise StateError(
+                f"{verb}: MPI was initialized for one thread at a time, expected MPI.THREAD_MULTIPLE, for the call "
+                "runs on one of its own; leave mpi4py.rc.thread_level as it is"
+            )
+
+    def _refuse_finalized(self) -> None:
         if self._mpi.Is_finalized():
             raise StateError(
                 "MPI is finalized, and the nodes reach each other through it; finalize it after the last call"
             )
+
+    @contextlib.contextmanager
+    def _call(self, verb: str) -> Iterator[None]:
+        """Let one call run at a time. One that fails is the last, and the other ranks hear of it."""
+        self._refuse_finalized()
+        self._world.planner.state.drain()
         if not self._turn.acquire(blocking=False):
             raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
         try:
@@ -309,6 +322,11 @@ class Between:
         self._notices.send(self._calls + 1, LEFT, -1)
         if self._owners != self._mpi.COMM_NULL and self._world.planner.state.failure is None:
             self._owners.Free()
+
+
+def _judge(verb: str, algorithm: str | None) -> None:
+    if algorithm not in (None, NAME):
+        raise ArgumentError(f"{verb}: algorithm is {algorithm!r}, expected {NAME!r} for ranks on several nodes")
 
 
 def _ranks(ranks: list[int]) -> str:

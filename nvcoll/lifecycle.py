@@ -87,7 +87,8 @@ class Living:
         world, between = self.__dict__.get("_world"), self.__dict__.get("_between")
         for name in LIVING:
             self.__dict__.pop(name, None)
-        if between is not None:
+        if between is not None and world is not None:
+            world.queue.close()
             between.close()
         if world is not None:
             world.close()
@@ -98,6 +99,10 @@ def _in_child() -> None:
     Living._opening = threading.RLock()  # a thread that held it is not in this process
     Living._forked = Living._used
     for one in list(_all):
+        if one.alive and one._world.target == "host":
+            one._world.queue.close(
+                "this process was forked from a rank and is none itself; its requests are the rank's"
+            )
         _inherited.extend(one.__dict__.pop(name) for name in LIVING if name in one.__dict__)
 
 

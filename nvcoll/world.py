@@ -8,6 +8,7 @@ from typing import Any
 
 from nvcoll import _bootstrap, _topology
 from nvcoll import settings as settings_
+from nvcoll._plan import Queue
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.choice import agree_on_backend
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
@@ -51,10 +52,15 @@ class World:
         self.backend = backend
         self.rank: int = exchange.rank
         self.size: int = exchange.size
+        self.queue = Queue(planner.state)  # has no thread before the first nonblocking call
 
     def leave(self) -> bool:
         """Take no more part, and tell the ranks that share memory. Returns whether no thread is in a call any more."""
-        return self.planner.state.leave()
+        self.queue.close()
+        left: bool = self.planner.state.leave()
+        if left:
+            self.queue.join(1.0)  # it ends at once, but for what Python code it may be in
+        return left
 
     def close(self) -> None:
         """Leave, and give everything back."""

@@ -24,6 +24,10 @@ if not nv_little():
     raise ImportError("nvcoll: needs a little-endian machine")
 
 
+cdef class Queue
+cdef class Held
+
+
 cdef class Plan:
     """A compiled kernel with its arguments, ready to run on any pair of addresses.
 
@@ -88,7 +92,7 @@ cdef class Plan:
         self.state.enter()
         with nogil:
             failed = self.launch(send, recv)
-        self.state.world.busy = 0
+        self.state.world.busy &= ~CALLING
         return not failed
 
 
@@ -106,6 +110,7 @@ cdef class State:
     """
     cdef World world
     cdef readonly object keep
+    cdef Queue queue            # once a nonblocking call was begun, until it is closed
 
     def __init__(self, dict values, dict private, keep):
         memset(&self.world, 0, sizeof(World))
@@ -123,15 +128,31 @@ cdef class State:
 
     cdef int enter(self) except -1:
         if self.world.busy or self.world.error:
-            from nvcoll.errors import StateError
-
-            if self.world.error == FINALIZED:
-                raise StateError("this communicator was finalized; take a new one, or call Init")
-            if self.world.error:
-                raise StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
-            raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
-        self.world.busy = 1
+            return self.take_turn()
+        self.world.busy = CALLING
         return 0
+
+    cdef int take_turn(self) except -1:
+        self.drain()
+        if self.world.error or self.world.busy & CALLING:
+            raise self.refusal()
+        self.world.busy |= CALLING  # a call of the queue may be made of several
+        return 0
+
+    def drain(self):
+        """Wait for the nonblocking calls that were begun, unless this thread runs one of them."""
+        if self.queue is not None:
+            self.queue.drain()
+
+    cdef object refusal(self):
+        """Return the error of a call that cannot be: of the communicator's state, or of two calls at once."""
+        from nvcoll.errors import StateError
+
+        if self.world.error == FINALIZED:
+            return StateError("this communicator was finalized; take a new one, or call Init")
+        if self.world.error:
+            return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
+        return StateError("another thread is in a call on this communicator; calls on one communicator take turns")
 
     @property
     def heap(self):
@@ -174,13 +195,13 @@ cdef class State:
         bool
             Whether no call uses the memory any more. A long reduction may not end within a second.
         """
-        if self.world.busy and not self.world.error:
+        if self.world.busy & CALLING and not self.world.error:
             fail(&self.world, FINALIZED, -1)
         elif not self.world.error:  # one that failed has told them already
             nv_store(&board_of(&self.world, self.world.rank).state, LEFT)
             self.world.error = FINALIZED
         for _ in range(1000):
-            if not self.world.busy:
+            if not self.world.busy & CALLING:
                 return True
             with nogil:
                 usleep(1000)
@@ -294,32 +315,21 @@ cdef class Plans:
                 PyObject_GetBuffer(sendbuf, &send, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
             except Exception:
                 return None
-            # Everything but the common case of two equal, disjoint buffers is judged on the long way.
             try:
-                if (send.len == recv.len and code_of(send.format, send.itemsize) == code_of(recv.format, recv.itemsize)
-                        and (<char*>send.buf + send.len <= <char*>recv.buf
-                             or <char*>recv.buf + recv.len <= <char*>send.buf)):
-                    return self.go(&recv, <uintptr_t>send.buf, op)
-                return None
+                return self.go(&recv, <uintptr_t>send.buf, op) if fit(&send, &recv) else None
             finally:
                 PyBuffer_Release(&send)
         finally:
             PyBuffer_Release(&recv)
 
     cdef object go(self, Py_buffer* recv, uintptr_t send, op):
-        cdef int64_t code = code_of(recv.format, recv.itemsize)
-        cdef Entry* e = &self.entries[self.slot(code, recv.len, <void*>op)]
+        cdef void* found = self.find(recv, op)
         cdef Plan plan
         cdef State state
         cdef int failed
-        if e.code == code and e.nbytes == recv.len and e.op == <void*>op and code != 0:
-            plan = <Plan>e.plan
-        else:
-            kept = self.table.get((code, recv.len, <uintptr_t><void*>op))
-            if kept is None or code == 0:
-                return None
-            plan = kept[0]
-            self.front(code, recv.len, op, plan)
+        if not found:
+            return None
+        plan = <Plan>found
         state = plan.state
         state.enter()
         if plan.kernel == NULL:
@@ -327,5 +337,40 @@ cdef class Plans:
         else:
             with nogil:
                 failed = plan.launch(send, <uintptr_t>recv.buf)
-        state.world.busy = 0
+        state.world.busy = 0  # not RESERVED either: the queue takes no calls meanwhile
         return plan if failed else True
+
+    cdef inline void* find(self, Py_buffer* recv, op) except? NULL:
+        """Return the plan for a buffer, which the table keeps alive, or NULL."""
+        cdef int64_t code = code_of(recv.format, recv.itemsize)
+        cdef Entry* e = &self.entries[self.slot(code, recv.len, <void*>op)]
+        if e.code == code and e.nbytes == recv.len and e.op == <void*>op and code != 0:
+            return e.plan
+        kept = self.table.get((code, recv.len, <uintptr_t><void*>op))
+        if kept is None or code == 0:
+            return NULL
+        self.front(code, recv.len, op, kept[0])
+        return <void*>kept[0]
+
+    def begin(self, Queue queue, sendbuf, recvbuf, op, blame):
+        """Put the call in a queue if its plan is known.
+
+        Returns
+        -------
+        Task or None
+            None if there is no such plan or the buffers need the long way.
+        """
+        cdef Held held = Held.__new__(Held)
+        cdef void* plan
+        if not held.take(sendbuf, sendbuf if recvbuf is None else recvbuf, self.in_place):
+            return None
+        plan = self.find(&held.recv, op)
+        if not plan:
+            return None
+        return queue.begin(<Plan>plan, <uintptr_t>held.send.buf, <uintptr_t>held.recv.buf, held, blame)
+
+
+cdef inline bint fit(Py_buffer* send, Py_buffer* recv) noexcept:
+    """Tell whether this is the common case of two equal, disjoint buffers; all others are judged on the long way."""
+    return (send.len == recv.len and code_of(send.format, send.itemsize) == code_of(recv.format, recv.itemsize)
+            and (<char*>send.buf + send.len <= <char*>recv.buf or <char*>recv.buf + recv.len <= <char*>send.buf))

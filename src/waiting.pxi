@@ -90,7 +90,7 @@ cdef struct World:
     int64_t yields          # sched_yield calls before sleeping, likewise
     int64_t fd              # descriptor whose record locks tell who is alive, or -1
     int64_t sequence        # calls begun
-    int64_t busy            # a call is running
+    int64_t busy            # CALLING while a call runs, RESERVED while nonblocking ones are to run; the GIL guards it
 
 # A rank's board: what it is doing, for its peers to read when they wonder why nothing comes. Two notes take turns:
 # the one of call k is overwritten in call k + 2, which a rank begins only when every rank has ended call k.
@@ -117,6 +117,10 @@ cdef enum:
     MISMATCH = 4
     INTERRUPTED = 5
     FINALIZED = 6
+
+cdef enum:
+    CALLING = 1
+    RESERVED = 2
 
 cdef int64_t LOOK_AFTER = 20_000_000      # wait so long (ns) before looking for the reason, and between looks
 cdef int64_t NAP = 2_000_000              # first sleep; a lost wake-up costs no more than this

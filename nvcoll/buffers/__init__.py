@@ -3,7 +3,7 @@
 from .array import Allocation, Buffer, invalidate
 from .device import DeviceBuffer
 from .device_specs import parse_device
-from .specs import IN_PLACE, InPlace, Spec, check_pair, is_in_place, parse
+from .specs import IN_PLACE, InPlace, Spec, check_pair, is_in_place, parse, while_alive
 from .streams import as_stream
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "is_in_place",
     "parse",
     "parse_device",
+    "while_alive",
 ]

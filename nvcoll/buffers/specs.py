@@ -5,8 +5,9 @@
 
 import operator
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from nvcoll.ops import Datatype, as_datatype, mpi_module
 
 from .array import Buffer, Owner
 from .dlpack import HOST_DEVICES
+
+T = TypeVar("T")
 
 
 class InPlace:
@@ -308,13 +311,34 @@ def _from_array(where: str, array: np.ndarray[Any, Any]) -> Memory:
 
 def _refuse_freed(where: str, array: object) -> None:
     """Refuse a freed Buffer, and arrays that are views of one."""
+    if any(one.freed for one in _lenders(array)):
+        raise StateError(
+            f"{where} is a Buffer that was freed, or a view of one, expected living memory; "
+            "allocate another with comm.empty"
+        )
+
+
+def _lenders(array: object) -> Iterator[Buffer | Owner]:
+    """Yield what may free the memory of an array."""
     while array is not None:
-        if isinstance(array, Buffer | Owner) and array.freed:
-            raise StateError(
-                f"{where} is a Buffer that was freed, or a view of one, expected living memory; "
-                "allocate another with comm.empty"
-            )
+        if isinstance(array, Buffer | Owner):
+            yield array
         array = array.base if isinstance(array, np.ndarray) else array.obj if isinstance(array, memoryview) else None
+
+
+def while_alive(verb: str, owners: Iterable[object], call: Callable[[], T]) -> Callable[[], T]:
+    """Return `call`, made to refuse once a Buffer is freed that one of `owners`, of specs, is or is a view of."""
+    lenders = [one for owner in owners for one in _lenders(owner) if isinstance(one, Owner)]
+    if not lenders:
+        return call
+
+    def guarded() -> T:
+        for one in lenders:
+            if one.freed:
+                raise StateError(f"{verb}: a Buffer of this request was freed, expected living memory; make another")
+        return call()
+
+    return guarded
 
 
 def _order(where: str, c_order: bool, f_order: bool, cure: str) -> str:

@@ -1,0 +1,70 @@
+"""Judgement on the arguments of verbs, before anything is sent; that on memory is in `buffers`."""
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from nvcoll.buffers import Spec, check_pair, is_in_place, parse
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.ops import Datatype, Op, as_datatype, as_op
+
+MOST_ELEMENTS = 2**59
+"""Elements of an array, so that the bytes of the widest type fit an address."""
+
+
+def dimensions(shape: Any) -> tuple[int, ...]:
+    """Return a shape as whole numbers whose product fits an address."""
+    try:
+        dims = tuple(operator.index(length) for length in np.atleast_1d(np.asarray(shape, dtype=object)))
+    except TypeError:
+        raise ArgumentError(f"empty: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
+    if min(dims, default=0) < 0:
+        raise ArgumentError(f"empty: shape {shape} has a negative dimension; give sizes of 0 or more")
+    if math.prod(dims) >= MOST_ELEMENTS:
+        raise ArgumentError(f"empty: shape {dims} has more elements than addresses; give a product below 2**59")
+    return dims
+
+
+def judge(verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op]:
+    """Check the arguments of an all-reduce; in place, both specs are the same."""
+    if stream is not None:
+        raise ArgumentError(f"{verb}: stream is given, and arrays of the host have none; leave it out")
+    if is_in_place(sendbuf):
+        if recvbuf is None:
+            raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
+        sendbuf = recvbuf
+    elif recvbuf is None or is_in_place(recvbuf):
+        recvbuf = sendbuf
+    recv = parse(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True)
+    send = recv
+    if recvbuf is not sendbuf:
+        send = parse(verb, "sendbuf", sendbuf, False)
+        check_pair(verb, send, recv)
+    handle = as_op(op, verb)
+    if reason := handle.supports(recv.datatype):
+        raise DatatypeError(f"{verb}: {reason}")
+    return send, recv, handle
+
+
+def judge_explain(verb: str, nbytes: Any, dtype: Any, op: Any) -> tuple[int, Datatype, Op]:
+    """Check the arguments of `explain`; return the count, the datatype and the operator."""
+    if not isinstance(verb, str) or verb.lower() != "allreduce":
+        raise ArgumentError(f"explain: verb is {verb!r}, expected 'allreduce'")
+    datatype, handle = as_datatype(dtype, "explain", "dtype"), as_op(op, "explain")
+    if reason := handle.supports(datatype):
+        raise DatatypeError(f"explain: {reason}")
+    if not hasattr(nbytes, "__index__") or nbytes < 0 or nbytes % datatype.itemsize:
+        raise ArgumentError(
+            f"explain: nbytes is {nbytes!r}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
+        )
+    return nbytes // datatype.itemsize, datatype, handle
+
+
+def not_on_gpus(verb: str) -> StateError:
+    """Return the refusal of a nonblocking verb on a communicator of GPUs."""
+    return StateError(
+        f"{verb}: serves ranks on hosts, and these are on GPUs, where Allreduce itself returns at once; "
+        "call that, and synchronize its stream"
+    )

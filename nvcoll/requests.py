@@ -1,0 +1,253 @@
+"""Requests: calls that were begun, on whatever carries them out. What runs is a `Pending` of another file."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol
+
+from nvcoll.errors import ArgumentError, StateError
+
+UNDEFINED = -32766
+"""What `Request.Waitany` returns if no request is active; mpi4py's value."""
+LONGEST_SLEEP = 0.001
+"""Seconds between two looks of `Request.Waitany`, at most; a sixteenth of the time waited otherwise."""
+
+
+class Pending(Protocol):
+    """A call that was begun."""
+
+    def done(self) -> bool:
+        """Tell at once whether it has ended, well or not."""
+
+    def wait(self) -> None:
+        """Wait for its end, and raise what went wrong. An interruption of the wait itself leaves it pending."""
+
+
+class Ended:
+    """What stands for a call that had nothing to do."""
+
+    def done(self) -> bool:
+        """Tell that it has ended."""
+        return True
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+class Request:
+    """A nonblocking call, from its begin until `Wait`, or a `Test` that returns True: so long it is active.
+
+    It keeps its buffers alive until the call has ended.
+
+    Parameters
+    ----------
+    pending
+        What was begun; None makes an inactive request.
+    """
+
+    __slots__ = ("__weakref__", "_pending")
+
+    def __init__(self, pending: Pending | None = None) -> None:
+        self._pending = pending
+
+    def __repr__(self) -> str:
+        return f"<nvcoll.{type(self).__name__}, {'inactive' if self._pending is None else 'active'}>"
+
+    def Wait(self) -> Literal[True]:
+        """Wait until the call has ended. Returns at once if the request is inactive.
+
+        Returns
+        -------
+        bool
+            True, as in mpi4py.
+
+        Raises
+        ------
+        Error
+            What the call raised: see the blocking verb. The request is inactive then.
+        """
+        pending = self._pending
+        if pending is not None:
+            try:
+                pending.wait()
+            finally:
+                if pending.done():  # else Ctrl-C ended the wait only
+                    self._pending = None
+        return True
+
+    def Test(self) -> bool:
+        """Tell whether the call has ended; if so, it is as after `Wait`.
+
+        Returns
+        -------
+        bool
+            True also if the request is inactive.
+
+        Raises
+        ------
+        Error
+            As for `Wait`.
+        """
+        return self._pending is None or (self._pending.done() and self.Wait())
+
+    def Free(self) -> None:
+        """Give up an inactive request.
+
+        Raises
+        ------
+        StateError
+            If the request is active: MPI does not let go of a collective call before its end.
+        """
+        if self._pending is not None:
+            raise StateError("Free: the request is active, expected one whose call has ended; Wait for it first")
+
+    @classmethod
+    def Waitall(cls, requests: Iterable["Request"]) -> Literal[True]:
+        """Wait for all requests.
+
+        Parameters
+        ----------
+        requests
+            Inactive ones count as ended.
+
+        Returns
+        -------
+        bool
+            True, as in mpi4py.
+
+        Raises
+        ------
+        Error
+            The error of the first one, in the order of `requests`, whose call failed. All have ended then.
+        """
+        problem = None
+        for request in _checked("Waitall", requests):
+            try:
+                request.Wait()
+            except Exception as exc:
+                problem = problem or exc
+        if problem is not None:
+            raise problem
+        return True
+
+    @classmethod
+    def Testall(cls, requests: Iterable["Request"]) -> bool:
+        """Tell whether the calls of all requests have ended; if so, it is as after `Waitall`.
+
+        Parameters
+        ----------
+        requests
+            Inactive ones count as ended.
+
+        Returns
+        -------
+        bool
+            If False, all requests are as they were.
+
+        Raises
+        ------
+        Error
+            As for `Waitall`.
+        """
+        every = _checked("Testall", requests)
+        return all(one._pending is None or one._pending.done() for one in every) and cls.Waitall(every)
+
+    @classmethod
+    def Waitany(cls, requests: Iterable["Request"]) -> int:
+        """Wait until the call of one request has ended.
+
+        Parameters
+        ----------
+        requests
+            Inactive ones are passed over.
+
+        Returns
+        -------
+        int
+            Its place in `requests`; `UNDEFINED` if none is active.
+
+        Raises
+        ------
+        Error
+            What its call raised.
+        """
+        active = {place: one for place, one in enumerate(_checked("Waitany", requests)) if one._pending is not None}
+        started = time.monotonic()
+        while active:
+            for place, request in active.items():
+                if request.Test():
+                    return place
+            time.sleep(min((time.monotonic() - started) / 16, LONGEST_SLEEP))
+        return UNDEFINED
+
+
+class Prequest(Request):
+    """A persistent request: a call that was judged and planned once, to be begun many times.
+
+    Made inactive by ``Comm.Allreduce_init``; `Start` begins the call, `Wait` or `Test` ends it. It keeps its buffers
+    alive until `Free`.
+
+    Parameters
+    ----------
+    begin
+        Begins the call.
+    """
+
+    __slots__ = ("_begin",)
+
+    def __init__(self, begin: Callable[[], Pending]) -> None:
+        super().__init__()
+        self._begin: Callable[[], Pending] | None = begin
+
+    def Start(self) -> None:
+        """Begin the call, with what the buffers hold now.
+
+        Raises
+        ------
+        StateError
+            If the request is active or was freed, one of its buffers was, or the communicator is of no use any more.
+        """
+        if self._pending is not None:
+            raise StateError("Start: the request is active, expected one whose call has ended; Wait for it first")
+        if self._begin is None:
+            raise StateError("Start: the request was freed, expected a living one; make another with Allreduce_init")
+        self._pending = self._begin()
+
+    def Free(self) -> None:
+        """Let go of the buffers and the plan; the request cannot be started again.
+
+        Raises
+        ------
+        StateError
+            If the request is active.
+        """
+        super().Free()
+        self._begin = None
+
+    @classmethod
+    def Startall(cls, requests: Iterable["Prequest"]) -> None:
+        """Begin the calls of all requests, in this order, which must be the same on all ranks.
+
+        Parameters
+        ----------
+        requests
+            Persistent requests.
+
+        Raises
+        ------
+        StateError
+            As for `Start`. Those before the one that is named are begun then.
+        """
+        for request in _checked("Startall", requests, Prequest):
+            request.Start()
+
+
+def _checked(verb: str, requests: Iterable[Any], kind: type[Any] = Request) -> list[Any]:
+    """Return the requests as a list, if that is what they are."""
+    every = list(requests)
+    for place, one in enumerate(every):
+        if not isinstance(one, kind):
+            raise ArgumentError(
+                f"{verb}: requests[{place}] is of type {type(one).__name__}, expected nvcoll.{kind.__name__}; "
+                "pass what the nonblocking verbs return"
+            )
+    return every

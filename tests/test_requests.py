@@ -1,0 +1,223 @@
+"""Requests: what holds for whatever carries a call out, and results of the verbs that make them."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import nvcoll
+from nvcoll import COMM_SELF, IN_PLACE, UNDEFINED, Prequest, Request
+from nvcoll.errors import ArgumentError, DatatypeError, StateError
+
+SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
+
+
+def run(main, size=3):
+    return nvcoll.emulate(size).run(main)
+
+
+class Late:
+    """A pending call that ends when it is told to."""
+
+    def __init__(self, problem=None):
+        self.over, self.problem = threading.Event(), problem
+
+    def done(self):
+        return self.over.is_set()
+
+    def wait(self):
+        self.over.wait(SOON)
+        if self.problem:
+            raise self.problem
+
+
+class TestRequest:
+    """What holds for whatever carries a call out."""
+
+    def test_is_active_until_its_end_was_told(self):
+        pending = Late()
+        request = Request(pending)
+        assert repr(request) == "<nvcoll.Request, active>"
+        assert request.Test() is False
+        pending.over.set()
+        assert repr(request) == "<nvcoll.Request, active>"
+        assert request.Test() is True
+        assert repr(request) == "<nvcoll.Request, inactive>"
+        assert request.Test() is True
+        assert request.Wait() is True
+
+    @pytest.mark.parametrize("end", ["Wait", "Test"])
+    def test_errors_are_raised_once(self, end):
+        pending = Late(ValueError("of the call"))
+        request = Request(pending)
+        pending.over.set()
+        with pytest.raises(ValueError, match="of the call"):
+            getattr(request, end)()
+        assert getattr(request, end)() is True
+
+    def test_an_interrupted_wait_leaves_it_active(self):
+        class Interrupted(Late):
+            def wait(self):
+                raise KeyboardInterrupt
+
+        pending = Interrupted()
+        request = Request(pending)
+        with pytest.raises(KeyboardInterrupt):
+            request.Wait()
+        assert request.Test() is False
+        pending.wait = pending.over.set
+        assert request.Wait() is True
+
+    def test_free(self):
+        pending = Late()
+        request = Request(pending)
+        with pytest.raises(StateError, match=r"Free: the request is active, .*; Wait for it first"):
+            request.Free()
+        pending.over.set()
+        request.Wait()
+        request.Free()
+        assert request.Wait() is True
+
+    def test_waitall_waits_for_all_and_raises_the_first_error(self):
+        calls = [Late(), Late(ValueError("second")), Late(ValueError("third"))]
+        requests = [Request(), *map(Request, calls)]
+        threading.Timer(0.1, lambda: [call.over.set() for call in calls]).start()
+        with pytest.raises(ValueError, match="second"):
+            Request.Waitall(requests)
+        assert Request.Waitall(requests) is True
+        assert Request.Waitall([]) is True
+
+    def test_testall_changes_nothing_before_all_have_ended(self):
+        calls = [Late(), Late()]
+        requests = [*map(Request, calls), Request()]
+        calls[0].over.set()
+        assert Request.Testall(requests) is False
+        assert repr(requests[0]) == "<nvcoll.Request, active>"
+        calls[1].over.set()
+        assert Request.Testall(iter(requests)) is True
+        assert repr(requests[0]) == "<nvcoll.Request, inactive>"
+
+    def test_waitany(self):
+        calls = [Late(), Late()]
+        requests = [Request(), *map(Request, calls)]
+        threading.Timer(0.1, calls[1].over.set).start()
+        assert Request.Waitany(requests) == 2
+        calls[0].over.set()
+        assert Request.Waitany(requests) == 1
+        assert Request.Waitany(requests) == Request.Waitany([]) == UNDEFINED
+
+    @pytest.mark.parametrize("verb", ["Waitall", "Testall", "Waitany"])
+    def test_lists_of_other_things_are_refused(self, verb):
+        with pytest.raises(
+            ArgumentError, match=rf"{verb}: requests\[1\] is of type int, expected nvcoll.Request; pass"
+        ):
+            getattr(Request, verb)([Request(), 5])
+
+    def test_undefined_is_that_of_mpi(self):
+        mpi = pytest.importorskip("mpi4py.MPI")
+        assert mpi.UNDEFINED == UNDEFINED
+
+
+class TestPrequest:
+    def test_start_while_active_and_after_free(self):
+        pending = Late()
+        request = Prequest(lambda: pending)
+        assert request.Wait() is True
+        assert request.Test() is True
+        request.Start()
+        with pytest.raises(StateError, match=r"Start: the request is active, .*; Wait for it first"):
+            request.Start()
+        with pytest.raises(StateError, match="Free: the request is active"):
+            request.Free()
+        pending.over.set()
+        with pytest.raises(StateError, match="active"):  # its end was not told
+            request.Start()
+        request.Wait()
+        request.Free()
+        request.Free()
+        assert request.Wait() is True
+        with pytest.raises(StateError, match=r"Start: the request was freed, .*; make another with Allreduce_init"):
+            request.Start()
+
+    def test_startall_is_for_persistent_ones(self):
+        with pytest.raises(
+            ArgumentError, match=r"Startall: requests\[0\] is of type Request, expected nvcoll.Prequest"
+        ):
+            Prequest.Startall([Request()])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 1000, 100_000])
+def test_results(size, count):
+    def main(comm):
+        send, out, inside = np.full(count, comm.rank + 1.0), np.zeros(count), comm.full(count, comm.rank, "int64")
+        persistent = comm.Allreduce_init(IN_PLACE, inside, op=nvcoll.MAX)
+        for turn in range(3):
+            requests = [comm.Iallreduce(send, out), comm.Iallreduce(float32 := np.ones(count, "float32")), persistent]
+            persistent.Start()
+            assert Request.Waitall(requests)
+            assert (send == comm.rank + 1).all()
+            assert (out == size * (size + 1) / 2).all()
+            assert (float32 == size).all()
+            assert (inside == size - 1 + turn).all()
+            inside += 1
+        persistent.Free()
+
+    run(main, size)
+
+
+def test_one_rank_needs_no_thread():
+    comm = COMM_SELF
+    before = threading.active_count()
+    x, y = np.arange(5.0), np.zeros(5)
+    request = comm.Iallreduce(x, y)
+    assert (x == y).all()
+    assert request.Test()
+    persistent = comm.Allreduce_init(x, y)
+    x += 1
+    persistent.Start()
+    persistent.Wait()
+    assert (x == y).all()
+    comm.Iallreduce(np.empty(0)).Wait()
+    nothing = comm.Allreduce_init(np.empty(0))
+    nothing.Start()
+    with pytest.raises(StateError, match="active"):
+        nothing.Start()
+    assert nothing.Wait()
+    assert threading.active_count() == before
+
+
+def test_programs_without_requests_start_no_thread():
+    def main(comm):
+        comm.Allreduce(np.ones(3))
+        return threading.active_count()
+
+    before = threading.active_count()
+    assert max(run(main)) <= before + 3
+
+
+def test_threads_end_with_the_communicator():
+    before = threading.active_count()
+    run(lambda comm: comm.Iallreduce(np.ones(3)).Wait())
+    assert threading.active_count() == before
+
+
+def test_arguments_are_judged_at_the_call():
+    def main(comm):
+        x = np.ones(4)
+        for verb in ("Iallreduce", "Allreduce_init"):
+            call = getattr(comm, verb)
+            with pytest.raises(ArgumentError, match=f"{verb}: recvbuf holds 5 float64, sendbuf 4; give both the same"):
+                call(x, np.ones(5))
+            with pytest.raises(DatatypeError, match=f"{verb}: "):
+                call(x, op=nvcoll.BAND)
+            with pytest.raises(ArgumentError, match=f"{verb}: sendbuf is read-only"):
+                call(bytes(8))
+            with pytest.raises(ArgumentError, match=f"{verb}: stream is given"):
+                call(x, stream=0)
+            with pytest.raises(ArgumentError, match="algorithm is 'none', expected one of"):
+                call(x, algorithm="none")
+        comm.Iallreduce(x, algorithm="ring/simple").Wait()
+        return x[0]
+
+    assert run(main) == [3.0] * 3
