@@ -35,7 +35,8 @@ class DeviceCalls:
     def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
         nbytes = math.prod(dims) * datatype.itemsize
-        return DeviceBuffer.on(self._world.heap.allocate(nbytes), dims, datatype, self._world.device, driver)
+        world = self._world
+        return DeviceBuffer.on(world.heap.allocate(nbytes), dims, datatype, world.device, driver, world.stream)
 
     def barrier(self) -> None:
         """Wait until all work of this rank's GPU is done and every rank has come here."""

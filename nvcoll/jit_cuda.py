@@ -26,6 +26,8 @@ SOURCES = ("jit_cuda.py",) + tuple(
 )  # fmt: skip
 THREADS = 512
 """Most threads of a block: kernels are compiled so that their registers suffice for as many."""
+OVERLAPS = (9, 0)
+"""First compute capability on which a kernel can be brought in while the one before it runs."""
 _numba = threading.Lock()
 
 
@@ -131,7 +133,8 @@ def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str)
         jit = cuda.jit(device=True)
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
         schedule = ALGORITHMS[algorithm]
-        text = verbs.entry(jit, verbs.vocabulary(jit, a, protocol), a, schedule.text_for("cuda"), schedule.rounds)
+        v = verbs.vocabulary(jit, a, protocol)
+        text = verbs.entry(jit, v, a, schedule.text_for("cuda"), schedule.rounds, capability >= OVERLAPS)
         signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
         ptx, _ = cuda.compile(
             text, signature, device=False, abi="numba", cc=capability, output="ptx", launch_bounds=THREADS

@@ -85,6 +85,7 @@ class DevicePlanner(Planner):
         self.area = area
         self.kernels = kernels
         self.sharers = sharers
+        self.overlap = sharers == 1  # where ranks share a GPU, its room is for those that wait for each other
         self.multiprocessors = multiprocessors
 
     def grid(self, nbytes: int, function: int) -> tuple[int, int]:
@@ -120,7 +121,7 @@ class DevicePlanner(Planner):
         call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name)
         blocks, threads = self.grid(told.nbytes, function)
-        return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told)
+        return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
 
 
 def _has_sentinel(datatype: str) -> bool:

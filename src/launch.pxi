@@ -9,7 +9,8 @@ cdef extern from *:
         void *stream;
         void *attributes;
         unsigned int count;
-    } nv_launch_config;  /* CUlaunchConfig of cuda.h, whose layout is ABI */
+    } nv_launch_config;  /* CUlaunchConfig of cuda.h, whose layout is ABI, as is CUlaunchAttribute's */
+    typedef struct { int kind; char gap[4]; int value; char rest[60]; } nv_launch_attribute;
     typedef int (*nv_launch_t)(const nv_launch_config *, void *, void **, void **);
     typedef int (*nv_one_t)(void *);
     typedef int (*nv_two_t)(void *, void *);
@@ -46,6 +47,9 @@ cdef extern from *:
         void* stream
         void* attributes
         unsigned int count
+    ctypedef struct nv_launch_attribute:
+        int kind
+        int value
     int nv_launch_kernel(const nv_launch_config*, void*, void**, void**) noexcept nogil
     int nv_get_context(void*) noexcept nogil
     int nv_push_context(void*) noexcept nogil
@@ -75,9 +79,11 @@ DEVICE_FIELDS = (
     "cells", "lines", "data", "slots_half", "slots_block",  # offsets of the protocols' slots, and the same sizes
     "workspace", "workspace_block",     # accumulators, and how many bytes a block has
     "heap", "heap_size",                # my symmetric memory
+    "peer0", "peer1", "peer2", "peer3", "peer4", "peer5", "peer6", "peer7",     # the first entries of `peers`
 )
 cdef enum:
-    FIELDS = 32
+    FIELDS = 40
+    PROGRAMMATIC = 6        # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
 
@@ -172,6 +178,8 @@ cdef class DevicePlan:
         Values of the fields of the call by name.
     blocks, threads
         Shape of the launch.
+    overlap
+        Whether the kernel may be brought in while the one before it on the stream still runs.
     keep
         Objects that must outlive the plan.
     describe
@@ -179,13 +187,14 @@ cdef class DevicePlan:
     """
     cdef int64_t values[FIELDS]
     cdef nv_launch_config shape
+    cdef nv_launch_attribute attribute
     cdef void* function
     cdef readonly DeviceState state
     cdef readonly object keep
     cdef readonly object describe
 
     def __init__(self, DeviceState state, uintptr_t function, dict call, int blocks, int threads, keep=None,
-                 describe=None):
+                 describe=None, bint overlap=False):
         self.state = state
         self.function = <void*>function
         self.keep = keep
@@ -196,6 +205,10 @@ cdef class DevicePlan:
         memset(&self.shape, 0, sizeof(self.shape))
         self.shape.grid[0], self.shape.grid[1], self.shape.grid[2] = blocks, 1, 1
         self.shape.block[0], self.shape.block[1], self.shape.block[2] = threads, 1, 1
+        if overlap:
+            memset(&self.attribute, 0, sizeof(self.attribute))
+            self.attribute.kind, self.attribute.value = PROGRAMMATIC, 1
+            self.shape.attributes, self.shape.count = &self.attribute, 1
 
     cdef int launch(self, uintptr_t send, uintptr_t recv, uintptr_t stream) noexcept nogil:
         cdef int64_t values[FIELDS]

@@ -144,7 +144,7 @@ def cuda_text(v: Any) -> Any:
     put, wait_reduce_finish, wait_copy, offset, heap_of, part_at, reduce_direct = (
         v.put, v.wait_reduce_finish, v.wait_copy, v.offset, v.heap_of, v.part_at, v.reduce_direct,
     )  # fmt: skip
-    table, note, sync, jit = v.private, v.note, v.sync, v.jit
+    table, note, sync, advance, jit = v.private, v.note, v.sync, v.advance, v.jit
 
     @jit
     def agree(c, e, send, recv, count):
@@ -174,6 +174,7 @@ def cuda_text(v: Any) -> Any:
             put(c, e, p, me, send + lo * at, (hi - lo) * at)
         lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
         wait_reduce_finish(c, e, n, me, 0, send + lo * at, recv + lo * at, hi - lo)
+        sync()
         for k in range(1, n):
             put(c, e, (me + k) % n, n + me, recv + lo * at, (hi - lo) * at)
         for k in range(1, n):
@@ -194,6 +195,7 @@ def cuda_text(v: Any) -> Any:
             first = 0
             while first < count:
                 shift = first * itemsize(c)
+                advance(c)
                 one_round(c, begin(c), send + shift, recv + shift, min(capacity(c), count - first))
                 first += capacity(c)
 

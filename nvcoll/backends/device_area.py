@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
-from nvcoll._plan import DeviceState
+from nvcoll._plan import DEVICE_FIELDS, DeviceState
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
 from nvcoll.errors import ArgumentError
@@ -24,6 +24,8 @@ BLOCKS = 320
 """Most blocks of a launch: two on each multiprocessor of the largest GPU there is."""
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
+NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
+"""Ranks whose areas are arguments of kernels."""
 LEAST_SLOTS = 4096
 """Least bytes of a block's part of a half."""
 EPOCHS = 64
@@ -144,6 +146,7 @@ class DeviceArea:
             "workspace": self._private + total, "workspace_block": layout.slots_block,
             "heap": memory.address(memory.place), "heap_size": memory.extent,
         }  # fmt: skip
+        values |= {f"peer{k}": address for k, address in enumerate(tables[0][:NEAR])}
         self.state = DeviceState(values, context, self._event, self._host, self)
 
     def boards(self) -> list[int | None]:

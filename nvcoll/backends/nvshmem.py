@@ -142,7 +142,6 @@ class SymmetricMemory(Member):
         try:
             self._together("NVSHMEM cannot be used", self._check_ranks)
             self._together("NVSHMEM has no memory", self._reserve, AllocationError)
-            self._together("NVSHMEM cannot be used", self._check_device)
         except Error:
             self._base = 0  # a rank may have none, and to free would wait for it; all goes when NVSHMEM ends
             self.close()
@@ -237,17 +236,6 @@ class SymmetricMemory(Member):
             raise AllocationError(
                 f"a heap takes {self.extent} bytes; free memory of the GPU, lower NVCOLL_HEAP or raise "
                 "NVSHMEM_SYMMETRIC_SIZE"
-            )
-        return b""
-
-    def _check_device(self) -> bytes:
-        assert self.device is not None
-        with self.device:
-            found = driver.ordinal_of(self._base)
-        if found != self.device.ordinal:
-            raise BootstrapError(
-                f"it was started by other code, on GPU {found}, nvcoll was to use {self.device.ordinal}; "
-                f"set NVCOLL_DEVICE={found}"
             )
         return b""
 

@@ -53,7 +53,13 @@ class DeviceBuffer(DeviceSpan):
 
     @classmethod
     def on(
-        cls, allocation: Allocation, shape: int | Iterable[int], dtype: object, gpu: Gpu, driver: Driver
+        cls,
+        allocation: Allocation,
+        shape: int | Iterable[int],
+        dtype: object,
+        gpu: Gpu,
+        driver: Driver,
+        stream: int = 0,
     ) -> "DeviceBuffer":
         """Make an array on an allocation, without touching its contents.
 
@@ -69,6 +75,8 @@ class DeviceBuffer(DeviceSpan):
             Where the memory is: a ``nvcoll.backends.driver.Device``.
         driver
             What copies: the module ``nvcoll.backends.driver``.
+        stream
+            Where copies go that name no stream: the legacy default stream, if not told otherwise.
 
         Returns
         -------
@@ -90,7 +98,7 @@ class DeviceBuffer(DeviceSpan):
                 f"DeviceBuffer.on: shape {dims} of {datatype.name} needs {needed} bytes, expected lengths of 0 or more "
                 f"and no more than the {allocation.nbytes} bytes of the allocation; allocate more"
             )
-        return cls(DeviceOwner(allocation, gpu, driver), 0, dims, datatype, whole=True)
+        return cls(DeviceOwner(allocation, gpu, driver, stream), 0, dims, datatype, whole=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,6 +159,10 @@ class DeviceBuffer(DeviceSpan):
         self._refuse_freed("free")
         self._owner.allocation.free()
         self._owner.end()
+
+    def _queue(self, stream: Any, verb: str) -> int:
+        """Return the stream of a copy."""
+        return self._owner.stream if stream is None else as_stream(stream, self, verb)
 
     def _refuse_freed(self, verb: str) -> None:
         if self._owner.freed:
@@ -243,7 +255,8 @@ class DeviceBuffer(DeviceSpan):
         host_array
             Anything ``numpy.asarray`` takes, of the same shape. Its elements are converted to `dtype`.
         stream
-            The copy comes after what was queued there; None is the legacy default stream. It is done on return.
+            The copy comes after what was queued there; None is the legacy default stream,
+            or the communicator's own where it has one (`Comm.stream`). It is done on return.
 
         Raises
         ------
@@ -257,7 +270,7 @@ class DeviceBuffer(DeviceSpan):
             raise ArgumentError(
                 f"copy_from: host_array has the shape {source.shape}, expected {self._shape}; pass .reshape() of it"
             )
-        self._owner.copy(self.address, source.ctypes.data, self.nbytes, as_stream(stream, self, "copy_from"))
+        self._owner.copy(self.address, source.ctypes.data, self.nbytes, self._queue(stream, "copy_from"))
 
     def copy_to(self, host_array: np.ndarray[Any, Any] | None = None, stream: Any = None) -> np.ndarray[Any, Any]:
         """Copy this array to the host.
@@ -267,7 +280,8 @@ class DeviceBuffer(DeviceSpan):
         host_array
             Where to: a writable array of NumPy in C order, of the same shape and type. None makes a new one.
         stream
-            The copy comes after what was queued there; None is the legacy default stream. It is done on return.
+            The copy comes after what was queued there; None is the legacy default stream,
+            or the communicator's own where it has one (`Comm.stream`). It is done on return.
 
         Returns
         -------
@@ -289,7 +303,7 @@ class DeviceBuffer(DeviceSpan):
                 f"copy_to: host_array is {found}, expected a writable NumPy array in C order, {self._shape} of "
                 f"{self.dtype}; leave it out for a new one"
             )
-        self._owner.copy(to.ctypes.data, self.address, self.nbytes, as_stream(stream, self, "copy_to"))
+        self._owner.copy(to.ctypes.data, self.address, self.nbytes, self._queue(stream, "copy_to"))
         return to
 
     def fill(self, value: Any, stream: Any = None) -> None:
@@ -300,14 +314,15 @@ class DeviceBuffer(DeviceSpan):
         value
             A number, converted to `dtype` as NumPy does.
         stream
-            It comes after what was queued there; None is the legacy default stream. It is done on return.
+            It comes after what was queued there; None is the legacy default stream,
+            or the communicator's own where it has one (`Comm.stream`). It is done on return.
 
         Raises
         ------
         StateError
             If the buffer was freed.
         """
-        self._owner.fill(self.address, np.full((), value, self.dtype), self.size, as_stream(stream, self, "fill"))
+        self._owner.fill(self.address, np.full((), value, self.dtype), self.size, self._queue(stream, "fill"))
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

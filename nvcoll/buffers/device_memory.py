@@ -45,15 +45,18 @@ class DeviceOwner(DeviceMemory):
         Where it is.
     driver
         What copies.
+    stream
+        Where copies go that name no stream.
     """
 
     allocation: Allocation
     gpu: Gpu
     driver: Driver
+    stream: int
 
-    def __new__(cls, allocation: Allocation, gpu: Gpu, driver: Driver) -> Self:  # noqa: D102
+    def __new__(cls, allocation: Allocation, gpu: Gpu, driver: Driver, stream: int = 0) -> Self:  # noqa: D102
         self = super().__new__(cls, allocation.address, allocation.nbytes, gpu.ordinal)
-        self.allocation, self.gpu, self.driver = allocation, gpu, driver
+        self.allocation, self.gpu, self.driver, self.stream = allocation, gpu, driver, stream
         remember(self)
         return self
 

@@ -9,6 +9,10 @@ the same argument (see `nvcoll.device.common`) shows that a half is written agai
 from types import SimpleNamespace
 from typing import Any
 
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, fold, log2, unfold
 from nvcoll.device.cuda import ptx
@@ -20,6 +24,8 @@ FAILED = 1
 """What the first word of the state says once a wait was over its deadline; the epochs of the blocks follow it."""
 EPOCHS = 64
 """Where in a rank's state the epochs begin."""
+NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
+"""Ranks whose areas are arguments."""
 LINE = 64
 """Bytes of a flag with its two values: flags of neighbours do not share a line."""
 
@@ -57,23 +63,28 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
     def width(c):
         return width_of
 
+    near = _near()
+
     @jit
     def area(c, p):
-        """Return the address of rank p's area of this communicator."""
-        return load(peers(c) + 8 * p)
+        """Return the address of rank p's area; those of the first ranks are arguments, which need not be loaded."""
+        return near(c, p) if p < NEAR else load(peers(c) + 8 * p)
 
     @jit
     def begin(c):
-        """Open this block's next epoch and return its tag."""
-        at = state(c) + EPOCHS + 8 * block()
-        now = load(at) + 1
-        e = (now << STAMP_BITS) | stamp(c)
+        """Return the tag of this block's next epoch."""
+        return ((load(state(c) + EPOCHS + 8 * block()) + 1) << STAMP_BITS) | stamp(c)
+
+    @jit
+    def advance(c):
+        """End this block's epoch: what begins next has another one."""
         sync()  # all threads have read the epoch
         if thread() == 0:
+            at = state(c) + EPOCHS + 8 * block()
+            now = load(at) + 1
             store(at, now)
             if block() == 0:
-                store_relaxed(board(c), e)  # for those who wonder why nothing comes from here
-        return e
+                store_relaxed(board(c), (now << STAMP_BITS) | stamp(c))  # for those who wonder why nothing comes
 
     @jit
     def half(e):
@@ -82,6 +93,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
     @jit
     def gave_up(c, e, waited):
         """Tell whether to wait no more: the deadline is over, or another wait of this rank's has failed."""
+        if block() == 0:
+            store_relaxed(board(c), e)  # whoever else gives up sees that this rank has come
         if load_relaxed(state(c)) == FAILED:
             return True
         if waited < timeout(c):
@@ -186,8 +199,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
 
     @jit
     def copy(to, source, nbytes):
-        """Copy bytes, by all threads of the block."""
-        sync()
+        """Copy bytes, by all threads of the block, pack i by thread i modulo their number."""
         i = thread() * BYTES
         step = threads() * BYTES
         if (to | source) & (BYTES - 1) == 0:
@@ -208,7 +220,6 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
 
     @jit
     def fill_wide(acc, source, n):
-        sync()
         i = thread() * BYTES
         while i < n * size_of:
             store_wide(acc + i * spread, widen_pack(get(source + i, n * size_of - i)))
@@ -221,10 +232,10 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
             fill_wide(acc, source, n)
         elif acc != source:
             copy(acc, source, n * size_of)
+        sync()
 
     @jit
     def finish_wide(c, to, acc, n):
-        sync()
         i = thread() * BYTES
         while i < n * size_of:
             if widens:
@@ -241,6 +252,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
             finish_wide(c, to, acc, n)
         elif to != acc:
             copy(to, acc, n * size_of)
+        sync()
 
     @jit
     def keep(c, e, acc_at, got, nbytes, lower):
@@ -268,12 +280,30 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
         **{
             **vars(f),
             **{verb.py_func.__name__: verb for verb in (
-                itemsize, width, area, begin, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset, accumulators,
+                itemsize, width, area, begin, advance, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset, accumulators,
                 get, put_back, copy, fill, finish_to, keep, part_at, middle, private, note,
             )},
         },
         load=load, store=store, log2=jit(log2), fold=jit(fold), unfold=jit(unfold),
     )  # fmt: skip
+
+
+def _near() -> Any:
+    """Return what chooses among the arguments that are addresses of areas, without a branch."""
+    indices = [DEVICE_FIELDS.index(f"peer{k}") for k in range(NEAR)]
+
+    @intrinsic
+    def near(typing: Any, c: Any, p: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address = builder.extract_value(args[0], indices[0])
+            for k, index in enumerate(indices[1:], 1):
+                is_it = builder.icmp_signed("==", args[1], ir.Constant(ptx.I64, k))
+                address = builder.select(is_it, builder.extract_value(args[0], index), address)
+            return address
+
+        return types.int64(c, types.int64), emit
+
+    return near
 
 
 def wide(jit: Any, spread: int) -> tuple[Any, Any]:

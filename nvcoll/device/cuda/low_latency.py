@@ -125,8 +125,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
     )  # fmt: skip
-    sync, thread, threads, block, clock, load_pack = (
-        ptx.sync, ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.load_pack,
+    thread, threads, block, clock, load_pack = (
+        ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.load_pack,
     )  # fmt: skip
     polls_between_looks = 256
 
@@ -138,7 +138,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
     def put_part(c, e, p, slot, offset, source, nbytes):
         """Write bytes into a slot of rank p, from a multiple of a pack on."""
         to = slot_at(c, e, p, slot) + offset * spread
-        sync()
         i = thread() * BYTES
         step = threads() * BYTES
         if source & (BYTES - 1) == 0:
@@ -161,7 +160,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
     @jit
     def arrival(c, e, slot, nbytes):
         """Return where a slot of mine lies; `peek` and `settle` wait for its packs."""
-        sync()
         return slot_at(c, e, rank(c), slot)
 
     @jit

@@ -114,6 +114,9 @@ fence = _action(
 )
 sync = _action("bar.sync 0;", "Wait for all threads of the block; what they stored is visible from here on.")
 
+let_successor = _action("griddepcontrol.launch_dependents;", "Let the next kernel of the stream be brought in.")
+await_predecessor = _action("griddepcontrol.wait;", "Wait until the kernels before have ended and stored all.")
+
 
 def _register(text: str, doc: str, *, wide: bool) -> Any:
     """Make a primitive that reads a special register."""

@@ -57,6 +57,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
         while i < nbytes:
             put_back(to + i, settle(c, e, at, i, peek(at, i)), nbytes - i)
             i += step
+        sync()
 
     @jit
     def wait_reduce(c, e, p, slot, acc, n):
@@ -68,6 +69,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
         while i < nbytes:
             keep(c, e, acc + i, settle(c, e, at, i, peek(at, i)), nbytes - i, lower)
             i += threads() * BYTES
+        sync()
 
     @jit
     def arrivals(c, e, k, me, slot, nbytes):
@@ -106,6 +108,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
             else:
                 store_wide(acc + i * accumulates, total)
             i += threads() * BYTES
+        sync()
 
     @jit
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
@@ -155,7 +158,6 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
     @jit
     def reduce_direct(c, sources, targets, k, me, lo, hi):
         """Reduce elements lo to hi of the k arrays of a table, in its order, into all k arrays of another."""
-        sync()
         nbytes = (hi - lo) * itemsize
         base = lo * itemsize
         i = thread() * BYTES
@@ -197,26 +199,32 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(v), **own}, sync=sync)
 
 
-def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool) -> Any:
+def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool, overlap: bool) -> Any:
     """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
 
     A piece is a complete reduction with an epoch of its own. Schedules that cut messages themselves (not `rounds`) get
-    the whole part. Parameters are the fields of a call, in their order.
+    the whole part. Where GPUs can (`overlap`), the next kernel of the stream is brought in while this one runs, and waits
+    for its end before it touches memory. Parameters are the fields of a call, in their order.
     """
     kernel = jit(text(v))
-    block, blocks = ptx.block, ptx.blocks
-    itemsize, unit = a.itemsize, BYTES // a.itemsize
+    block, blocks, await_predecessor, let_successor = ptx.block, ptx.blocks, ptx.await_predecessor, ptx.let_successor
+    itemsize, unit, advance = a.itemsize, BYTES // a.itemsize, v.advance
 
     def whole(
         send, recv, count, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
         node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
-        slots_half, slots_block, workspace, workspace_block, heap, heap_size,
+        slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
+        peer6, peer7,
     ):  # fmt: skip
         c = (
             send, recv, count, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
             node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
-            slots_half, slots_block, workspace, workspace_block, heap, heap_size,
+            slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
+            peer6, peer7,
         )  # fmt: skip
+        if overlap:
+            let_successor()
+            await_predecessor()
         parts = blocks()
         each = (count + parts * unit - 1) // (parts * unit) * unit
         first = block() * each
@@ -224,6 +232,7 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel(c, send + first * itemsize, recv + first * itemsize, piece)
+            advance(c)
             first += piece
 
     return whole
