@@ -98,6 +98,9 @@ def reserve(size: int, extent: int | None) -> Any:
 class DeviceSegment:
     """Memory of a GPU for all emulated ranks, which lives as long as anything refers to it.
 
+    Its end may come at any time, from the garbage collector; to free it then would wait for kernels that wait for the
+    very thread which collects. So it is put aside, and freed before the next segment is taken.
+
     Parameters
     ----------
     device
@@ -111,8 +114,7 @@ class DeviceSegment:
         self.size = size
         with device:
             self.address = driver.allocate(size)
-        self._free = weakref.finalize(self, _free_on, device, self.address)
-        self._free.atexit = False  # the driver may have ended before
+        weakref.finalize(self, _ended.append, (device, self.address)).atexit = False
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Nothing to take: the memory is there."""
@@ -124,13 +126,18 @@ class DeviceSegment:
         """Nothing to do: the last reference ends it."""
 
 
-def _free_on(device: Any, address: int) -> None:
-    with contextlib.suppress(Error), device:
-        driver.free(address)
+_ended: list[tuple[Any, int]] = []  # memory that nothing refers to any more
 
 
 def reserve_on(device: Any, size: int, extent: int | None) -> DeviceSegment:
-    """Take a GPU's memory for the heaps of `size` emulated ranks: by default half of what is free, 1 GiB each at most."""
+    """Take a GPU's memory for the heaps of `size` emulated ranks: by default half of what is free, 1 GiB each at most.
+
+    No emulated rank runs yet, so what ended before can be freed.
+    """
+    while _ended:
+        gpu, address = _ended.pop()
+        with contextlib.suppress(Error), gpu:
+            driver.free(address)
     with device:
         free, _ = driver.memory_info()
     each = (extent or min(EXTENT, free // (2 * size))) // 4096 * 4096

@@ -85,6 +85,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
             store(at, now)
             if block() == 0:
                 store_relaxed(board(c), (now << STAMP_BITS) | stamp(c))  # for those who wonder why nothing comes
+        sync()  # and none reads it again before it is the new one
 
     @jit
     def half(e):
