@@ -42,11 +42,11 @@ class Compiler:
         return self._address(f"{name}-{protocol}", lambda: _schedule_text(name, protocol), sources, 1)
 
     def reducer(self, op: str, datatype: str) -> int:
-        """Return the address of ``reduce(to, left, right, count)``."""
+        """Return the address of ``reduce(to, also, left, right, count)``."""
         from nvcoll.device.canonical import canonical
 
         op, datatype = canonical(op, datatype)
-        return self._address(f"reduce-{op}-{datatype}", lambda: _packs().reducer(op, datatype), PACK_SOURCES, 4)
+        return self._address(f"reduce-{op}-{datatype}", lambda: _packs().reducer(op, datatype), PACK_SOURCES, 5)
 
     def widener(self, datatype: str) -> int:
         """Return the address of ``widen(to, source, count, _)``."""

@@ -16,6 +16,7 @@ from nvcoll.algorithms import ALGORITHMS
 from nvcoll.planning import candidates
 
 FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
+REDUCER = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 5)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,9 @@ def reduces(compiler):
     """Whether the compiler gives a kernel that ANDs bytes."""
     left, right = np.arange(100, dtype=np.uint8), np.full(100, 0x55, np.uint8)
     result = np.zeros_like(left)
-    FUNCTION(compiler.reducer("BAND", "uint8"))(result.ctypes.data, left.ctypes.data, right.ctypes.data, 100)
+    REDUCER(compiler.reducer("BAND", "uint8"))(
+        result.ctypes.data, result.ctypes.data, left.ctypes.data, right.ctypes.data, 100
+    )
     return (result == left & right).all()
 
 

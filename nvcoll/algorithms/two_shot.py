@@ -38,10 +38,11 @@ def slots(shape: Shape) -> tuple[int, int]:
 @algorithm("two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False)
 def text(v: Any) -> Any:
     rank, size, itemsize, width, capacity = v.rank, v.size, v.itemsize, v.width, v.capacity
-    begin, signal, wait_signal, put, put_part, put_end, wait_copy, wait_all = (
-        v.begin, v.signal, v.wait_signal, v.put, v.put_part, v.put_end, v.wait_copy, v.wait_all,
+    begin, signal, wait_signal, ask, wait_asked, answer_at, answer_part, answer_end, wait_answer = (
+        v.begin, v.signal, v.wait_signal, v.ask, v.wait_asked, v.answer_at, v.answer_part, v.answer_end, v.wait_answer,
     )  # fmt: skip
     offset, heap_of, finish_to, combine, blocks, error = v.offset, v.heap_of, v.finish_to, v.combine, v.blocks, v.error
+    finish = v.finish
     load, store, copy, table, widen, jit, block = v.load, v.store, v.copy, v.table, v.widen, v.jit, v.BLOCK
 
     @jit
@@ -68,23 +69,37 @@ def text(v: Any) -> Any:
         return direct and error(c) == 0  # after a failure, the places are those of an earlier call
 
     @jit
-    def reduce_block(c, sources, first, to, m):
-        """Reduce a block of all sources to elements of the result."""
+    def reduce_block(c, sources, first, to, also, m):
+        """Reduce a block of all sources to elements of the result, here and in a second place, if that is not `to`.
+
+        That place should hold the operand that is read last, so that its lines are at hand when they are written. With
+        more ranks than two, and where the peer does not reduce in place, a copy of the block afterwards is quicker.
+        """
+        plain = widen(c) == 0 and finish(c) == 0
         acc = to if widen(c) == 0 else blocks(c) + 2 * block
-        combine(c, sources, first, size(c), acc, m)
+        combine(c, sources, first, size(c), acc, also if plain else acc, m)
         finish_to(c, to, acc, m)
+        if also != to and not plain:
+            copy(also, to, m * itemsize(c))
+
+    @jit
+    def in_place_at(c, p):
+        """Return where rank p's buffer lies if it sends from where it receives, else 0."""
+        to = load(table(c) + 8 * (size(c) + p))
+        return to if to == load(table(c) + 8 * p) else 0
 
     @jit
     def reduce_in_place(c, lo, hi):
         """Reduce my slice from everybody's send buffer into everybody's receive buffer, a block at a time."""
         me, n, at = rank(c), size(c), itemsize(c)
         step = block // width(c)
+        its = in_place_at(c, 1 - me) if n == 2 else 0
         for k in range((hi - lo + step - 1) // step):
             first = lo + k * step
             m = min(step, hi - first)
             mine = load(table(c) + 8 * (n + me)) + first * at
-            reduce_block(c, table(c), first, mine, m)
-            for ahead in range(1, n):
+            reduce_block(c, table(c), first, mine, its + first * at if its != 0 else mine, m)
+            for ahead in range(1 if its == 0 else n, n):
                 p = (me + ahead) % n
                 copy(load(table(c) + 8 * (n + p)) + first * at, mine, m * at)
 
@@ -95,23 +110,24 @@ def text(v: Any) -> Any:
         for k in range(1, n):
             p = (me + k) % n
             lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
-            put(c, e, p, me, send + lo * at, (hi - lo) * at)
+            ask(c, e, p, send + lo * at, (hi - lo) * at)
         lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
-        wait_all(c, e, n, me, 0, send + lo * at, hi - lo)
+        wait_asked(c, e, n, me, send + lo * at, hi - lo)
+        also = answer_at(c, e, 1 - me) if n == 2 else 0
         step = block // width(c)
         for k in range((hi - lo + step - 1) // step):
             first = k * step
             m = min(step, hi - lo - first)
             mine = recv + (lo + first) * at
-            reduce_block(c, table(c), first, mine, m)
-            for ahead in range(1, n):
-                put_part(c, e, (me + ahead) % n, n + me, first * at, mine, m * at)
+            reduce_block(c, table(c), first, mine, also + first * at if also != 0 else mine, m)
+            for ahead in range(1 if also == 0 else n, n):
+                answer_part(c, e, (me + ahead) % n, first * at, mine, m * at)
         for k in range(1, n):
-            put_end(c, e, (me + k) % n, n + me)
+            answer_end(c, e, (me + k) % n)
         for k in range(1, n):
             p = (me - k) % n
             lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
-            wait_copy(c, e, n + p, recv + lo * at, (hi - lo) * at)
+            wait_answer(c, e, p, recv + lo * at, (hi - lo) * at)
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)

@@ -7,7 +7,8 @@ that does not match on another rank, are never taken for one's own.
 Two halves of every area take turns by the parity of the epoch. The half of epoch k is written again in epoch
 k + 2, and that is safe without any acknowledgement: a rank begins epoch k + 2 after its epoch k + 1 is complete; a
 complete reduction over all ranks holds a contribution of every rank to epoch k + 1; and a rank contributes to
-epoch k + 1 after it has read all it was sent in epoch k.
+epoch k + 1 after it has read all it was sent in epoch k. Questions, which lie in the area of the rank that asks, keep
+to the same rule: an epoch is complete for that rank when all its questions were read and answered.
 """
 
 from types import SimpleNamespace
@@ -52,7 +53,8 @@ def verbs(t: Any) -> SimpleNamespace:
     """Return the verbs, built on the primitives of target `t`."""
     f, jit = t.field, t.jit
     load, store, load_acquire, store_release = t.load, t.store, t.load_acquire, t.store_release
-    fence, copy, pause, call2, call3, call4 = t.fence, t.copy, t.pause, t.call2, t.call3, t.call4
+    fence, copy, pause = t.fence, t.copy, t.pause
+    call2, call3, call4, call5 = t.call2, t.call3, t.call4, t.call5
     world, rank, ranks, peers, epoch, stamp = f.world, f.rank, f.ranks, f.peers, f.epoch, f.stamp
     spin, wait_slowly, wake, bell, error = f.spin, f.wait, f.wake, f.bell, f.error
     flags, flags_half, line = f.flags, f.flags_half, t.line
@@ -149,10 +151,11 @@ def verbs(t: Any) -> SimpleNamespace:
             copy(to, acc, n * width(c))
 
     @jit
-    def combine(c, sources, first, k, acc, n):
+    def combine(c, sources, first, k, acc, also, n):
         """Reduce n elements, from `first` on, of the k arrays in a table, in its order, into n accumulators.
 
-        The accumulators may be one of the arrays: a block is stored after all its operands were read.
+        The accumulators may be one of the arrays: a block is stored after all its operands were read. Those of more
+        than one array are stored in a second place `also`, which is `acc` where there is none.
         """
         step = BLOCK // width(c)
         for block in range((n + step - 1) // step):  # a range with a step could raise
@@ -171,17 +174,18 @@ def verbs(t: Any) -> SimpleNamespace:
                 if widen(c) != 0:
                     call4(widen(c), blocks(c) + BLOCK, right, m, 0)
                     right = blocks(c) + BLOCK
-                out = to if j == k - 1 else blocks(c)
-                call4(reduce(c), out, left, right, m)
+                last = j == k - 1
+                out = to if last else blocks(c)
+                call5(reduce(c), out, also + lo * width(c) if last else out, left, right, m)
                 left = out
 
     @jit
     def combine_one(c, p, acc, data, n):
         """Reduce rank p's n accumulators at `data` into mine, the lower rank's on the left."""
         if p < rank(c):
-            call4(reduce(c), acc, data, acc, n)
+            call5(reduce(c), acc, acc, data, acc, n)
         else:
-            call4(reduce(c), acc, acc, data, n)
+            call5(reduce(c), acc, acc, acc, data, n)
 
     return SimpleNamespace(
         BLOCK=BLOCK,

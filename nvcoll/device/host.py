@@ -122,11 +122,16 @@ def _caller(count: int) -> Any:
         @intrinsic
         def call(typing: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
             return types.int64(*[types.int64] * 4), emit
-    else:
+    elif count == 4:
 
         @intrinsic
         def call(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
             return types.int64(*[types.int64] * 5), emit
+    else:
+
+        @intrinsic
+        def call(typing: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+            return types.int64(*[types.int64] * 6), emit
 
     return call
 
@@ -182,5 +187,6 @@ def primitives() -> SimpleNamespace:
         call2=_caller(2),
         call3=_caller(3),
         call4=_caller(4),
+        call5=_caller(5),
         line=LINE,
     )

@@ -12,7 +12,6 @@ from numba.extending import intrinsic
 
 from nvcoll.device import reduce
 
-SIGNATURE = types.int64(*[types.int64] * 4)
 UNROLL = 4
 
 
@@ -32,44 +31,50 @@ def _pointer(builder: Any, address: Any, vector: Any, offset: int) -> Any:
 
 
 def _binary(op: str, datatype: str, items: int, times: int) -> Any:
-    """Make the primitive that reduces `times` packs of `items` elements."""
+    """Make the primitive that reduces `times` packs of `items` elements and stores them in two places."""
     vector, step = _vector(datatype, items), items * _size(datatype)
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        to, *operands = args
+        to, also, *operands = args
         packs = [
             [builder.load(_pointer(builder, a, vector, k * step), align=1) for a in operands] for k in range(times)
         ]
         results = [reduce.OPERATORS[op](builder, left, right, datatype) for left, right in packs]
         for k, result in enumerate(results):
             builder.store(result, _pointer(builder, to, vector, k * step), align=1)
+        with builder.if_then(builder.icmp_unsigned("!=", to, also)):
+            for k, result in enumerate(results):
+                builder.store(result, _pointer(builder, also, vector, k * step), align=1)
         return context.get_dummy_value()
 
     @intrinsic
-    def pack(typing: Any, to: Any, left: Any, right: Any) -> Any:
-        return types.void(*[types.int64] * 3), emit
+    def pack(typing: Any, to: Any, also: Any, left: Any, right: Any) -> Any:
+        return types.void(*[types.int64] * 4), emit
 
     return pack
 
 
 def reducer(op: str, datatype: str) -> Any:
-    """Return the text of ``reduce(to, left, right, count)`` for a type that accumulates in itself."""
+    """Return the text of ``reduce(to, also, left, right, count)`` for a type that accumulates in itself.
+
+    The result is stored twice, or once if `also` is `to`.
+    """
     size = _size(datatype)
     items = max(1, reduce.PACK // size)
     unrolled = items * UNROLL
     many, one = _binary(op, datatype, items, UNROLL), _binary(op, datatype, 1, 1)
     some = _binary(op, datatype, items, 1)
 
-    def text(to: int, left: int, right: int, count: int) -> int:
+    def text(to: int, also: int, left: int, right: int, count: int) -> int:
         i = 0
         while i + unrolled <= count:
-            many(to + i * size, left + i * size, right + i * size)
+            many(to + i * size, also + i * size, left + i * size, right + i * size)
             i += unrolled
         while i + items <= count:
-            some(to + i * size, left + i * size, right + i * size)
+            some(to + i * size, also + i * size, left + i * size, right + i * size)
             i += items
         while i < count:
-            one(to + i * size, left + i * size, right + i * size)
+            one(to + i * size, also + i * size, left + i * size, right + i * size)
             i += 1
         return 0
 

@@ -25,7 +25,7 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     jit, load, store, copy = t.jit, t.load, t.store, t.copy
     width, itemsize, table = t.field.width, t.field.itemsize, t.field.table
     put_part, put_end, arrive, combine, combine_one = p.put_part, p.put_end, p.arrive, v.combine, v.combine_one
-    accumulators, finish_to = v.accumulators, v.finish_to
+    asked, answered, accumulators, finish_to = p.asked, p.answered, v.accumulators, v.finish_to
 
     @jit
     def put(c, e, p, slot, source, nbytes):
@@ -53,7 +53,18 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
         """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to accumulators."""
         wait_all(c, e, k, me, slot, mine, n)
-        combine(c, table(c), 0, k, acc, n)
+        combine(c, table(c), 0, k, acc, acc, n)
+
+    @jit
+    def wait_asked(c, e, k, me, mine, n):
+        """Wait for n elements that each of k ranks but me asks to reduce, and list where they are, with `mine`."""
+        for j in range(k):
+            store(table(c) + 8 * j, mine if j == me else asked(c, e, j, n * itemsize(c)))
+
+    @jit
+    def wait_answer(c, e, p, to, nbytes):
+        """Wait for rank p's answer and store it."""
+        copy(to, answered(c, e, p, nbytes), nbytes)
 
     @jit
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
@@ -64,6 +75,8 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
 
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
+    own |= {"wait_asked": wait_asked, "wait_answer": wait_answer, "ask": p.ask, "answer_at": p.answer_at}
+    own |= {"answer_part": p.answer_part, "answer_end": p.answer_end}
     basic = {"load": load, "store": store, "copy": copy, "jit": jit}
     # Verbs last: the fields that hold the addresses of slow paths have names that verbs need.
     return SimpleNamespace(**{**vars(t.field), **vars(v), **own, **basic})

@@ -70,6 +70,9 @@ def verbs(rank, shape, capacity, direct, notes):
     def wait_all(c, e, k, me, slot, mine, n):
         notes.awaited.extend((e, None, slot + j, n * shape.itemsize) for j in range(k) if j != me)
 
+    def answer_part(c, e, p, offset, source, nbytes):
+        put_part(c, e, p, shape.size + rank, offset, source, nbytes)
+
     def wait_copy(c, e, slot, to, nbytes):
         notes.awaited.append((e, None, slot, nbytes))
         write(to, nbytes)
@@ -94,6 +97,7 @@ def verbs(rank, shape, capacity, direct, notes):
         "table": WORK,
         "blocks": WORK,
         "error": 0,
+        "finish": int(shape.width != shape.itemsize),
     }
     return {
         **{name: lambda c, value=value: value for name, value in constants.items()},
@@ -120,6 +124,12 @@ def verbs(rank, shape, capacity, direct, notes):
         "wait_reduce": lambda c, e, p, slot, acc, n: notes.awaited.append((e, p, slot, n * shape.width)),
         "wait_all": wait_all,
         "wait_reduce_all": lambda c, e, k, me, slot, mine, acc, n: wait_all(c, e, k, me, slot, mine, n),
+        "ask": lambda c, e, p, source, nbytes: notes.sent.append((e, p, rank, nbytes)),
+        "wait_asked": lambda c, e, k, me, mine, n: wait_all(c, e, k, me, 0, mine, n),
+        "answer_at": lambda c, e, p: 0,
+        "answer_part": answer_part,
+        "answer_end": lambda c, e, p: put_end(c, e, p, shape.size + rank),
+        "wait_answer": lambda c, e, p, to, nbytes: wait_copy(c, e, shape.size + p, to, nbytes),
         "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),
         "wait_signal": wait_signal,
     }

@@ -27,7 +27,7 @@ def random_call(rng, size):
     return Call(NAMES[rng.integers(len(NAMES))], datatype, op, count, tuple(places), delays)
 
 
-@pytest.mark.parametrize(("size", "nodes"), [(5, [2, 3]), (8, None)])
+@pytest.mark.parametrize(("size", "nodes"), [(2, None), (5, [2, 3]), (8, None)])
 def test_two_thousand_calls(monkeypatch, size, nodes):
     monkeypatch.setenv("NVCOLL_SCRATCH", "256K")
     rng = np.random.default_rng(size)

@@ -11,7 +11,7 @@ from nvcoll.jit import Compiler
 from nvcoll.ops import DATATYPES
 from tests.oracle import COMBINE, random_data, supported
 
-FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 4)
+FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 5)
 LENGTHS = range(131)
 ITSELF = [(name, op) for name, op in supported() if DATATYPES[name].accumulate == name]
 SPECIAL = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 2.0**-140, -(2.0**-140), 3e38, -3e38]
@@ -100,11 +100,26 @@ def test_every_length_and_alignment_into_any_of_its_operands(compiler, name, op)
         if into == "both":
             b = a
         to = {"left": a, "right": b, "both": a}.get(into) or Memory(np.zeros_like(left[:count]), 3 * shift)
-        reduce(to.address, a.address, b.address, count)
+        reduce(to.address, to.address, a.address, b.address, count)
         assert_same(to.array, (doubled if into == "both" else whole)[:count])
         assert to.guarded()
         for memory, before in ((a, left), (b, right)):
             assert memory is to or memory.array.tobytes() == before[:count].tobytes()
+
+
+@pytest.mark.parametrize(("name", "op"), [("float32", "SUM"), ("uint8", "BAND"), ("complex128", "PROD")])
+def test_a_second_place_which_may_be_an_operand(compiler, name, op):
+    reduce = FUNCTION(compiler.reducer(op, name))
+    left, right = operands(name, op)
+    whole = expected(left, right, name, op)
+    for count, into in itertools.product(LENGTHS, ("new", "left", "right")):
+        a, b = Memory(left[:count], 0), Memory(right[:count], 1)
+        to = a if into == "right" else b if into == "left" else Memory(np.zeros_like(left[:count]), 2)
+        also = {"left": a, "right": b}.get(into) or Memory(np.zeros_like(left[:count]), 3)
+        reduce(to.address, also.address, a.address, b.address, count)
+        for memory in (to, also):
+            assert_same(memory.array, whole[:count])
+            assert memory.guarded()
 
 
 @pytest.mark.parametrize("op", ["MIN", "MAX"])
@@ -116,7 +131,7 @@ def test_a_nan_keeps_its_payload_and_the_lower_rank_s_wins(compiler, name, op):
     pairs = [(first, second, first), (second, first, second), (first, one, first), (one, second, second)]
     left, right, wanted = (np.array([pair[k] for pair in pairs] * 40) for k in range(3))
     to = np.empty_like(left)
-    FUNCTION(compiler.reducer(op, name))(to.ctypes.data, left.ctypes.data, right.ctypes.data, len(to))
+    FUNCTION(compiler.reducer(op, name))(to.ctypes.data, to.ctypes.data, left.ctypes.data, right.ctypes.data, len(to))
     assert to.tobytes() == wanted.tobytes()
 
 
