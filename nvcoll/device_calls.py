@@ -6,8 +6,9 @@ The host never waits here, but in `barrier`. What fails on a GPU is known after 
 import math
 from typing import Any
 
+from nvcoll._plan import DevicePlans
 from nvcoll.backends import driver
-from nvcoll.buffers import DeviceBuffer, as_stream, check_pair, is_in_place, parse_device
+from nvcoll.buffers import IN_PLACE, DeviceBuffer, as_stream, check_pair, is_in_place, parse_device
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.errors import ArgumentError, DatatypeError, MismatchError, StateError, TimeoutError
 from nvcoll.ops import DATATYPES, SUM, Datatype, as_op
@@ -29,6 +30,7 @@ class DeviceCalls:
     def __init__(self, world: DeviceWorld) -> None:
         self._world = world
         self._kept: dict[tuple[str, int, str, str | None], Any] = {}
+        self._fast: dict[str | None, DevicePlans] = {}
         self._token: DeviceBuffer | None = None
         self._raised = False
 
@@ -53,6 +55,13 @@ class DeviceCalls:
         self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None, verb: str = "Allreduce"
     ) -> None:
         """Queue an all-reduce."""
+        fast = self._fast.get(algorithm)
+        if fast is not None:
+            done = fast.run(sendbuf, recvbuf, op, stream)
+            if done:
+                return
+            if done is False:
+                raise self._failure(verb)
         world = self._world
         if is_in_place(sendbuf):
             if recvbuf is None:
@@ -87,6 +96,8 @@ class DeviceCalls:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
+        plans = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, world.stream))
+        plans.add(recv.datatype.code, recv.nbytes, op, plan)
         if not plan.run(send.address, recv.address, queue):
             raise self._failure(verb)
 

@@ -63,13 +63,14 @@ class CubinCache:
     def __init__(self, folder: Path) -> None:
         self._files = CodeCache(folder)
 
-    def get(self, algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> bytes:
+    def get(self, algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> bytes:
         """Return a kernel's cubin."""
         from nvcoll.algorithms import ALGORITHMS
 
         digest = digest_of(_platform(), *SOURCES, "algorithms/_registry.py", ALGORITHMS[algorithm].file)
-        name = f"{algorithm}-{protocol}-{op}-{datatype}-{arch}-{digest}.cubin"
-        return self._files.get(name, lambda: compile_kernel(algorithm, protocol, op, datatype, arch).cubin)
+        depth = "deep" if deep else "shallow"
+        name = f"{algorithm}-{protocol}-{op}-{datatype}-{depth}-{arch}-{digest}.cubin"
+        return self._files.get(name, lambda: compile_kernel(algorithm, protocol, op, datatype, arch, deep).cubin)
 
 
 @cache
@@ -88,7 +89,9 @@ def _version(package: str) -> str:
         return ""
 
 
-def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> Kernel:
+def compile_kernel(
+    algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True
+) -> Kernel:
     """Compile an algorithm's kernel.
 
     Parameters
@@ -97,10 +100,12 @@ def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: 
         Names.
     arch
         Architecture, ``"sm_90"`` for one.
+    deep
+        Whether a thread has several packs under way at a time; types of one byte never do.
     """
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    ptx = kernel_ptx(algorithm, protocol, op, datatype, arch)
+    ptx = kernel_ptx(algorithm, protocol, op, datatype, arch, deep)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
     cubin = bytes(linker.link("cubin").code)
     log = linker.get_info_log() or ""
@@ -118,7 +123,7 @@ def _spills(log: str) -> int:
     return _figure(log, r"(\d+) bytes spill stores") + _figure(log, r"(\d+) bytes spill loads")
 
 
-def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str) -> str:
+def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> str:
     """Return the PTX of an algorithm's kernel, whose entry point is `ENTRY`."""
     from numba import cuda
     from numba.cuda import types
@@ -133,7 +138,7 @@ def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str)
         jit = cuda.jit(device=True)
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
         schedule = ALGORITHMS[algorithm]
-        v = verbs.vocabulary(jit, a, protocol)
+        v = verbs.vocabulary(jit, a, protocol, deep and kind.itemsize > 1)
         text = verbs.entry(jit, v, a, schedule.text_for("cuda"), schedule.rounds, capability >= OVERLAPS)
         signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
         ptx, _ = cuda.compile(

@@ -19,6 +19,8 @@ LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 THREADS = (64, 128, 256, 512)
 """Threads of a block: as many as there are packs, within these."""
+DEEP = 2 << 20
+"""Bytes from which on a thread has several packs."""
 MANY = 128
 """Blocks from which on more threads a block come before more blocks."""
 
@@ -37,15 +39,15 @@ class Kernels:
     def __init__(self, device: Any, cache_dir: Path) -> None:
         self.device = device
         self._cubins = CubinCache(cache_dir)
-        self._loaded: dict[tuple[str, ...], tuple[Any, int]] = {}
+        self._loaded: dict[tuple[Any, ...], tuple[Any, int]] = {}
         self._lock = threading.Lock()
 
-    def get(self, algorithm: str, protocol: str, op: str, datatype: str) -> int:
+    def get(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
         """Return the handle of a kernel."""
-        key = (algorithm, protocol, op, datatype)
+        key = (algorithm, protocol, op, datatype, deep)
         with self._lock:
             if key not in self._loaded:
-                cubin = self._cubins.get(*key, self.device.arch)
+                cubin = self._cubins.get(*key[:4], self.device.arch, deep)
                 with self.device:
                     module = driver.load_module(cubin)
                     self._loaded[key] = module, module.function(ENTRY)
@@ -119,8 +121,11 @@ class DevicePlanner(Planner):
         signature = pack_signature(told, datatype, op)
         call = {"count": count, "ranks": size or shape.size, "stamp": pack_stamp(signature, count)}
         call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
-        function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name)
+        deep = told.nbytes >= DEEP
+        function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
         blocks, threads = self.grid(told.nbytes, function)
+        unit = PACK // min(PACK, datatype.itemsize)
+        call["part"] = -(-count // (blocks * unit)) * unit
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
 
 

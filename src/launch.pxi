@@ -64,6 +64,7 @@ cdef extern from *:
 # The arguments of every kernel, in their order. Addresses are those of this GPU's memory unless it says otherwise.
 DEVICE_FIELDS = (
     "send", "recv", "count",            # of the call
+    "part",                             # elements of a block
     "capacity",                         # elements of a block in one piece
     "stride",                           # bytes between a block's slots
     "stamp",                            # the low 24 bits of every tag of this call
@@ -82,7 +83,7 @@ DEVICE_FIELDS = (
     "peer0", "peer1", "peer2", "peer3", "peer4", "peer5", "peer6", "peer7",     # the first entries of `peers`
 )
 cdef enum:
-    FIELDS = 40
+    FIELDS = 41
     PROGRAMMATIC = 6        # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
@@ -258,3 +259,67 @@ cdef class DevicePlan:
             nv_error_string(error, &text)
             raise StateError(f"the CUDA driver refuses the launch: {text.decode() if text else error}")
         return True
+
+
+cdef class DevicePlans:
+    """The plans of one communicator on a GPU for an algorithm, found by datatype, size and operator.
+
+    `run` serves arrays of the symmetric heap, and streams that are numbers or tell theirs; everything else takes the
+    long way, in nvcoll.device_calls.
+
+    Parameters
+    ----------
+    in_place
+        What stands for the receive buffer in place of a send buffer.
+    stream
+        Where calls go that name no stream.
+    """
+    cdef dict table
+    cdef object in_place
+    cdef uintptr_t stream
+
+    def __init__(self, in_place, uintptr_t stream):
+        self.table = {}
+        self.in_place = in_place
+        self.stream = stream
+
+    def add(self, int64_t code, int64_t nbytes, op, DevicePlan plan):
+        """Keep a plan for `run`, where `op` is known by identity: mpi4py's handles cannot be hashed."""
+        if len(self.table) >= MOST:
+            self.table.clear()
+        self.table[code, nbytes, <uintptr_t><void*>op] = (plan, op)
+
+    def run(self, sendbuf, recvbuf, op, stream):
+        """Launch the call if its plan is known.
+
+        Returns
+        -------
+        bool or None
+            True if launched; None if there is no such plan or the arguments need the long way; False if an earlier
+            call has failed.
+        """
+        cdef DeviceSpan send, recv
+        cdef uintptr_t from_, to, queue = self.stream
+        if recvbuf is None or sendbuf is self.in_place:
+            recvbuf = sendbuf if recvbuf is None else recvbuf
+            sendbuf = recvbuf
+        if not isinstance(recvbuf, DeviceSpan) or not isinstance(sendbuf, DeviceSpan):
+            return None
+        send, recv = <DeviceSpan>sendbuf, <DeviceSpan>recvbuf
+        from_, to = send.at(), recv.at()
+        if send is not recv and (send.count != recv.count or send.code != recv.code
+                                 or (from_ < to + recv.count * recv.itemsize
+                                     and to < from_ + send.count * send.itemsize)):
+            return None
+        if stream is not None:
+            if type(stream) is not int:
+                stream = getattr(stream, "cuda_stream", None)  # torch's
+                if type(stream) is not int:
+                    return None
+            if stream < 0:
+                return None
+            queue = stream
+        kept = self.table.get((recv.code, recv.count * recv.itemsize, <uintptr_t><void*>op))
+        if kept is None or not from_ or not to:
+            return None
+        return (<DevicePlan>(<tuple>kept)[0]).run(from_, to, queue)

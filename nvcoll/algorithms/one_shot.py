@@ -32,14 +32,14 @@ def slots(shape: Shape) -> tuple[int, int]:
 
 @algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")
 def text(v: Any) -> Any:
-    rank, size, itemsize, begin, put, wait_reduce_finish = (
-        v.rank, v.size, v.itemsize, v.begin, v.put, v.wait_reduce_finish,
+    rank, size, itemsize, begin, put, wait_reduce_finish, around = (
+        v.rank, v.size, v.itemsize, v.begin, v.put, v.wait_reduce_finish, v.around,
     )  # fmt: skip
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
         for k in range(1, n):
-            put(c, e, (me + k) % n, me, send, count * itemsize(c))
+            put(c, e, around(me + k, n), me, send, count * itemsize(c))
         wait_reduce_finish(c, e, n, me, 0, send, recv, count)
 
     return kernel

@@ -26,6 +26,11 @@ def part_at(c: Any, count: int, parts: int, k: int) -> int:
     return min(k * each, count)
 
 
+def around(place: int, n: int) -> int:
+    """Return a place modulo n, for places below 2 n: a division takes long."""
+    return place - n if place >= n else place
+
+
 def middle(lo: int, hi: int) -> int:
     """Return where the upper half of a range begins; the lower half is the larger."""
     return (lo + hi + 1) // 2
@@ -190,6 +195,7 @@ def verbs(t: Any) -> SimpleNamespace:
     return SimpleNamespace(
         BLOCK=BLOCK,
         part_at=jit(part_at),
+        around=jit(around),
         middle=jit(middle),
         log2=jit(log2),
         fold=jit(fold),

@@ -14,7 +14,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS, fold, log2, unfold
+from nvcoll.device.common import STAMP_BITS, around, fold, log2, unfold
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 
@@ -30,7 +30,7 @@ LINE = 64
 """Bytes of a flag with its two values: flags of neighbours do not share a line."""
 
 
-def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
+def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:
     """Return the verbs for an operator on a datatype.
 
     Parameters
@@ -41,6 +41,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
         What `packs.arithmetic` gives.
     p
         What `packs.partial` gives.
+    deep
+        Whether a thread has four packs under way at a time.
     """
     f = SimpleNamespace(**{name: ptx.field(index) for index, name in enumerate(DEVICE_FIELDS)})
     load, store, load_acquire, load_relaxed = ptx.load, ptx.store, ptx.load_acquire, ptx.load_relaxed
@@ -203,7 +205,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
         """Copy bytes, by all threads of the block, pack i by thread i modulo their number."""
         i = thread() * BYTES
         step = threads() * BYTES
-        if (to | source) & (BYTES - 1) == 0:
+        if deep and (to | source) & (BYTES - 1) == 0:
             while i + 3 * step + BYTES <= nbytes:
                 first, second = load_pack(source + i), load_pack(source + i + step)
                 third, fourth = load_pack(source + i + 2 * step), load_pack(source + i + 3 * step)
@@ -285,7 +287,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace) -> SimpleNamespace:
                 get, put_back, copy, fill, finish_to, keep, part_at, middle, private, note,
             )},
         },
-        load=load, store=store, log2=jit(log2), fold=jit(fold), unfold=jit(unfold),
+        load=load, store=store, log2=jit(log2), around=jit(around), fold=jit(fold), unfold=jit(unfold),
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def flags(jit: Any) -> SimpleNamespace:
     return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of)
 
 
-def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespace:
+def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> SimpleNamespace:
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrive."""
     if a.accumulator.startswith(("float", "complex")):
         form = sentinels(jit, 8 if a.accumulator in ("float64", "complex128") else 4)
@@ -140,7 +140,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
         to = slot_at(c, e, p, slot) + offset * spread
         i = thread() * BYTES
         step = threads() * BYTES
-        if source & (BYTES - 1) == 0:
+        if deep and source & (BYTES - 1) == 0:
             while i + 3 * step + BYTES <= nbytes:  # four packs under way at a time
                 first, second = load_pack(source + i), load_pack(source + i + step)
                 third, fourth = load_pack(source + i + 2 * step), load_pack(source + i + 3 * step)
@@ -160,6 +160,11 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
     @jit
     def arrival(c, e, slot, nbytes):
         """Return where a slot of mine lies; `peek` and `settle` wait for its packs."""
+        return slot_at(c, e, rank(c), slot)
+
+    @jit
+    def arrivals(c, e, k, me, slot, nbytes):
+        """Return where the first of k slots of mine lies."""
         return slot_at(c, e, rank(c), slot)
 
     @jit
@@ -185,4 +190,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
         clear(where)
         return data_of(got)
 
-    return SimpleNamespace(put_part=put_part, put_end=put_end, arrival=arrival, peek=peek, settle=settle, spread=spread)
+    return SimpleNamespace(
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle
+    )

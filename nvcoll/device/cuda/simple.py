@@ -6,7 +6,7 @@ from typing import Any
 from nvcoll.device.cuda import ptx
 
 
-def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespace:
+def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> SimpleNamespace:
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
     area, half, rank, flag, wait, copy = v.area, v.half, v.rank, v.flag, v.wait, v.copy
     stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
@@ -39,6 +39,14 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
         return slot_at(c, e, rank(c), slot)
 
     @jit
+    def arrivals(c, e, k, me, slot, nbytes):
+        """Wait for k slots of mine but the one in place `me`, and return where the first one lies."""
+        for j in range(k):
+            if j != me:
+                arrival(c, e, slot + j, nbytes)
+        return slot_at(c, e, rank(c), slot)
+
+    @jit
     def peek(at, i):
         """Load pack i (in bytes) of a slot."""
         return load_pack(at + i)
@@ -48,4 +56,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace) -> SimpleNamespac
         """Return what was loaded: it is there."""
         return got
 
-    return SimpleNamespace(put_part=put_part, put_end=put_end, arrival=arrival, peek=peek, settle=settle, spread=1)
+    return SimpleNamespace(
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle
+    )

@@ -10,7 +10,7 @@ PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
 
 
-def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
+def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool) -> SimpleNamespace:
     """Return every verb and field that a schedule may use, bound to an operator, a datatype and a protocol.
 
     Parameters
@@ -21,10 +21,15 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
         What `packs.arithmetic` gives.
     protocol
         A name in `PROTOCOLS`.
+    deep
+        Whether a thread has four packs under way at a time. That takes registers and code, so it is for messages
+        that give each thread as many, and for types whose packs have few elements.
     """
-    v = common.verbs(jit, a, packs.partial(a.unit))
-    w = PROTOCOLS[protocol](jit, v, a)
-    put_part, put_end, arrival, peek, settle = w.put_part, w.put_end, w.arrival, w.peek, w.settle
+    v = common.verbs(jit, a, packs.partial(a.unit), deep)
+    w = PROTOCOLS[protocol](jit, v, a, deep)
+    put_part, put_end, arrival, arrivals, peek, settle = (
+        w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle,
+    )  # fmt: skip
     get, put_back, keep, rank, ranks = v.get, v.put_back, v.keep, v.rank, v.ranks
     widen, reduce, finish, stride = a.widen, a.reduce, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
@@ -44,7 +49,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
         at = arrival(c, e, slot, nbytes)
         i = thread() * BYTES
         step = threads() * BYTES
-        if to & (BYTES - 1) == 0:
+        if deep and to & (BYTES - 1) == 0:
             while i + 3 * step + BYTES <= nbytes:
                 first, second, third, fourth = (
                     peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step),
@@ -70,15 +75,6 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
             keep(c, e, acc + i, settle(c, e, at, i, peek(at, i)), nbytes - i, lower)
             i += threads() * BYTES
         sync()
-
-    @jit
-    def arrivals(c, e, k, me, slot, nbytes):
-        """Wait for k slots but mine, as far as the protocol waits for slots, and return where the first one lies."""
-        at = arrival(c, e, slot, 0)
-        for j in range(k):
-            if j != me:
-                arrival(c, e, slot + j, nbytes)
-        return at
 
     @jit
     def gather_one(c, e, k, me, at, mine, i, nbytes):
@@ -117,7 +113,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
         at = arrivals(c, e, k, me, slot, nbytes)
         i = thread() * BYTES
         step = threads() * BYTES
-        if (mine | recv) & (BYTES - 1) == 0:
+        if deep and (mine | recv) & (BYTES - 1) == 0:
             while i + 3 * step + BYTES <= nbytes:
                 a0, a1, a2, a3 = (
                     load_pack(mine + i), load_pack(mine + i + step),
@@ -162,7 +158,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str) -> SimpleNamespace:
         base = lo * itemsize
         i = thread() * BYTES
         step = threads() * BYTES
-        while i + 3 * step + BYTES <= nbytes:
+        while deep and i + 3 * step + BYTES <= nbytes:
             at = load(sources) + base + i
             t0, t1, t2, t3 = (
                 load_shared(at), load_shared(at + step), load_shared(at + 2 * step), load_shared(at + 3 * step),
@@ -207,17 +203,17 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     for its end before it touches memory. Parameters are the fields of a call, in their order.
     """
     kernel = jit(text(v))
-    block, blocks, await_predecessor, let_successor = ptx.block, ptx.blocks, ptx.await_predecessor, ptx.let_successor
-    itemsize, unit, advance = a.itemsize, BYTES // a.itemsize, v.advance
+    block, await_predecessor, let_successor = ptx.block, ptx.await_predecessor, ptx.let_successor
+    itemsize, advance = a.itemsize, v.advance
 
     def whole(
-        send, recv, count, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
+        send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
         node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
         slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
         peer6, peer7,
     ):  # fmt: skip
         c = (
-            send, recv, count, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
+            send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
             node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
             slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
             peer6, peer7,
@@ -225,10 +221,8 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         if overlap:
             let_successor()
             await_predecessor()
-        parts = blocks()
-        each = (count + parts * unit - 1) // (parts * unit) * unit
-        first = block() * each
-        last = min(first + each, count)
+        first = block() * part
+        last = min(first + part, count)
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel(c, send + first * itemsize, recv + first * itemsize, piece)
