@@ -19,8 +19,9 @@ LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 THREADS = (64, 128, 256, 512)
 """Threads of a block: as many as there are packs, within these."""
-DEEP = 2 << 20
-"""Bytes from which on a thread has several packs."""
+DEEP = 16 << 20
+"""Bytes from which on a thread has several packs under way at a time: below, small kernels start sooner. Measured on
+H200s: 15.4 us instead of 16.7 at 4 MiB, and no difference at 16 MiB."""
 MANY = 128
 """Blocks from which on more threads a block come before more blocks."""
 
@@ -94,6 +95,8 @@ class DevicePlanner(Planner):
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
         packs = max(1, -(-nbytes // PACK))
         threads = next((t for t in THREADS if packs <= t * MANY), THREADS[-1])
+        if nbytes >= DEEP:
+            threads = THREADS[-2]  # two blocks on a multiprocessor: one works while the other waits
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
         most = max(1, min(BLOCKS, resident // self.sharers))
         return min(most, -(-packs // threads)), threads

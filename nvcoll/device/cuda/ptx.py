@@ -96,6 +96,17 @@ store_relaxed = _word_storer("st.relaxed.sys.global.u64", "Store 8 bytes that ot
 store_release = _word_storer("st.release.sys.global.u64", "Store 8 bytes after everything that was stored before.")
 
 
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Bring a line into the cache of the GPU, and its page into the tables of the multiprocessor."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        assembly(builder, "prefetch.global.L2 [$0];", "l", VOID, args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
 def _action(text: str, doc: str) -> Any:
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         assembly(builder, text, "", VOID, [])

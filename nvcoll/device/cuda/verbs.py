@@ -203,8 +203,10 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     for its end before it touches memory. Parameters are the fields of a call, in their order.
     """
     kernel = jit(text(v))
-    block, await_predecessor, let_successor = ptx.block, ptx.await_predecessor, ptx.let_successor
-    itemsize, advance = a.itemsize, v.advance
+    block, thread, await_predecessor, let_successor, prefetch = (
+        ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
+    )  # fmt: skip
+    itemsize, unit, advance = a.itemsize, BYTES // a.itemsize, v.advance
 
     def whole(
         send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
@@ -218,11 +220,14 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
             slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
             peer6, peer7,
         )  # fmt: skip
-        if overlap:
-            let_successor()
-            await_predecessor()
         first = block() * part
         last = min(first + part, count)
+        if overlap:
+            let_successor()
+            if first + thread() * unit < last:
+                prefetch(send + first * itemsize + thread() * BYTES)
+                prefetch(state + 8 * block())
+            await_predecessor()
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel(c, send + first * itemsize, recv + first * itemsize, piece)
