@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll.buffers import Spec, check_pair, is_in_place, parse
-from nvcoll.errors import ArgumentError, DatatypeError, StateError
+from nvcoll.errors import ArgumentError, DatatypeError
 from nvcoll.ops import Datatype, Op, as_datatype, as_op
 
 MOST_ELEMENTS = 2**59
@@ -60,11 +60,3 @@ def judge_explain(verb: str, nbytes: Any, dtype: Any, op: Any) -> tuple[int, Dat
             f"explain: nbytes is {nbytes!r}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
         )
     return nbytes // datatype.itemsize, datatype, handle
-
-
-def not_on_gpus(verb: str) -> StateError:
-    """Return the refusal of a nonblocking verb on a communicator of GPUs."""
-    return StateError(
-        f"{verb}: serves ranks on hosts, and these are on GPUs, where Allreduce itself returns at once; "
-        "call that, and synchronize its stream"
-    )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.arguments import dimensions, judge, judge_explain, not_on_gpus
+from nvcoll.arguments import dimensions, judge, judge_explain
 from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
@@ -336,7 +336,7 @@ class Comm(Living):
     ) -> Callable[[], Pending]:
         """Judge the arguments of a nonblocking all-reduce; return what begins it."""
         if self._calls is not None:
-            raise not_on_gpus(verb)
+            return self._calls.begin(verb, sendbuf, recvbuf, op, stream, algorithm)  # type: ignore[no-any-return]
         send, recv, handle = judge(verb, sendbuf, recvbuf, op, stream)
         if recv.count == 0:
             return Ended

@@ -4,14 +4,17 @@ The host never waits here, but in `barrier`. What fails on a GPU is known after 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from nvcoll._plan import DevicePlans
 from nvcoll.backends import driver
-from nvcoll.buffers import IN_PLACE, DeviceBuffer, as_stream, check_pair, is_in_place, parse_device
+from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, check_pair, is_in_place, parse_device
 from nvcoll.device.common import STAMP_BITS
+from nvcoll.device_requests import OnStream
 from nvcoll.errors import ArgumentError, DatatypeError, MismatchError, StateError, TimeoutError
 from nvcoll.ops import DATATYPES, SUM, Datatype, as_op
+from nvcoll.requests import Ended, Pending
 from nvcoll.world_cuda import DeviceWorld
 
 MOST_KEPT = 16384
@@ -48,8 +51,7 @@ class DeviceCalls:
         self.allreduce(self._token, None, SUM, stream, None, "Barrier")
         with self._world.device:
             driver.stream_synchronize(stream)
-        if self._world.planner.state.reported is not None:
-            raise self._failure("Barrier")
+        self._check("Barrier")
 
     def allreduce(
         self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None, verb: str = "Allreduce"
@@ -62,6 +64,41 @@ class DeviceCalls:
                 return
             if done is False:
                 raise self._failure(verb)
+        prepared = self._prepare(verb, sendbuf, recvbuf, op, stream, algorithm)
+        if prepared is not None:
+            self._launch(verb, *prepared)
+
+    def begin(
+        self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
+    ) -> Callable[[], Pending]:
+        """Judge the arguments of a nonblocking all-reduce; return what begins it."""
+        prepared = self._prepare(verb, sendbuf, recvbuf, op, stream, algorithm)
+        if prepared is None:
+            return Ended
+        _, send, recv, queue = prepared
+
+        def start() -> Pending:
+            self._launch(verb, *prepared)
+            return OnStream(self._world.device, queue, lambda: self._check(verb), (send.owner, recv.owner))
+
+        return start
+
+    def _launch(self, verb: str, plan: Any, send: Spec, recv: Spec, queue: int) -> None:
+        for spec in (send, recv):
+            if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
+                raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; allocate with comm.empty")
+        if not plan.run(send.address, recv.address, queue):
+            raise self._failure(verb)
+
+    def _check(self, verb: str) -> None:
+        """Raise the failure of a call that has ended."""
+        if self._world.planner.state.reported is not None:
+            raise self._failure(verb)
+
+    def _prepare(
+        self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
+    ) -> tuple[Any, Spec, Spec, int] | None:
+        """Judge the arguments of an all-reduce, and find its plan; None if there is nothing to do."""
         world = self._world
         if is_in_place(sendbuf):
             if recvbuf is None:
@@ -85,7 +122,7 @@ class DeviceCalls:
                     "copy it there, or set NVCOLL_DEVICE"
                 )
         if recv.count == 0:
-            return
+            return None
         key = (recv.datatype.name, recv.nbytes, handle.name, algorithm)
         plan = self._kept.get(key)
         if plan is None:
@@ -98,8 +135,7 @@ class DeviceCalls:
             self._kept[key] = plan
         plans = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, world.stream))
         plans.add(recv.datatype.code, recv.nbytes, op, plan)
-        if not plan.run(send.address, recv.address, queue):
-            raise self._failure(verb)
+        return plan, send, recv, queue
 
     def _stream(self, stream: Any, owner: Any) -> int:
         """Return the stream of a call: emulated ranks have one each, since one waits for the other."""

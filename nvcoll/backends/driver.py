@@ -247,6 +247,27 @@ def event_destroy(event: int) -> None:
     _call("cuEventDestroy", event)
 
 
+def event_record(event: int, stream: int) -> None:
+    """Let an event stand for all that was queued on a stream until now."""
+    _call("cuEventRecord", event, stream)
+
+
+def event_query(event: int) -> bool:
+    """Tell whether what an event stands for is done."""
+    try:
+        _call("cuEventQuery", event)
+    except DeviceError as exc:
+        if "CUDA_ERROR_NOT_READY" in str(exc):
+            return False
+        raise
+    return True
+
+
+def event_synchronize(event: int) -> None:
+    """Wait until what an event stands for is done."""
+    _call("cuEventSynchronize", event)
+
+
 def current_context() -> int:
     """Return the handle of the context that is current on this thread."""
     return int(_call("cuCtxGetCurrent"))

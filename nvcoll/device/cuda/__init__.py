@@ -1,6 +1,6 @@
-"""The verbs for GPUs. A block of threads is what a thread is on the host: it runs the schedule on its part of the message.
+"""The verbs for GPUs. A block of threads is what a thread is on the host: it runs the schedule on its part.
 
-Every verb that touches memory begins with a barrier of the block, so that schedules read as if one thread ran them:
-what one verb has written, by whichever threads, the next one sees. Numbers that verbs take and return are the same in
-all threads of a block.
+Schedules read as if one thread ran them. Pack i of any array belongs to thread i modulo their number, whichever verb
+works on it, so most verbs need no barrier between them; those after which another thread may need what was written
+end with one. Numbers that verbs take and return are the same in all threads of a block.
 """

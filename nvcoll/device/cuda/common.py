@@ -241,10 +241,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     def finish_wide(c, to, acc, n):
         i = thread() * BYTES
         while i < n * size_of:
-            if widens:
-                value = load_wide(acc + i * spread)
-            else:
-                value = get(acc + i, n * size_of - i)
+            value = load_wide(acc + i * spread) if widens else get(acc + i, n * size_of - i)
             put_back(to + i, finish_pack(value, ranks(c)), n * size_of - i)
             i += threads() * BYTES
 
@@ -279,16 +276,14 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         unit = BYTES // size_of
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
-    return SimpleNamespace(
-        **{
-            **vars(f),
-            **{verb.py_func.__name__: verb for verb in (
-                itemsize, width, area, begin, advance, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset, accumulators,
-                get, put_back, copy, fill, finish_to, keep, part_at, middle, private, note,
-            )},
-        },
-        load=load, store=store, log2=jit(log2), around=jit(around), fold=jit(fold), unfold=jit(unfold),
+    named = (
+        itemsize, width, area, begin, advance, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset,
+        accumulators, private, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
+    shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
+    return SimpleNamespace(
+        **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}
+    )
 
 
 def _near() -> Any:

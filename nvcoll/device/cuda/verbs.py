@@ -79,10 +79,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool) -> Simpl
     @jit
     def gather_one(c, e, k, me, at, mine, i, nbytes):
         """Reduce pack i of all contributions, in order."""
-        if me == 0:
-            acc = widen(get(mine + i, nbytes - i))
-        else:
-            acc = widen(settle(c, e, at, i, peek(at, i)))
+        acc = widen(get(mine + i, nbytes - i) if me == 0 else settle(c, e, at, i, peek(at, i)))
         for j in range(1, k):
             if j == me:
                 acc = reduce(acc, widen(get(mine + i, nbytes - i)))
@@ -209,16 +206,16 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     itemsize, unit, advance = a.itemsize, BYTES // a.itemsize, v.advance
 
     def whole(
-        send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
-        node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
-        slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
-        peer6, peer7,
+        send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices,
+        node_ranks, node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines,
+        data, slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4,
+        peer5, peer6, peer7,
     ):  # fmt: skip
         c = (
-            send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices, node_ranks,
-            node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
-            slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
-            peer6, peer7,
+            send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices,
+            node_ranks, node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines,
+            data, slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3,
+            peer4, peer5, peer6, peer7,
         )  # fmt: skip
         first = block() * part
         last = min(first + part, count)
