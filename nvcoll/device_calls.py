@@ -19,6 +19,8 @@ from nvcoll.world_cuda import DeviceWorld
 
 MOST_KEPT = 16384
 """Plans kept; a program whose sizes never repeat begins anew then."""
+WORD = 8
+"""Most bytes of an element that kernels load at once, and to a multiple of which its address must be."""
 
 
 class DeviceCalls:
@@ -128,6 +130,12 @@ class DeviceCalls:
                 raise ArgumentError(
                     f"{verb}: {name} is on GPU {spec.device}, rank {world.rank} works on GPU {world.device.ordinal}; "
                     "copy it there, or set NVCOLL_DEVICE"
+                )
+            unit = min(spec.datatype.itemsize, WORD)
+            if spec.count and spec.address % unit:
+                raise ArgumentError(
+                    f"{verb}: {name} begins at {spec.address:#x}, expected a multiple of {unit} bytes, for GPUs load "
+                    f"{spec.datatype.name} whole; pass a copy"
                 )
         return send, recv, handle, queue
 

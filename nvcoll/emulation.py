@@ -1,5 +1,6 @@
 """`emulate`: N ranks as threads of one process, with the same kernels and real concurrency."""
 
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ class Emulation:
 
     def __init__(self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None, device: int | None) -> None:
         self.size = size
-        self.device = device
+        self.device = _ordinal(device)
         self.node_sizes = _node_sizes(size, ranks_per_node)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
@@ -126,6 +127,16 @@ def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | N
     return sizes
 
 
+def _ordinal(device: int | None) -> int | None:
+    if device is None:
+        return None
+    if isinstance(device, bool) or not hasattr(device, "__index__") or operator.index(device) < 0:
+        raise ArgumentError(
+            f"emulate: device is {device!r}, expected the ordinal of a GPU, 0 or more; leave it out for the host"
+        )
+    return operator.index(device)
+
+
 def emulate(
     size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None = None, device: int | None = None
 ) -> Emulation:
@@ -149,6 +160,8 @@ def emulate(
     ------
     ArgumentError
         If the numbers do not fit.
+    DeviceError
+        When it runs, if there is no such GPU.
 
     Examples
     --------

@@ -74,6 +74,11 @@ def without_gpu():
         return "no NVIDIA driver (/proc/driver/nvidia/version is missing)"
     if not list(Path("/dev").glob("nvidia[0-9]*")):
         return "no NVIDIA GPU (/dev/nvidia0 is missing)"
+    import importlib.util
+
+    for module, package in (("cuda", "cuda-python"), ("numba_cuda", "numba-cuda")):
+        if importlib.util.find_spec(module) is None:
+            return f'{package} is missing (pip install "nvcoll[cuda]")'
     return None
 
 

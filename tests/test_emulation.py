@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import nvcoll
+from tests.fake_cuda import FakeDriver, install
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +153,19 @@ class TestNodes:
     def test_numbers_that_do_not_fit(self, size, ranks_per_node, message):
         with pytest.raises(nvcoll.ArgumentError, match=f"^{message}$"):
             nvcoll.emulate(size, ranks_per_node)
+
+    @pytest.mark.parametrize("device", [-1, True, "0", 0.0])
+    def test_devices_that_are_none(self, device):
+        with pytest.raises(nvcoll.ArgumentError) as caught:
+            nvcoll.emulate(2, device=device)
+        assert str(caught.value) == (
+            f"emulate: device is {device!r}, expected the ordinal of a GPU, 0 or more; leave it out for the host"
+        )
+
+    def test_a_gpu_that_is_not_there(self, monkeypatch):
+        install(monkeypatch, FakeDriver(gpus=1))
+        with pytest.raises(nvcoll.DeviceError, match=r"^Device: there is no GPU 7, this process may use 1; "):
+            nvcoll.emulate(2, device=7).run(total)
 
     def test_the_choice_of_an_algorithm_knows_of_nodes(self):
         def main(comm):

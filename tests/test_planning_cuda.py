@@ -61,13 +61,14 @@ class TestGrid:
         assert one.grid(64 * PACK, 0) == (1, 64)
         assert one.grid(64 * PACK + 1, 0) == (2, 64)
         assert one.grid(128 * 64 * PACK, 0) == (128, 64)
-        assert one.grid(1 << 30, 0) == (2 * H200, 512)
+        assert one.grid(8 << 20, 0) == (2 * H200, 512)
+        assert one.grid(1 << 30, 0) == (BLOCKS, 256)
 
     def test_more_ranks_on_a_gpu_than_it_can_run_are_refused(self):
         one = planner((200,), sharers=200, kernels=FakeKernels(8))
         assert one.grid(4, 0) == (1, 64)
         with pytest.raises(nvcoll.ArgumentError) as caught:
-            one.grid(1 << 30, 0)
+            one.grid(8 << 20, 0)
         assert str(caught.value) == (
             "Allreduce: 200 ranks share a GPU that runs 132 blocks of a kernel at a time; start 132 ranks at most on it"
         )

@@ -1,0 +1,271 @@
+"""Calls on GPUs, with everything beneath them faked: what is judged before a launch, and the words of what failed."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import nvcoll
+from nvcoll import IN_PLACE, device_calls
+from nvcoll.device.common import STAMP_BITS
+from nvcoll.device_calls import DeviceCalls
+from nvcoll.ops import DATATYPES, MAX, SUM
+from tests.buffers.gpu import CudaInterface, FakeDriver, FakeGpu, on_gpu
+from tests.buffers.memory import FakeAllocation
+
+
+class Plan:
+    """Takes notes of launches; says that an earlier call failed once `state` reports it."""
+
+    def __init__(self, state, told):
+        self.state, self.told, self.launched = state, told, []
+
+    def run(self, send, recv, stream):
+        if self.state.reported is not None:
+            return False
+        self.state.sequence += 1
+        self.launched.append((send, recv, stream))
+        return True
+
+
+class Planner:
+    def __init__(self):
+        self.state = SimpleNamespace(reported=None, sequence=0)
+        self.area = SimpleNamespace(boards=lambda: self.tags)
+        self.tags, self.plans = [], []
+
+    def explain(self, verb, count, datatype, op, algorithm):
+        return verb, count, datatype.name, op.name, algorithm
+
+    def plan(self, told, datatype, op):
+        self.plans.append(Plan(self.state, told))
+        return self.plans[-1]
+
+
+class NeverFast:
+    """A fast route that knows no plan."""
+
+    def __init__(self, in_place, stream):
+        self.stream = stream
+
+    def add(self, *args):
+        pass
+
+    def run(self, *args):
+        return None
+
+
+@pytest.fixture
+def world(monkeypatch):
+    monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
+    gpu = FakeGpu()
+    world = SimpleNamespace(rank=1, size=4, device=gpu, stream=0, planner=Planner(), settled=0)
+    world.heap = SimpleNamespace(allocate=FakeAllocation)
+    world.synchronized = []
+    driver = FakeDriver(gpu)
+    driver.stream_synchronize = world.synchronized.append
+    monkeypatch.setattr(device_calls, "driver", driver)
+
+    def settle():
+        world.settled += 1
+
+    world.settle = settle
+    return world
+
+
+@pytest.fixture
+def calls(world):
+    return DeviceCalls(world)
+
+
+def reduce(calls, sendbuf, recvbuf=None, op=SUM, stream=None, algorithm=None):
+    calls.allreduce(sendbuf, recvbuf, op, stream, algorithm)
+
+
+def values(n=8, dtype=np.float32):
+    return np.arange(n).astype(dtype)
+
+
+class TestJudgement:
+    def test_two_buffers_and_one(self, world, calls):
+        send, recv = on_gpu(values()), on_gpu(values())
+        for args in [(send, recv), (recv,), (IN_PLACE, recv), (recv, IN_PLACE), (recv, recv), ([recv, 8],)]:
+            reduce(calls, *args)
+        [plan] = world.planner.plans  # a plan serves all places, and is made once
+        assert plan.told == ("allreduce", 8, "float32", "SUM", None)
+        assert plan.launched == [(send.address, recv.address, 0)] + [(recv.address, recv.address, 0)] * 5
+        assert world.settled == 1
+
+    def test_plans_are_known_by_type_size_operator_and_algorithm(self, world, calls):
+        x = on_gpu(values())
+        for args in [(x,), ([x, 4],), (x, None, MAX), (x, None, SUM, None, "ring"), (on_gpu(values(8, np.int32)),)]:
+            reduce(calls, *args)
+        assert len(world.planner.plans) == 5
+
+    def test_other_arrays_of_gpus(self, world, calls):
+        data = values()
+        reduce(calls, CudaInterface(data))
+        assert world.planner.plans[0].launched == [(data.ctypes.data,) * 2 + (0,)]
+
+    def test_nothing_to_do(self, world, calls):
+        reduce(calls, on_gpu(values(0)))
+        assert world.planner.plans == []
+
+    def test_streams(self, world, calls):
+        x = on_gpu(values())
+        reduce(calls, x, stream=77)
+        reduce(calls, x, stream=SimpleNamespace(cuda_stream=78))
+        world.stream = 99  # of an emulated rank
+        reduce(calls, x)
+        reduce(calls, x, stream=77)
+        assert [stream for *_, stream in world.planner.plans[0].launched] == [77, 78, 99, 77]
+
+    @pytest.mark.parametrize(
+        ("args", "kind", "message"),
+        [
+            ((IN_PLACE,), "ArgumentError", r"sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf"),
+            ((np.ones(3),), "DatatypeError", r"sendbuf"),
+            ((on_gpu(values()), on_gpu(values(7))), "ArgumentError", r"7.*8|8.*7"),
+            ((on_gpu(values()), on_gpu(values(8, np.float64))), "DatatypeError", r"float32|float64"),
+            ((on_gpu(values()), None, nvcoll.BAND), "DatatypeError", r"BAND"),
+            ((on_gpu(values()), None, "sum"), "ArgumentError", r"op"),
+            ((on_gpu(values()), None, SUM, "stream"), "ArgumentError", r"stream is 'stream'"),
+        ],
+    )
+    def test_refusals_come_before_anything_is_planned(self, world, calls, args, kind, message):
+        with pytest.raises(getattr(nvcoll, kind), match=rf"^Allreduce: .*({message})"):
+            reduce(calls, *args)
+        assert world.planner.plans == []
+
+    def test_an_array_of_another_gpu(self, world, calls):
+        world.device.ordinal = 5
+        with pytest.raises(nvcoll.ArgumentError) as caught:
+            reduce(calls, on_gpu(values()))
+        assert str(caught.value) == (
+            "Allreduce: sendbuf is on GPU 3, rank 1 works on GPU 5; copy it there, or set NVCOLL_DEVICE"
+        )
+
+    @pytest.mark.parametrize(("name", "shift", "unit"), [("float32", 2, 4), ("complex128", 4, 8), ("int16", 1, 2)])
+    def test_elements_that_gpus_cannot_load_whole(self, world, calls, name, shift, unit):
+        memory = on_gpu(np.zeros(200, np.uint8))
+        assert memory.address % 8 == 0
+        with pytest.raises(nvcoll.ArgumentError) as caught:
+            reduce(calls, [memory[shift : shift + 160], DATATYPES[name]])
+        assert str(caught.value) == (
+            f"Allreduce: sendbuf begins at {memory.address + shift:#x}, expected a multiple of {unit} bytes, "
+            f"for GPUs load {name} whole; pass a copy"
+        )
+        reduce(calls, [memory[8:168], DATATYPES[name]])
+        reduce(calls, [memory[3:13], DATATYPES["int8"]])
+        assert len(world.planner.plans) == 2
+
+    def test_plans_are_not_kept_for_ever(self, world, calls, monkeypatch):
+        monkeypatch.setattr(device_calls, "MOST_KEPT", 2)
+        x = on_gpu(values())
+        for count in (1, 2, 3, 1):
+            reduce(calls, [x, count])
+        assert len(world.planner.plans) == 4
+        assert len(calls._kept) == 2
+
+
+class TestNonblocking:
+    def test_it_is_judged_at_once_and_launched_by_what_is_returned(self, world, calls, monkeypatch):
+        monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
+        x = on_gpu(values())
+        start = calls.begin("Iallreduce", x, None, SUM, 55, None)
+        [plan] = world.planner.plans
+        assert plan.launched == []
+        device, stream, check, owners = start()
+        assert plan.launched == [(x.address, x.address, 55)]
+        assert (device, stream, owners) == (world.device, 55, (x, x))
+        check()
+        world.planner.state.reported = (1 << STAMP_BITS, 0, 1)
+        world.planner.tags = [1 << STAMP_BITS] * 4
+        with pytest.raises(nvcoll.TimeoutError, match=r"^Iallreduce: "):
+            check()
+
+    def test_nothing_to_do(self, calls):
+        assert calls.begin("Iallreduce", on_gpu(values(0)), None, SUM, None, None)().done()
+
+    def test_a_buffer_that_was_freed_meanwhile(self, calls):
+        x = on_gpu(values())
+        start = calls.begin("Allreduce_init", x, None, SUM, None, None)
+        x.free()
+        with pytest.raises(nvcoll.StateError, match=r"^Allreduce_init: the DeviceBuffer was freed"):
+            start()
+
+
+class TestBarrier:
+    def test_it_waits_for_its_stream(self, world, calls):
+        world.stream = 99
+        calls.barrier()
+        calls.barrier()
+        [plan] = world.planner.plans
+        assert plan.told == ("allreduce", 1, "int32", "SUM", None)
+        assert world.synchronized == [99, 99]
+
+    def test_it_tells_what_went_wrong(self, world, calls):
+        world.planner.tags = [5 << STAMP_BITS, 6 << STAMP_BITS, None, 6 << STAMP_BITS]
+
+        def fails(stream):
+            world.planner.state.reported = (6 << STAMP_BITS, 0, 1)
+
+        device_calls.driver.stream_synchronize = fails
+        with pytest.raises(nvcoll.TimeoutError, match=r"^Barrier: .*did not arrive: rank 0\. "):
+            calls.barrier()
+
+
+class TestFailures:
+    """Tags are epochs and stamps; rank 1 of 4 tells what it knows of the boards."""
+
+    def error(self, world, calls, tags, block=0, sequence=12):
+        state = world.planner.state
+        state.reported, state.sequence = (20 << STAMP_BITS | 7, block, 1), sequence
+        world.planner.tags = tags
+        with pytest.raises(nvcoll.Error) as caught:
+            reduce(calls, on_gpu(values()))
+        return caught.value
+
+    @staticmethod
+    def tag(epoch, stamp=7):
+        return epoch << STAMP_BITS | stamp
+
+    def test_ranks_that_did_not_come(self, world, calls):
+        tag = self.tag
+        error = self.error(world, calls, [tag(19), tag(20), tag(20), tag(3)])
+        assert isinstance(error, nvcoll.TimeoutError)
+        assert str(error) == (
+            "Allreduce: a call up to number 12 failed on the GPU of rank 1: no answer within NVCOLL_TIMEOUT; "
+            "did not arrive: rank 0, rank 3. See what those ranks do, or raise NVCOLL_TIMEOUT if they are only slow"
+        )
+
+    def test_all_came_in_the_end(self, world, calls):
+        error = self.error(world, calls, [self.tag(20), self.tag(20), None, self.tag(21)])
+        assert isinstance(error, nvcoll.TimeoutError)
+        assert "; all have arrived by now. " in str(error)
+
+    def test_ranks_that_call_something_else(self, world, calls):
+        error = self.error(world, calls, [self.tag(20, 8), self.tag(20), self.tag(19), self.tag(20)])
+        assert isinstance(error, nvcoll.MismatchError)
+        assert str(error).endswith(
+            ": rank 0 calls something else (count, datatype, operator or algorithm); make the calls agree"
+        )
+
+    def test_another_block_than_that_of_the_boards(self, world, calls):
+        error = self.error(world, calls, [self.tag(4), self.tag(5), self.tag(5), self.tag(5)], block=3)
+        assert re.search("did not arrive: rank 0[.]", str(error))
+
+    def test_the_next_call_is_refused(self, world, calls):
+        self.error(world, calls, [self.tag(20)] * 4)
+        with pytest.raises(nvcoll.StateError) as caught:
+            reduce(calls, on_gpu(values()))
+        assert str(caught.value) == ("an earlier call on this communicator failed; it can only be freed: call Finalize")
+
+
+def test_arrays_are_made_on_the_heap(world, calls):
+    world.stream = 9
+    x = calls.empty((2, 3), DATATYPES["int16"])
+    assert (x.shape, x.dtype, x.nbytes) == ((2, 3), np.int16, 12)
+    x.copy_from(np.ones((2, 3), np.int16))
+    assert device_calls.driver.calls == [("copy", 12, 9)]  # on the rank's own stream
