@@ -112,19 +112,15 @@ class DeviceCalls:
         if self._raised:
             return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
         self._raised = True
-        world = self._world
-        tag, block, _ = world.planner.state.reported
-        where = f"{verb}: a call up to number {world.planner.state.sequence} failed on the GPU of rank {world.rank}"
+        world, state = self._world, self._world.planner.state
+        boards = world.planner.area.boards()
+        tag, block, _ = state.reported or (0, 0, 0)
         if block != 0:  # boards tell of block 0, which may have been further or not as far
-            tag = world.planner.area.boards()[world.rank]
-        missing, odd = [], []
-        for rank, its in enumerate(world.planner.area.boards()):
-            if rank == world.rank or its is None:
-                continue
-            if its >> STAMP_BITS < tag >> STAMP_BITS:
-                missing.append(rank)
-            elif its >> STAMP_BITS == tag >> STAMP_BITS and its != tag:
-                odd.append(rank)
+            tag = boards[world.rank] or tag
+        others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
+        missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
+        odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
+        where = f"{verb}: a call up to number {state.sequence} failed on the GPU of rank {world.rank}"
         if odd:
             return MismatchError(
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "

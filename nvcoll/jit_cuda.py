@@ -18,12 +18,9 @@ from nvcoll.codecache import CodeCache, digest_of
 from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
-SOURCES = ("jit_cuda.py",) + tuple(
-    f"device/{name}.py"
-    for name in (
-        "common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs",
-    )
-)  # fmt: skip
+TEXTS = ("common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs")
+SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
+"""Files that every kernel depends on."""
 THREADS = 512
 """Most threads of a block: kernels are compiled so that their registers suffice for as many."""
 OVERLAPS = (9, 0)

@@ -11,7 +11,7 @@ from nvcoll.backends.device_area import BLOCKS, DeviceArea
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import CubinCache
 from nvcoll.ops import DATATYPES, Datatype, Op
-from nvcoll.planning import Explanation, Planner, pack_signature, pack_stamp
+from nvcoll.planning import Chooser, Explanation, pack_signature, pack_stamp
 
 PACK = 16
 """Bytes that a thread moves at a time."""
@@ -59,7 +59,7 @@ class Kernels:
             return driver.occupancy(function, threads)
 
 
-class DevicePlanner(Planner):
+class DevicePlanner(Chooser):
     """Makes the plans of one communicator on GPUs.
 
     Parameters
@@ -67,7 +67,7 @@ class DevicePlanner(Planner):
     area
         This rank's area.
     topology, slices, rules, timeout
-        As for `Planner`.
+        As for `Chooser`.
     kernels
         Gives loaded kernels.
     sharers
@@ -83,8 +83,9 @@ class DevicePlanner(Planner):
         self, area: DeviceArea, topology: Any, slices: int, rules: dict[str, Any], kernels: Kernels, sharers: int,
         multiprocessors: int, timeout: float,
     ) -> None:  # fmt: skip
-        super().__init__(area.state, area.layout, topology, slices, rules, None, sharers > 1, timeout)
+        super().__init__(area.layout, topology, slices, rules, sharers > 1, timeout)
         self.area = area
+        self.state = area.state
         self.kernels = kernels
         self.sharers = sharers
         self.overlap = sharers == 1  # where ranks share a GPU, its room is for those that wait for each other
@@ -110,9 +111,9 @@ class DevicePlanner(Planner):
         spread = 2 if protocol == "low_latency" and not _has_sentinel(shape.datatype) else 1
         unit = PACK // min(shape.itemsize, PACK)
         part = stride // spread // shape.width // unit * unit
-        return min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit)
+        return int(min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit))
 
-    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> Any:
+    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> DevicePlan:
         """Make the plan of a call that was explained."""
         count = told.nbytes // datatype.itemsize
         shape = self.shape(count, datatype)
