@@ -100,9 +100,13 @@ def compile_kernel(
     deep
         Whether a thread has several packs under way at a time; types of one byte never do.
     """
+    return assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep), arch)
+
+
+def assemble(ptx: str, arch: str) -> Kernel:
+    """Turn PTX of this architecture, or of an older one, into machine code."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    ptx = kernel_ptx(algorithm, protocol, op, datatype, arch, deep)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
     cubin = bytes(linker.link("cubin").code)
     log = linker.get_info_log() or ""

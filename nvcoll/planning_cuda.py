@@ -8,6 +8,7 @@ from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends import driver
 from nvcoll.backends.device_area import BLOCKS, DeviceArea
+from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import CubinCache
 from nvcoll.ops import DATATYPES, Datatype, Op
@@ -96,7 +97,12 @@ class DevicePlanner(Chooser):
         packs = max(1, -(-nbytes // PACK))
         threads = next((t for t in THREADS if packs <= t * MANY), THREADS[-1])
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
-        most = max(1, min(BLOCKS, resident // self.sharers))
+        if resident < self.sharers:
+            raise ArgumentError(
+                f"Allreduce: {self.sharers} ranks share a GPU that runs {resident} blocks of a kernel at a time; "
+                f"start {resident} ranks at most on it"
+            )
+        most = min(BLOCKS, resident // self.sharers)
         return min(most, -(-packs // threads)), threads
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
