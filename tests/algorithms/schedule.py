@@ -44,6 +44,21 @@ def run(name, rank, shape, capacity=1 << 62, direct=False, target="host"):
     return notes
 
 
+@dataclass
+class Epochs:
+    """Epochs as a target counts them: GPUs end one by a verb of its own."""
+
+    target: str
+    number: int = 0
+
+    def begin(self, c):
+        self.number += self.target == "host"
+        return self.number + (self.target == "cuda")
+
+    def advance(self, c):
+        self.number += 1
+
+
 @cache
 def cuts(target, itemsize):
     """How a target cuts messages: its ``part_at`` and ``middle``, run by Python."""
@@ -65,17 +80,8 @@ def verbs(rank, shape, capacity, direct, notes, target):
     starts = list(accumulate(shape.node_sizes, initial=0))
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
     tables = {RANKS: range(shape.size), STARTS: starts}
-    epochs = [0]
+    epochs = Epochs(target)
     parts = {}  # bytes put into slots that are not full yet
-
-    def begin(c):
-        if target == "cuda":
-            return epochs[0] + 1
-        epochs[0] += 1
-        return epochs[0]
-
-    def advance(c):
-        epochs[0] += 1
 
     def load(address):
         return next((values[(address - at) // 8] for at, values in tables.items() if 0 <= address - at < 1 << 40), 0)
@@ -135,8 +141,8 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "fold": fold,
         "unfold": unfold,
         "jit": lambda function: function,
-        "begin": begin,
-        "advance": advance,
+        "begin": epochs.begin,
+        "advance": epochs.advance,
         "load": load,
         "store": lambda address, value: None,
         "copy": lambda to, source, nbytes: None,

@@ -32,7 +32,7 @@ CASES += [
 
 
 def build(name, datatype, op, compiled_for, assembled_for):
-    """Compile one case: registers, bytes spilled, bytes of local memory, and whether the entry is there, of each cubin."""
+    """Compile one case; return the registers, bytes spilled and in local memory, and whether it has an entry, by cubin."""
     ptx = jit_cuda.kernel_ptx(*name.split("/"), op, datatype, compiled_for)
     kernels = [jit_cuda.assemble(ptx, arch) for arch in assembled_for]
     return [(one.registers, one.spilled, one.local, ENTRY.encode() in one.cubin) for one in kernels]
