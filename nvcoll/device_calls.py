@@ -6,12 +6,12 @@ The host never waits here, but in `barrier`. What fails on a GPU is known after 
 import math
 from typing import Any
 
-from nvcoll._plan import DevicePlans
+from nvcoll._plan import DevicePlan, DevicePlans
 from nvcoll.backends import driver
-from nvcoll.buffers import IN_PLACE, DeviceBuffer, as_stream, check_pair, is_in_place, parse_device
+from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, check_pair, is_in_place, parse_device
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.errors import ArgumentError, DatatypeError, MismatchError, StateError, TimeoutError
-from nvcoll.ops import DATATYPES, SUM, Datatype, as_op
+from nvcoll.ops import DATATYPES, SUM, Datatype, Op, as_op
 from nvcoll.world_cuda import DeviceWorld
 
 MOST_KEPT = 16384
@@ -29,7 +29,7 @@ class DeviceCalls:
 
     def __init__(self, world: DeviceWorld) -> None:
         self._world = world
-        self._kept: dict[tuple[str, int, str, str | None], Any] = {}
+        self._kept: dict[tuple[str, int, str, str | None], DevicePlan] = {}
         self._fast: dict[str | None, DevicePlans] = {}
         self._token: DeviceBuffer | None = None
         self._raised = False
@@ -41,7 +41,7 @@ class DeviceCalls:
         return DeviceBuffer.on(world.heap.allocate(nbytes), dims, datatype, world.device, driver, world.stream)
 
     def barrier(self) -> None:
-        """Wait until all work of this rank's GPU is done and every rank has come here."""
+        """Wait until this rank's calls are done and every rank has come here."""
         if self._token is None:
             self._token = self.empty((1,), DATATYPES["int32"])
         stream = self._stream(None, None)
@@ -56,12 +56,20 @@ class DeviceCalls:
     ) -> None:
         """Queue an all-reduce."""
         fast = self._fast.get(algorithm)
-        if fast is not None:
-            done = fast.run(sendbuf, recvbuf, op, stream)
-            if done:
+        done = None if fast is None else fast.run(sendbuf, recvbuf, op, stream)
+        if done is None:
+            send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+            if recv.count == 0:
                 return
-            if done is False:
-                raise self._failure(verb)
+            plan = self._plan(recv, handle, algorithm)
+            fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream))
+            fast.add(recv.datatype.code, recv.nbytes, op, plan)
+            done = plan.run(send.address, recv.address, queue)
+        if not done:
+            raise self._failure(verb)
+
+    def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int]:
+        """Check the arguments of an all-reduce; return the buffers, in place the same twice, operator and stream."""
         world = self._world
         if is_in_place(sendbuf):
             if recvbuf is None:
@@ -84,22 +92,21 @@ class DeviceCalls:
                     f"{verb}: {name} is on GPU {spec.device}, rank {world.rank} works on GPU {world.device.ordinal}; "
                     "copy it there, or set NVCOLL_DEVICE"
                 )
-        if recv.count == 0:
-            return
-        key = (recv.datatype.name, recv.nbytes, handle.name, algorithm)
+        return send, recv, handle, queue
+
+    def _plan(self, recv: Spec, op: Op, algorithm: str | None) -> DevicePlan:
+        """Return the plan of an all-reduce, made if there is none."""
+        key = (recv.datatype.name, recv.nbytes, op.name, algorithm)
         plan = self._kept.get(key)
         if plan is None:
-            planner = world.planner
-            told = planner.explain("allreduce", recv.count, recv.datatype, handle, algorithm)
-            world.settle()
-            plan = planner.plan(told, recv.datatype, handle)
+            planner = self._world.planner
+            told = planner.explain("allreduce", recv.count, recv.datatype, op, algorithm)
+            self._world.settle()
+            plan = planner.plan(told, recv.datatype, op)
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        plans = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, world.stream))
-        plans.add(recv.datatype.code, recv.nbytes, op, plan)
-        if not plan.run(send.address, recv.address, queue):
-            raise self._failure(verb)
+        return plan
 
     def _stream(self, stream: Any, owner: Any) -> int:
         """Return the stream of a call: emulated ranks have one each, since one waits for the other."""

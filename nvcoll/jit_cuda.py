@@ -86,9 +86,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def compile_kernel(
-    algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True
-) -> Kernel:
+def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> Kernel:
     """Compile an algorithm's kernel.
 
     Parameters

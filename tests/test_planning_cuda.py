@@ -131,9 +131,11 @@ class TestPlan:
         told, _ = self.plan(one, 1 << 16, AVG, "ring/simple")
         [(state, function, call, blocks, threads, keep, describe, overlap)] = made
         assert (state, function, keep, describe, overlap) == ("state", 0xF00, one.kernels, told, True)
-        assert one.kernels.asked == [("ring", "simple", "AVG", "float32")]
+        assert one.kernels.asked == [("ring", "simple", "AVG", "float32", False)]
         assert (blocks, threads) == one.grid(1 << 16, function)
         assert (call["count"], call["ranks"]) == (1 << 14, 4)
+        assert call["part"] % (PACK // 4) == 0
+        assert (blocks - 1) * call["part"] < 1 << 14 <= blocks * call["part"]
         assert (call["capacity"], call["stride"]) == one._geometry("ring", "simple", one.shape(1 << 14, FLOAT))
 
     def test_stamps_differ_where_calls_do(self, made):
@@ -141,6 +143,12 @@ class TestPlan:
         for args in [(64,), (68,), (64, AVG), (64, SUM, "ring"), (64, SUM, "ring/low_latency")]:
             self.plan(one, *args)
         assert len({args[2]["stamp"] for args in made}) == len(made)
+
+    def test_threads_have_several_packs_under_way_where_there_are_many(self, made):
+        one = planner((2,))
+        for nbytes in (planning_cuda.DEEP - 4, planning_cuda.DEEP):
+            self.plan(one, nbytes)
+        assert [asked[-1] for asked in one.kernels.asked] == [False, True]
 
     def test_one_rank_copies_bytes(self, made):
         one = planner((1,))
@@ -176,8 +184,9 @@ class TestKernels:
         monkeypatch.setattr(planning_cuda.driver, "occupancy", lambda function, threads: gpu.inside * threads)
         kernels = planning_cuda.Kernels(gpu, tmp_path)
         monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
-        assert [kernels.get("ring", "simple", op, "int8") for op in ("SUM", "MAX", "SUM")] == [1, 2, 1]
-        assert loaded == [("ring", "simple", op, "int8", "sm_90") for op in ("SUM", "MAX")]
+        assert [kernels.get("ring", "simple", op, "int8", True) for op in ("SUM", "MAX", "SUM")] == [1, 2, 1]
+        assert kernels.get("ring", "simple", "MAX", "int8", False) == 3
+        assert loaded[1:] == [("ring", "simple", "MAX", "int8", "sm_90", deep) for deep in (True, False)]
         assert kernels.occupancy(1, 64) == 64
         assert gpu.inside == 0
 

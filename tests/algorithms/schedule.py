@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.device import common
-from nvcoll.device.common import BLOCK, fold, log2, unfold
+from nvcoll.device.common import BLOCK, around, fold, log2, unfold
 from nvcoll.device.cuda import common as cuda_common
 
 SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
@@ -71,7 +71,7 @@ def cuts(target, itemsize):
 
     facts = {"itemsize": itemsize, "width": itemsize, "words": 2, "widens": False, "finishes": False}
     nothing = dict.fromkeys(("widen", "reduce_pack", "finish"))
-    found = cuda_common.verbs(jit, SimpleNamespace(**facts, **nothing), SimpleNamespace(take=None, give=None))
+    found = cuda_common.verbs(jit, SimpleNamespace(**facts, **nothing), SimpleNamespace(take=None, give=None), True)
     return {"part_at": found.part_at, "middle": found.middle}
 
 
@@ -138,6 +138,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "BLOCK": BLOCK,
         **cuts(target, shape.itemsize),
         "log2": log2,
+        "around": around,
         "fold": fold,
         "unfold": unfold,
         "jit": lambda function: function,

@@ -19,21 +19,24 @@ OTHERS = [
     ("float8_e4m3fn", "SUM"), ("float8_e5m2", "AVG"),
 ]  # fmt: skip
 
-# Name, datatype, operator, the architecture that Numba compiles for, and those that its PTX is assembled for: what is
-# valid for one of them is valid for the later ones, and assembling takes a tenth of the time.
-CASES = [(name, *pair, "sm_90", ("sm_90", "sm_100")) for name in candidates() for pair in MAIN]
-CASES += [(name, "bfloat16", "SUM", "sm_80", ("sm_80",)) for name in candidates()]
+SMALL = ("one_shot/low_latency", "recursive_doubling/low_latency", "nvrar/low_latency")  # what rules use for those
+
+# Name, datatype, operator, whether a thread has several packs under way, the architecture that Numba compiles for, and
+# those that its PTX is assembled for: what is valid for one is valid for the later ones, and assembling is quick.
+CASES = [(name, *pair, True, "sm_90", ("sm_90", "sm_100")) for name in candidates() for pair in MAIN]
+CASES += [(name, *MAIN[1], True, "sm_80", ("sm_80",)) for name in candidates()]
+CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90",)) for name in SMALL]
 CASES += [
-    (name, *pair, "sm_90", ("sm_90",))
+    (name, *pair, True, "sm_90", ("sm_90",))
     for name in candidates()
     if name.startswith(("one_shot", "two_shot"))
     for pair in OTHERS
 ]
 
 
-def build(name, datatype, op, compiled_for, assembled_for):
-    """Compile one case; return the registers, bytes spilled and in local memory, and whether it has an entry, by cubin."""
-    ptx = jit_cuda.kernel_ptx(*name.split("/"), op, datatype, compiled_for)
+def build(name, datatype, op, deep, compiled_for, assembled_for):
+    """Compile a case; return registers, bytes spilled, bytes of local memory and whether it has an entry, by cubin."""
+    ptx = jit_cuda.kernel_ptx(*name.split("/"), op, datatype, compiled_for, deep)
     kernels = [jit_cuda.assemble(ptx, arch) for arch in assembled_for]
     return [(one.registers, one.spilled, one.local, ENTRY.encode() in one.cubin) for one in kernels]
 
@@ -48,7 +51,7 @@ def built(request):
 
 
 def title(case):
-    return "-".join([*case[:3], case[3]])
+    return "-".join([*case[:3], "deep" if case[3] else "shallow", case[4]])
 
 
 @pytest.mark.parametrize("case", CASES, ids=title)
@@ -61,7 +64,7 @@ def test_kernels_fit_into_registers(built, case):
 
 def test_every_candidate_and_every_form_of_data_is_compiled():
     assert {case[0] for case in CASES} == set(candidates())
-    assert {arch for case in CASES for arch in case[4]} == {"sm_80", "sm_90", "sm_100"}
+    assert {arch for case in CASES for arch in case[5]} == {"sm_80", "sm_90", "sm_100"}
 
 
 @pytest.mark.parametrize(("arch", "brought_in_early"), [("sm_80", False), ("sm_90", True)])
