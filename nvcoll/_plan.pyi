@@ -5,6 +5,7 @@ CALL_FIELDS: tuple[str, ...]
 WORLD_FIELDS: tuple[str, ...]
 STATES: tuple[str, ...]
 ERRORS: tuple[str, ...]
+DEVICE_FIELDS: tuple[str, ...]
 DLPACK_VERSION: tuple[int, int]
 
 def dlpack_capsule(
@@ -93,3 +94,33 @@ class Queue:
     def serve(self) -> None: ...
     def close(self, reason: str | None = None) -> None: ...
     def join(self, seconds: float) -> None: ...
+
+class DeviceState:
+    keep: Any
+    sequence: int
+    def __init__(self, values: dict[str, int], context: int, event: int, report: int, keep: Any) -> None: ...
+    @property
+    def reported(self) -> tuple[int, int, int] | None: ...
+    def end(self) -> None: ...
+
+class DevicePlan:
+    state: DeviceState
+    keep: Any
+    describe: Any
+    def __init__(
+        self,
+        state: DeviceState,
+        function: int,
+        call: dict[str, int],
+        blocks: int,
+        threads: int,
+        keep: Any = None,
+        describe: Any = None,
+        overlap: bool = False,
+    ) -> None: ...
+    def run(self, send: int, recv: int, stream: int) -> bool: ...
+
+class DevicePlans:
+    def __init__(self, in_place: Any, stream: int) -> None: ...
+    def add(self, code: int, nbytes: int, op: Any, plan: DevicePlan) -> None: ...
+    def run(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> bool | None: ...

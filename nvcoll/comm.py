@@ -1,6 +1,5 @@
 """Comm: MPI's verbs. Each has its arguments judged, finds the plan and runs it, or puts it in the queue."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.arguments import dimensions, judge, judge_explain
-from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer, Spec, while_alive
+from nvcoll.allocation import Allocating
+from nvcoll.arguments import judge, judge_explain
+from nvcoll.buffers import IN_PLACE, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
-from nvcoll.lifecycle import Living
-from nvcoll.ops import SUM, Op, as_datatype
+from nvcoll.ops import SUM, Op
 from nvcoll.planning import Explanation
 from nvcoll.requests import Ended, Pending, Prequest, Request
 
@@ -22,7 +21,7 @@ MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 
 
-class Comm(Living):
+class Comm(Allocating):
     """A group of ranks that call collectives together. `COMM_WORLD` and `COMM_SELF` are the two there are.
 
     Nothing happens when it is made: the first use finds the other ranks, takes memory and is collective.
@@ -52,7 +51,7 @@ class Comm(Living):
 
     @property
     def backend(self) -> str:
-        """Where its memory is: ``"shm"``, ``"emulated"``, or ``"self"`` for `COMM_SELF`."""
+        """Where its memory is: ``"shm"``, ``"nvshmem"``, ``"emulated"``, or ``"self"`` for `COMM_SELF`."""
         return self._world.backend
 
     @property
@@ -97,88 +96,6 @@ class Comm(Living):
         """
         return self.name
 
-    def empty(self, shape: Any, dtype: Any = np.float32) -> Buffer:
-        """Allocate an array on the symmetric heap, contents undefined. Collective: same size and order on all ranks.
-
-        Parameters
-        ----------
-        shape
-            Shape of the array, or its length.
-        dtype
-            A NumPy dtype, or a datatype of nvcoll or mpi4py.
-
-        Returns
-        -------
-        Buffer
-            A NumPy array; verbs use it where it lies, without copies.
-
-        Raises
-        ------
-        AllocationError
-            On all ranks, if one of them has no room.
-        MismatchError
-            On all ranks, if they ask for different sizes.
-        """
-        datatype = as_datatype(dtype, "empty", "dtype")
-        dims = dimensions(shape)  # judged before anything is sent or taken
-        if self._calls is not None:
-            return self._calls.empty(dims, datatype)  # type: ignore[no-any-return]
-        return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
-
-    def zeros(self, shape: Any, dtype: Any = np.float32) -> Buffer:
-        """Allocate an array of zeros on the symmetric heap. Collective; see `empty`.
-
-        Parameters
-        ----------
-        shape, dtype
-            As for `empty`.
-
-        Returns
-        -------
-        Buffer
-        """
-        return self.full(shape, 0, dtype)
-
-    def full(self, shape: Any, fill_value: Any, dtype: Any = np.float32) -> Buffer:
-        """Allocate an array of one value on the symmetric heap. Collective; see `empty`.
-
-        Parameters
-        ----------
-        shape, dtype
-            As for `empty`.
-        fill_value
-            The value of every element.
-
-        Returns
-        -------
-        Buffer
-        """
-        buffer = self.empty(shape, dtype)
-        buffer.fill(fill_value)
-        return buffer
-
-    def array(self, data: Any, dtype: Any = None) -> Buffer:
-        """Copy an array to the symmetric heap. Collective; see `empty`.
-
-        Parameters
-        ----------
-        data
-            Anything ``numpy.asarray`` takes, of the same size on all ranks.
-        dtype
-            Type of the elements; None is that of `data`.
-
-        Returns
-        -------
-        Buffer
-        """
-        source = np.asarray(data)
-        buffer = self.empty(source.shape, source.dtype if dtype is None else dtype)
-        if isinstance(buffer, DeviceBuffer):
-            buffer.copy_from(source)
-        else:
-            buffer[...] = source
-        return buffer
-
     def Barrier(self) -> None:
         """Wait until every rank has called it.
 
@@ -216,7 +133,8 @@ class Comm(Living):
         op
             The operator: ours or mpi4py's.
         stream
-            A CUDA stream for arrays on a GPU; None for arrays of the host.
+            The CUDA stream on which arrays on a GPU are reduced; None is that on which their library works now, and
+            the only choice for arrays of the host. A call on a GPU returns before it has run.
         algorithm
             Name of an algorithm (``"ring"``), or with a protocol (``"ring/simple"``), to use instead of the one that
             would be chosen. The same on all ranks.
@@ -230,7 +148,8 @@ class Comm(Living):
         TimeoutError
             A rank did not arrive within ``NVCOLL_TIMEOUT`` seconds.
         PeerLostError
-            A rank ended, or failed. After these three the communicator is unusable.
+            A rank ended, or failed. After these three the communicator is unusable. On GPUs, the call after the one
+            that failed raises them.
 
         Notes
         -----

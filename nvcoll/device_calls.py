@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from nvcoll._plan import DevicePlans
+from nvcoll._plan import DevicePlan, DevicePlans
 from nvcoll.backends import driver
 from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, check_pair, is_in_place, parse_device
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import ArgumentError, DatatypeError, MismatchError, StateError, TimeoutError
-from nvcoll.ops import DATATYPES, SUM, Datatype, as_op
+from nvcoll.ops import DATATYPES, SUM, Datatype, Op, as_op
 from nvcoll.requests import Ended, Pending
 from nvcoll.world_cuda import DeviceWorld
 
@@ -32,7 +32,7 @@ class DeviceCalls:
 
     def __init__(self, world: DeviceWorld) -> None:
         self._world = world
-        self._kept: dict[tuple[str, int, str, str | None], Any] = {}
+        self._kept: dict[tuple[str, int, str, str | None], DevicePlan] = {}
         self._fast: dict[str | None, DevicePlans] = {}
         self._token: DeviceBuffer | None = None
         self._raised = False
@@ -44,7 +44,7 @@ class DeviceCalls:
         return DeviceBuffer.on(world.heap.allocate(nbytes), dims, datatype, world.device, driver, world.stream)
 
     def barrier(self) -> None:
-        """Wait until all work of this rank's GPU is done and every rank has come here."""
+        """Wait until this rank's calls are done and every rank has come here."""
         if self._token is None:
             self._token = self.empty((1,), DATATYPES["int32"])
         stream = self._stream(None, None)
@@ -58,47 +58,42 @@ class DeviceCalls:
     ) -> None:
         """Queue an all-reduce."""
         fast = self._fast.get(algorithm)
-        if fast is not None:
-            done = fast.run(sendbuf, recvbuf, op, stream)
-            if done:
+        done = None if fast is None else fast.run(sendbuf, recvbuf, op, stream)
+        if done is None:
+            send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+            if recv.count == 0:
                 return
-            if done is False:
-                raise self._failure(verb)
-        prepared = self._prepare(verb, sendbuf, recvbuf, op, stream, algorithm)
-        if prepared is not None:
-            self._launch(verb, *prepared)
+            plan = self._plan(recv, op, handle, algorithm)
+            done = plan.run(send.address, recv.address, queue)
+        if not done:
+            raise self._failure(verb)
 
     def begin(
         self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
     ) -> Callable[[], Pending]:
         """Judge the arguments of a nonblocking all-reduce; return what begins it."""
-        prepared = self._prepare(verb, sendbuf, recvbuf, op, stream, algorithm)
-        if prepared is None:
+        send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+        if recv.count == 0:
             return Ended
-        _, send, recv, queue = prepared
+        plan = self._plan(recv, op, handle, algorithm)
 
         def start() -> Pending:
-            self._launch(verb, *prepared)
+            for spec in (send, recv):
+                if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
+                    raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; make another request")
+            if not plan.run(send.address, recv.address, queue):
+                raise self._failure(verb)
             return OnStream(self._world.device, queue, lambda: self._check(verb), (send.owner, recv.owner))
 
         return start
-
-    def _launch(self, verb: str, plan: Any, send: Spec, recv: Spec, queue: int) -> None:
-        for spec in (send, recv):
-            if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
-                raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; allocate with comm.empty")
-        if not plan.run(send.address, recv.address, queue):
-            raise self._failure(verb)
 
     def _check(self, verb: str) -> None:
         """Raise the failure of a call that has ended."""
         if self._world.planner.state.reported is not None:
             raise self._failure(verb)
 
-    def _prepare(
-        self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
-    ) -> tuple[Any, Spec, Spec, int] | None:
-        """Judge the arguments of an all-reduce, and find its plan; None if there is nothing to do."""
+    def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int]:
+        """Check the arguments of an all-reduce; return the buffers, in place the same twice, operator and stream."""
         world = self._world
         if is_in_place(sendbuf):
             if recvbuf is None:
@@ -121,21 +116,23 @@ class DeviceCalls:
                     f"{verb}: {name} is on GPU {spec.device}, rank {world.rank} works on GPU {world.device.ordinal}; "
                     "copy it there, or set NVCOLL_DEVICE"
                 )
-        if recv.count == 0:
-            return None
+        return send, recv, handle, queue
+
+    def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> DevicePlan:
+        """Return the plan of an all-reduce, made if there is none, and keep it for the fast route with this `op`."""
         key = (recv.datatype.name, recv.nbytes, handle.name, algorithm)
         plan = self._kept.get(key)
         if plan is None:
-            planner = world.planner
+            planner = self._world.planner
             told = planner.explain("allreduce", recv.count, recv.datatype, handle, algorithm)
-            world.settle()
+            self._world.settle()
             plan = planner.plan(told, recv.datatype, handle)
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        plans = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, world.stream))
-        plans.add(recv.datatype.code, recv.nbytes, op, plan)
-        return plan, send, recv, queue
+        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream))
+        fast.add(recv.datatype.code, recv.nbytes, op, plan)
+        return plan
 
     def _stream(self, stream: Any, owner: Any) -> int:
         """Return the stream of a call: emulated ranks have one each, since one waits for the other."""
@@ -148,19 +145,15 @@ class DeviceCalls:
         if self._raised:
             return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
         self._raised = True
-        world = self._world
-        tag, block, _ = world.planner.state.reported
-        where = f"{verb}: a call up to number {world.planner.state.sequence} failed on the GPU of rank {world.rank}"
+        world, state = self._world, self._world.planner.state
+        boards = world.planner.area.boards()
+        tag, block, _ = state.reported or (0, 0, 0)
         if block != 0:  # boards tell of block 0, which may have been further or not as far
-            tag = world.planner.area.boards()[world.rank]
-        missing, odd = [], []
-        for rank, its in enumerate(world.planner.area.boards()):
-            if rank == world.rank or its is None:
-                continue
-            if its >> STAMP_BITS < tag >> STAMP_BITS:
-                missing.append(rank)
-            elif its >> STAMP_BITS == tag >> STAMP_BITS and its != tag:
-                odd.append(rank)
+            tag = boards[world.rank] or tag
+        others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
+        missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
+        odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
+        where = f"{verb}: a call up to number {state.sequence} failed on the GPU of rank {world.rank}"
         if odd:
             return MismatchError(
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "

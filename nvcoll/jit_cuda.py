@@ -18,12 +18,9 @@ from nvcoll.codecache import CodeCache, digest_of
 from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
-SOURCES = ("jit_cuda.py",) + tuple(
-    f"device/{name}.py"
-    for name in (
-        "common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs",
-    )
-)  # fmt: skip
+TEXTS = ("common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs")
+SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
+"""Files that every kernel depends on."""
 THREADS = 512
 """Most threads of a block: kernels are compiled so that their registers suffice for as many."""
 OVERLAPS = (9, 0)
@@ -89,9 +86,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def compile_kernel(
-    algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True
-) -> Kernel:
+def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> Kernel:
     """Compile an algorithm's kernel.
 
     Parameters
@@ -103,9 +98,13 @@ def compile_kernel(
     deep
         Whether a thread has several packs under way at a time; types of one byte never do.
     """
+    return assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep), arch)
+
+
+def assemble(ptx: str, arch: str) -> Kernel:
+    """Turn PTX of this architecture, or of an older one, into machine code."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    ptx = kernel_ptx(algorithm, protocol, op, datatype, arch, deep)
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
     cubin = bytes(linker.link("cubin").code)
     log = linker.get_info_log() or ""

@@ -67,7 +67,7 @@ class Living:
                 "and use the 'spawn' start method for helper processes"
             )
         Living._used = True
-        world = self._opener()
+        world: Any = self._opener()
         try:
             between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
         except BaseException:

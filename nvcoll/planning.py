@@ -3,6 +3,7 @@
 import json
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,43 +104,43 @@ def read_rules(path: Path | None) -> dict[str, Any]:
     return rules
 
 
-class Planner:
-    """Makes the plans of one communicator whose ranks share memory.
+class Chooser(ABC):
+    """Says which algorithm serves a call of one communicator; planners of each target make the plan of it.
 
     Parameters
     ----------
-    state, layout
-        The communicator's area.
+    layout
+        How the communicator's area is divided.
     topology
         Its nodes; `Shape` is made from their sizes.
     slices
         Ranks of the smallest node, those that are not in `topology` included.
     rules
         All rules, equal on all ranks.
-    compiler
-        Gives machine code.
     crowded
-        Whether ranks share cores.
+        Whether ranks share cores, or a GPU.
     timeout
         Seconds that a wait may take.
     """
 
-    kind = "host"
+    kind: str
     """Whose rules apply."""
-    link = LINK
+    link: Link
+    """Expected speed where no rule speaks."""
 
     def __init__(
-        self, state: Any, layout: Any, topology: Any, slices: int, rules: dict[str, Any], compiler: Compiler | None,
-        crowded: bool, timeout: float,
-    ) -> None:  # fmt: skip
-        self.state = state
+        self, layout: Any, topology: Any, slices: int, rules: dict[str, Any], crowded: bool, timeout: float
+    ) -> None:
         self.layout = layout
         self.topology = topology
         self.rules = rules.get(self.kind, [])
-        self.compiler = compiler
         self.crowded = crowded
         self.slices = slices
         self.timeout = timeout
+
+    @abstractmethod
+    def capacity(self, base: str, protocol: str, shape: Shape) -> int:
+        """Return the elements that pass through scratch memory at a time; 0 where it is too small."""
 
     def explain(self, verb: str, count: int, datatype: Datatype, op: Op, algorithm: str | None = None) -> Explanation:
         """Say which algorithm serves a call, and why.
@@ -190,16 +191,41 @@ class Planner:
                 return one.name, "asked for by the caller"
         raise ArgumentError(f"{verb.capitalize()}: {algorithm} cannot serve this call: {named[0].reason}")
 
-    def _slot_bytes(self, base: str, protocol: str, shape: Shape) -> int:
-        """Return the largest slot that the area has for an algorithm."""
-        slots, _ = ALGORITHMS[base].slots(shape)
-        half = self.layout.lines_half if protocol == "low_latency" else self.layout.data_half
-        return half // max(slots, 1) // SLOT_ALIGN * SLOT_ALIGN
-
     def _too_small(self, base: str, protocol: str, shape: Shape) -> str | None:
         if self.capacity(base, protocol, shape) > 0:
             return None
         return f"{self.layout.scratch} bytes of scratch memory are too few for {shape.size} ranks; raise NVCOLL_SCRATCH"
+
+
+class Planner(Chooser):
+    """Makes the plans of one communicator whose ranks share memory.
+
+    Parameters
+    ----------
+    state
+        The communicator's state.
+    layout, topology, slices, rules, crowded, timeout
+        As for `Chooser`.
+    compiler
+        Gives machine code.
+    """
+
+    kind = "host"
+    link = LINK
+
+    def __init__(
+        self, state: Any, layout: Any, topology: Any, slices: int, rules: dict[str, Any], compiler: Compiler,
+        crowded: bool, timeout: float,
+    ) -> None:  # fmt: skip
+        super().__init__(layout, topology, slices, rules, crowded, timeout)
+        self.state = state
+        self.compiler = compiler
+
+    def _slot_bytes(self, base: str, protocol: str, shape: Shape) -> int:
+        """Return the largest slot that the area has for an algorithm."""
+        slots, _ = ALGORITHMS[base].slots(shape)
+        half: int = self.layout.lines_half if protocol == "low_latency" else self.layout.data_half
+        return half // max(slots, 1) // SLOT_ALIGN * SLOT_ALIGN
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
         """Return the elements of a round: what the slots hold, less a cache line that slices may be rounded up by."""

@@ -8,10 +8,11 @@ from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends import driver
 from nvcoll.backends.device_area import BLOCKS, DeviceArea
+from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import CubinCache
 from nvcoll.ops import DATATYPES, Datatype, Op
-from nvcoll.planning import Explanation, Planner, pack_signature, pack_stamp
+from nvcoll.planning import Chooser, Explanation, pack_signature, pack_stamp
 
 PACK = 16
 """Bytes that a thread moves at a time."""
@@ -60,7 +61,7 @@ class Kernels:
             return driver.occupancy(function, threads)
 
 
-class DevicePlanner(Planner):
+class DevicePlanner(Chooser):
     """Makes the plans of one communicator on GPUs.
 
     Parameters
@@ -68,7 +69,7 @@ class DevicePlanner(Planner):
     area
         This rank's area.
     topology, slices, rules, timeout
-        As for `Planner`.
+        As for `Chooser`.
     kernels
         Gives loaded kernels.
     sharers
@@ -84,8 +85,9 @@ class DevicePlanner(Planner):
         self, area: DeviceArea, topology: Any, slices: int, rules: dict[str, Any], kernels: Kernels, sharers: int,
         multiprocessors: int, timeout: float,
     ) -> None:  # fmt: skip
-        super().__init__(area.state, area.layout, topology, slices, rules, None, sharers > 1, timeout)
+        super().__init__(area.layout, topology, slices, rules, sharers > 1, timeout)
         self.area = area
+        self.state = area.state
         self.kernels = kernels
         self.sharers = sharers
         self.overlap = sharers == 1  # where ranks share a GPU, its room is for those that wait for each other
@@ -98,7 +100,12 @@ class DevicePlanner(Planner):
         if nbytes >= DEEP:
             threads = THREADS[-2]  # two blocks on a multiprocessor: one works while the other waits
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
-        most = max(1, min(BLOCKS, resident // self.sharers))
+        if resident < self.sharers:
+            raise ArgumentError(
+                f"Allreduce: {self.sharers} ranks share a GPU that runs {resident} blocks of a kernel at a time; "
+                f"start {resident} ranks at most on it"
+            )
+        most = min(BLOCKS, resident // self.sharers)
         return min(most, -(-packs // threads)), threads
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
@@ -113,9 +120,9 @@ class DevicePlanner(Planner):
         spread = 2 if protocol == "low_latency" and not _has_sentinel(shape.datatype) else 1
         unit = PACK // min(shape.itemsize, PACK)
         part = stride // spread // shape.width // unit * unit
-        return min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit)
+        return int(min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit))
 
-    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> Any:
+    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> DevicePlan:
         """Make the plan of a call that was explained."""
         count = told.nbytes // datatype.itemsize
         shape = self.shape(count, datatype)

@@ -87,13 +87,12 @@ def open_world() -> Any:
         identities = exchange.allgather(_bootstrap.host_identity())
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
         backend, _ = agree_on_backend(exchange, settings.backend, topology.host_sizes)
-        backend, _ = agree_on_backend(exchange, settings.backend, topology.host_sizes)
         if backend == "nvshmem":
             from nvcoll.world_cuda import open_gpus  # on hosts, nothing of GPUs is loaded
 
-            world = open_gpus(exchange, topology, identities, settings, rules)
+            gpus = open_gpus(exchange, topology, identities, settings, rules)
             undo.pop_all()
-            return world
+            return gpus
         memory = SharedMemory(exchange, topology, settings.heap)
         undo.callback(memory.close)
         here = topology

@@ -137,8 +137,8 @@ def open_gpus(
         unreachable = [rank for rank, address in enumerate(memory.addresses) if not address]
         if unreachable:
             raise BootstrapError(
-                f"Init: rank {exchange.rank} cannot load from the GPU of rank {unreachable[0]}; NVLink or PCIe peer access "
-                "is needed, or set NVCOLL_BACKEND=shm"
+                f"Init: rank {exchange.rank} cannot load from the GPU of rank {unreachable[0]}; NVLink or PCIe peer "
+                "access is needed, or set NVCOLL_BACKEND=shm"
             )
         shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
         sharers = max(int.from_bytes(share, "little") for share in shares)

@@ -21,7 +21,7 @@ Result = IntEnum(
     },
 )
 MEMORY = 64 << 20
-FUNCTION, MODULE, STREAM = 0x8888, 0x7777, 0xABCD
+FUNCTION, MODULE, STREAM, EVENT, CONTEXT = 0x8888, 0x7777, 0xABCD, 0x9999, 0xC000
 
 
 class DynamicLibNotFoundError(RuntimeError):
@@ -53,6 +53,7 @@ class FakeDriver(types.ModuleType):
     """
 
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
+    CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
     CUdevice_attribute = types.SimpleNamespace(
@@ -134,6 +135,18 @@ class FakeDriver(types.ModuleType):
 
     def cuCtxPopCurrent(self):
         return Result(0), self.stack.pop()
+
+    def cuCtxGetCurrent(self):
+        return Result(0), CONTEXT if self.stack else 0
+
+    def cuCtxSynchronize(self):
+        return Result(0) if self.stack else Result.CUDA_ERROR_INVALID_CONTEXT
+
+    def cuEventCreate(self, flags):
+        return (Result(0), EVENT) if flags == 2 else (Result.CUDA_ERROR_INVALID_VALUE, None)
+
+    def cuEventDestroy(self, event):
+        return Result(0) if event == EVENT else Result.CUDA_ERROR_INVALID_VALUE
 
     def _take(self, nbytes):
         if not self.stack:

@@ -22,6 +22,7 @@ LAYERS = (
     {"__init__"},
     {"emulation", "session"},
     {"comm"},
+    {"allocation"},
     {"arguments"},
     {"device_calls", "device_requests", "failures", "hosts", "lifecycle", "requests"},
     {"world", "world_cuda"},
@@ -177,11 +178,12 @@ def public_callables():
         if inspect.isfunction(value):
             yield name, value
         elif inspect.isclass(value):
-            for method, member in vars(value).items():
+            ours = [base for base in value.__mro__ if base.__module__.startswith("nvcoll.")]
+            for method, member in (pair for base in ours for pair in vars(base).items()):
                 function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
                 # Buffer wraps methods of NumPy's under their own names; those are documented there.
-                ours = inspect.isfunction(function) and function.__code__.co_name == method
-                if ours and not method.startswith("_"):
+                own = inspect.isfunction(function) and function.__code__.co_name == method
+                if own and not method.startswith("_"):
                     yield f"{name}.{method}", function
 
 

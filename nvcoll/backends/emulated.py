@@ -130,7 +130,7 @@ _ended: list[tuple[Any, int]] = []  # memory that nothing refers to any more
 
 
 def reserve_on(device: Any, size: int, extent: int | None) -> DeviceSegment:
-    """Take a GPU's memory for the heaps of `size` emulated ranks: by default half of what is free, 1 GiB each at most.
+    """Take a GPU's memory for the heaps of emulated ranks: by default half of what is free, 1 GiB each at most.
 
     No emulated rank runs yet, so what ended before can be freed.
     """

@@ -1,11 +1,14 @@
 """Schedules run by plain Python on verbs that only take notes: who sends what to whom, and what is waited for."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
-from nvcoll.device.common import BLOCK, fold, log2, part_at, unfold
+from nvcoll.device import common
+from nvcoll.device.common import BLOCK, around, fold, log2, unfold
+from nvcoll.device.cuda import common as cuda_common
 
 SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
 
@@ -33,25 +36,52 @@ class Notes:
     written: list = field(default_factory=list)
 
 
-def run(name, rank, shape, capacity=1 << 62, direct=False):
+def run(name, rank, shape, capacity=1 << 62, direct=False, target="host"):
     """Run an algorithm's schedule for one rank and return its notes; `direct` if buffers are on the symmetric heap."""
     notes = Notes()
-    kernel = ALGORITHMS[name].text(SimpleNamespace(**verbs(rank, shape, capacity, direct, notes)))
+    kernel = ALGORITHMS[name].text_for(target)(SimpleNamespace(**verbs(rank, shape, capacity, direct, notes, target)))
     kernel(None, SEND, RECV, shape.count)
     return notes
 
 
-def verbs(rank, shape, capacity, direct, notes):
+@dataclass
+class Epochs:
+    """Epochs as a target counts them: GPUs end one by a verb of its own."""
+
+    target: str
+    number: int = 0
+
+    def begin(self, c):
+        self.number += self.target == "host"
+        return self.number + (self.target == "cuda")
+
+    def advance(self, c):
+        self.number += 1
+
+
+@cache
+def cuts(target, itemsize):
+    """How a target cuts messages: its ``part_at`` and ``middle``, run by Python."""
+    if target == "host":
+        return {"part_at": common.part_at, "middle": common.middle}
+
+    def jit(function):
+        function.py_func = function
+        return function
+
+    facts = {"itemsize": itemsize, "width": itemsize, "words": 2, "widens": False, "finishes": False}
+    nothing = dict.fromkeys(("widen", "reduce_pack", "finish"))
+    found = cuda_common.verbs(jit, SimpleNamespace(**facts, **nothing), SimpleNamespace(take=None, give=None), True)
+    return {"part_at": found.part_at, "middle": found.middle}
+
+
+def verbs(rank, shape, capacity, direct, notes, target):
     """What a schedule may use."""
     starts = list(accumulate(shape.node_sizes, initial=0))
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
     tables = {RANKS: range(shape.size), STARTS: starts}
-    epochs = [0]
+    epochs = Epochs(target)
     parts = {}  # bytes put into slots that are not full yet
-
-    def begin(c):
-        epochs[0] += 1
-        return epochs[0]
 
     def load(address):
         return next((values[(address - at) // 8] for at, values in tables.items() if 0 <= address - at < 1 << 40), 0)
@@ -72,6 +102,10 @@ def verbs(rank, shape, capacity, direct, notes):
 
     def answer_part(c, e, p, offset, source, nbytes):
         put_part(c, e, p, shape.size + rank, offset, source, nbytes)
+
+    def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
+        wait_all(c, e, k, me, slot, mine, n)
+        write(recv, n * shape.itemsize)
 
     def wait_copy(c, e, slot, to, nbytes):
         notes.awaited.append((e, None, slot, nbytes))
@@ -102,12 +136,14 @@ def verbs(rank, shape, capacity, direct, notes):
     return {
         **{name: lambda c, value=value: value for name, value in constants.items()},
         "BLOCK": BLOCK,
-        "part_at": part_at,
+        **cuts(target, shape.itemsize),
         "log2": log2,
+        "around": around,
         "fold": fold,
         "unfold": unfold,
         "jit": lambda function: function,
-        "begin": begin,
+        "begin": epochs.begin,
+        "advance": epochs.advance,
         "load": load,
         "store": lambda address, value: None,
         "copy": lambda to, source, nbytes: None,
@@ -123,6 +159,11 @@ def verbs(rank, shape, capacity, direct, notes):
         "wait_copy": wait_copy,
         "wait_reduce": lambda c, e, p, slot, acc, n: notes.awaited.append((e, p, slot, n * shape.width)),
         "wait_all": wait_all,
+        "wait_reduce_finish": wait_reduce_finish,
+        "reduce_direct": lambda c, *_: None,
+        "private": lambda c: WORK,
+        "note": lambda at, value: None,
+        "sync": lambda: None,
         "wait_reduce_all": lambda c, e, k, me, slot, mine, acc, n: wait_all(c, e, k, me, slot, mine, n),
         "ask": lambda c, e, p, source, nbytes: notes.sent.append((e, p, rank, nbytes)),
         "wait_asked": lambda c, e, k, me, mine, n: wait_all(c, e, k, me, 0, mine, n),

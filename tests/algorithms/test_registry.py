@@ -20,6 +20,7 @@ WORLDS = [
     (1, 1), (2, 2), (1, 1, 1), (2, 3), (1, 3, 4), (2, 2, 3), (4,) * 5, (3, 3, 4), (1, 16), (2,) * 13,
 ]  # fmt: skip
 COUNTS = [1, 3, 17, 65, 1000]
+EVERY_TARGET = pytest.mark.parametrize("target", ["host", "cuda"])
 EVERY_ALGORITHM = pytest.mark.parametrize("name", ALLREDUCE)
 
 
@@ -43,10 +44,11 @@ def test_any_call_is_supported(name):
 
 @pytest.mark.parametrize("itemsize_and_width", [(4, 4), (2, 4)])
 @EVERY_ALGORITHM
-def test_what_is_sent_is_waited_for_fits_its_slot_and_makes_the_result(name, itemsize_and_width):
+@EVERY_TARGET
+def test_what_is_sent_is_waited_for_fits_its_slot_and_makes_the_result(name, itemsize_and_width, target):
     for sizes, count in itertools.product(WORLDS, COUNTS):
         shape = schedule.world(sizes, count, *itemsize_and_width)
-        notes = [schedule.run(name, rank, shape) for rank in range(shape.size)]
+        notes = [schedule.run(name, rank, shape, target=target) for rank in range(shape.size)]
         check_traffic(name, shape, notes)
         for rank, note in enumerate(notes):
             covered = bytearray(shape.nbytes)
@@ -87,18 +89,20 @@ def check_traffic(name, shape, notes):
     assert max(told.values(), default=1) == 1
 
 
-def test_two_shot_on_symmetric_buffers_moves_no_data_through_slots():
+@EVERY_TARGET
+def test_two_shot_on_symmetric_buffers_moves_no_data_through_slots(target):
     for sizes, count in itertools.product(WORLDS, COUNTS):
         shape = schedule.world(sizes, count)
-        notes = [schedule.run("two_shot", rank, shape, direct=True) for rank in range(shape.size)]
+        notes = [schedule.run("two_shot", rank, shape, direct=True, target=target) for rank in range(shape.size)]
         check_traffic("two_shot", shape, notes)
         assert not any(note.sent or note.awaited for note in notes)
         assert all(len(note.told) == 2 * (shape.size - 1) for note in notes)  # where buffers lie, and that it is done
 
 
-def test_two_shot_goes_in_rounds_of_its_capacity():
+@EVERY_TARGET
+def test_two_shot_goes_in_rounds_of_its_capacity(target):
     shape = schedule.world((3,), 1000)
-    notes = [schedule.run("two_shot", rank, shape, capacity=300) for rank in range(3)]
+    notes = [schedule.run("two_shot", rank, shape, capacity=300, target=target) for rank in range(3)]
     check_traffic("two_shot", schedule.world((3,), 300), notes)
     assert {epoch for note in notes for epoch, *_ in note.sent} == {2, 3, 4, 5}  # the first epoch is the agreement
 

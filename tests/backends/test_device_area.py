@@ -1,0 +1,153 @@
+"""A communicator's area on a GPU: parts that are apart, tables that kernels find, boards; on a driver of the host."""
+
+import ctypes
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from nvcoll import _topology
+from nvcoll._plan import DEVICE_FIELDS
+from nvcoll.algorithms import ALGORITHMS, Shape
+from nvcoll.backends import device_area
+from nvcoll.backends.device_area import BLOCKS, BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
+from nvcoll.backends.driver import Device
+from nvcoll.errors import AllocationError, ArgumentError
+from tests.fake_cuda import CONTEXT, EVENT, FakeDriver, Result, install
+
+LOCAL = {"send", "recv", "count", "part", "capacity", "stride", "stamp", "ranks"}  # a plan gives these
+
+
+class TestLayout:
+    @pytest.mark.parametrize("scratch", [SCRATCH, SCRATCH + 12345, 1 << 30])
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 33, 64])
+    def test_parts_do_not_overlap(self, ranks, scratch):
+        layout = DeviceLayout(ranks, scratch)
+        halves = [BOARD, FLAGS, FLAGS + layout.flags_half]
+        for part in (layout.cells, layout.lines, layout.data):
+            halves += [part, part + layout.slots_half]
+        halves.append(layout.nbytes)
+        sizes = [8, layout.flags_half, layout.flags_half, *[layout.slots_half] * 6]
+        assert all(first + size <= second for (first, second), size in zip(pairwise(halves), sizes, strict=True))
+        assert all(place % LINE == 0 for place in halves)
+        assert layout.nbytes <= scratch
+        assert layout.slots_half == BLOCKS * layout.slots_block
+        assert layout.slots_block % 1024 == 0
+
+    def test_there_are_flags_for_all_slots_and_signals(self):
+        for sizes in [*((n,) for n in range(2, 65)), (1, 3, 4), (8,) * 8, (1, 63)]:
+            flags = DeviceLayout(sum(sizes), SCRATCH).flags_block // LINE
+            slots = max(one.slots(Shape(sizes, slices=min(sizes)))[0] for one in ALGORITHMS.values())
+            assert max(slots, 2 * sum(sizes)) <= flags  # two-shot signals with two flags a rank
+
+    def test_too_little_is_refused(self):
+        with pytest.raises(ArgumentError) as caught:
+            _ = DeviceLayout(64, 8 << 20).nbytes
+        assert str(caught.value) == "NVCOLL_SCRATCH: 8388608 bytes are too few for 64 ranks on GPUs; raise it"
+
+
+class Memory:
+    """Memory of several ranks, in the host's; rank 2 cannot be reached."""
+
+    extent = 1 << 23
+    members = (0, 1, 2)
+    place = 1
+
+    def __init__(self, driver):
+        self.taken = [ctypes.create_string_buffer(self.extent) for _ in range(2)]
+
+    def address(self, place):
+        return ctypes.addressof(self.taken[place]) if place < 2 else 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    found = FakeDriver()
+    install(monkeypatch, found)
+    return found
+
+
+@pytest.fixture
+def made(driver, monkeypatch):
+    """An area of rank 1 of 3 on two nodes, and what kernels are told of it."""
+    monkeypatch.setattr(device_area, "BLOCKS", 4)
+    told = []
+
+    def state(*args):
+        told.extend(args)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(device_area, "DeviceState", state)
+    memory = Memory(driver)
+    ctypes.memset(memory.address(1), 0x55, memory.extent)
+    layout = DeviceLayout(3, 1 << 22)
+    piece = SimpleNamespace(offset=4096, address=memory.address(1) + 4096, nbytes=layout.nbytes)
+    here = _topology.detect(1, [b"a", b"a", b"b"])
+    area = DeviceArea(memory, piece, here, layout, 2.5, 1, Device(0))
+    return SimpleNamespace(area=area, memory=memory, layout=layout, values=told[0], told=told[1:])
+
+
+def words(address, count):
+    return list((ctypes.c_int64 * count).from_address(address))
+
+
+class TestArea:
+    def test_kernels_are_told_every_field_that_is_not_the_call_s(self, made):
+        assert set(made.values) | LOCAL | {f"peer{k}" for k in range(3, 8)} == set(DEVICE_FIELDS)
+        assert {name: made.values[name] for name in ("rank", "size", "nodes", "node", "local_rank", "slices")} == {
+            "rank": 1, "size": 3, "nodes": 2, "node": 0, "local_rank": 1, "slices": 1,
+        }  # fmt: skip
+        assert made.values["timeout"] == 2_500_000_000
+        assert made.told[:2] == [CONTEXT, EVENT]
+
+    def test_tables(self, made):
+        first, second = (made.memory.address(rank) + 4096 for rank in range(2))
+        assert words(made.values["peers"], 3) == [first, second, 0]
+        assert [made.values[f"peer{k}"] for k in range(3)] == [first, second, 0]
+        assert words(made.values["node_ranks"], 3) == [0, 1, 2]
+        assert words(made.values["node_starts"], 3) == [0, 2, 3]
+        assert words(made.values["state"], 8 + 4) == [0] * 12  # epochs of four blocks behind the word of failure
+
+    def test_private_parts_are_apart(self, made):
+        values, area = made.values, made.area
+        starts = sorted((values[name], name) for name in ("peers", "node_ranks", "node_starts", "state", "workspace"))
+        assert all(second[0] - first[0] >= 256 for first, second in pairwise(starts))
+        assert starts[-1][1] == "workspace"
+        assert values["workspace_block"] == made.layout.slots_block
+        assert area is made.told[3]  # keeps the memory as long as kernels may use it
+
+    def test_cells_are_empty_all_else_is_zero_and_nothing_beyond_is_touched(self, made):
+        layout, at = made.layout, made.memory.address(1) + 4096
+        assert set(ctypes.string_at(at, layout.cells)) == {0}
+        assert set(ctypes.string_at(at + layout.cells, 2 * layout.slots_half)) == {0xFF}
+        assert set(ctypes.string_at(at + layout.lines, layout.nbytes - layout.lines)) == {0}
+        assert set(ctypes.string_at(at - 4096, 4096)) == {0x55}
+        assert set(ctypes.string_at(at + layout.nbytes, 64)) == {0x55}
+
+    def test_boards_of_those_that_can_be_seen(self, made):
+        for rank in range(2):
+            ctypes.c_int64.from_address(made.memory.address(rank) + 4096 + BOARD).value = 70 + rank
+        assert made.area.boards() == [70, 71, None]
+
+    def test_boards_give_the_stream_back_when_the_context_is_lost(self, made, driver):
+        driver.fail["cuMemcpyAsync"] = Result.CUDA_ERROR_INVALID_VALUE
+        driver.calls.clear()
+        with pytest.raises(Exception, match="cuMemcpyAsync"):
+            made.area.boards()
+        assert driver.calls.count("cuStreamCreate") == driver.calls.count("cuStreamDestroy") == 1
+
+    def test_it_gives_all_back_once(self, made, driver):
+        assert len(driver.taken) == 2
+        made.area.close()
+        made.area.close()
+        assert driver.taken == {}
+        assert driver.calls.count("cuEventDestroy") == 1
+
+
+def test_a_gpu_without_room(driver):
+    driver.fail["cuMemAlloc"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+    memory, layout = Memory(driver), DeviceLayout(3, SCRATCH)
+    piece = SimpleNamespace(offset=0, address=memory.address(1), nbytes=0)
+    small = SimpleNamespace(cells=0, nbytes=64, slots_half=1, slots_block=layout.slots_block)
+    with pytest.raises(AllocationError, match="cuMemAlloc"):
+        DeviceArea(memory, piece, _topology.detect(1, [b"a"] * 3), small, 1.0, 1, Device(0))

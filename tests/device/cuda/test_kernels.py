@@ -1,0 +1,75 @@
+"""Every kernel becomes machine code for the architectures there are, and works in registers alone; no GPU is needed."""
+
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from nvcoll import jit_cuda
+from nvcoll.jit import ENTRY
+from nvcoll.planning import candidates
+
+MOST_REGISTERS = 65536 // jit_cuda.THREADS
+
+MAIN = [("float32", "SUM"), ("bfloat16", "SUM"), ("int32", "MAX")]
+OTHERS = [
+    ("float16", "AVG"), ("float64", "SUM"), ("complex128", "PROD"), ("int8", "SUM"), ("uint8", "MAX"),
+    ("float8_e4m3fn", "SUM"), ("float8_e5m2", "AVG"),
+]  # fmt: skip
+
+SMALL = ("one_shot/low_latency", "recursive_doubling/low_latency", "nvrar/low_latency")  # what rules use for those
+
+# Name, datatype, operator, whether a thread has several packs under way, the architecture that Numba compiles for, and
+# those that its PTX is assembled for: what is valid for one is valid for the later ones, and assembling is quick.
+CASES = [(name, *pair, True, "sm_90", ("sm_90", "sm_100")) for name in candidates() for pair in MAIN]
+CASES += [(name, *MAIN[1], True, "sm_80", ("sm_80",)) for name in candidates()]
+CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90",)) for name in SMALL]
+CASES += [
+    (name, *pair, True, "sm_90", ("sm_90",))
+    for name in candidates()
+    if name.startswith(("one_shot", "two_shot"))
+    for pair in OTHERS
+]
+
+
+def build(name, datatype, op, deep, compiled_for, assembled_for):
+    """Compile a case; return registers, bytes spilled, bytes of local memory and whether it has an entry, by cubin."""
+    ptx = jit_cuda.kernel_ptx(*name.split("/"), op, datatype, compiled_for, deep)
+    kernels = [jit_cuda.assemble(ptx, arch) for arch in assembled_for]
+    return [(one.registers, one.spilled, one.local, ENTRY.encode() in one.cubin) for one in kernels]
+
+
+@pytest.fixture(scope="module")
+def built(request):
+    """Compile the cases that were selected, as many at a time as there are processors."""
+    selected = [item.callspec.params["case"] for item in request.session.items if "built" in item.fixturenames]
+    workers = min(len(selected), len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        yield {case: pool.submit(build, *case) for case in selected}
+
+
+def title(case):
+    return "-".join([*case[:3], "deep" if case[3] else "shallow", case[4]])
+
+
+@pytest.mark.parametrize("case", CASES, ids=title)
+def test_kernels_fit_into_registers(built, case):
+    for registers, spilled, local, has_entry in built[case].result():
+        assert registers <= MOST_REGISTERS
+        assert (spilled, local) == (0, 0)
+        assert has_entry
+
+
+def test_every_candidate_and_every_form_of_data_is_compiled():
+    assert {case[0] for case in CASES} == set(candidates())
+    assert {arch for case in CASES for arch in case[5]} == {"sm_80", "sm_90", "sm_100"}
+
+
+@pytest.mark.parametrize(("arch", "brought_in_early"), [("sm_80", False), ("sm_90", True)])
+def test_kernels_overlap_where_gpus_can(arch, brought_in_early):
+    ptx = jit_cuda.kernel_ptx("one_shot", "low_latency", "SUM", "float32", arch)
+    assert re.findall(r"\.visible \.entry (\w+)\(", ptx) == [ENTRY]
+    assert ("griddepcontrol" in ptx) is brought_in_early
+    assert f".target {arch}" in ptx

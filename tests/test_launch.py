@@ -1,0 +1,196 @@
+"""Launches, on a driver that only takes notes: a library called libcuda.so.1, found before any other."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from nvcoll._plan import DEVICE_FIELDS
+
+DRIVER = r"""
+#include <string.h>
+typedef struct { unsigned grid[3], block[3], shared; void *stream; int *attributes; unsigned count; } config;
+char calls[4096];               /* what was called, and with which handles */
+long long arguments[256], fields;
+unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
+void *current, *capturing;
+int fail;
+#include <stdio.h>
+static void note(const char *name, void *one, void *two) {
+    sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
+}
+int cuCtxGetCurrent(void **context) { *context = current; return 0; }
+int cuCtxPushCurrent_v2(void *context) { note("push", context, 0); current = context; return 0; }
+int cuCtxPopCurrent_v2(void **context) { note("pop", current, 0); *context = current; current = 0; return 0; }
+int cuEventRecord(void *event, void *stream) { note("record", event, stream); return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { note("wait", stream, event); return 0; }
+int cuStreamIsCapturing(void *stream, int *answer) { *answer = capturing && stream == capturing; return 0; }
+int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long source, size_t nbytes, void *stream) {
+    note("copy", (void *)to, (void *)source);
+    note("bytes", (void *)nbytes, stream);
+    return 0;
+}
+int cuGetErrorString(int error, const char **text) { *text = error == 700 ? "an illegal address" : 0; return 0; }
+int cuLaunchKernelEx(const config *c, void *function, void **given, void **extra) {
+    note("launch", function, c->stream);
+    memcpy(shape, c->grid, 28);
+    shape[7] = c->count;
+    shape[8] = c->count ? c->attributes[0] : 0;
+    for (int k = 0; k < fields; k++) arguments[k] = *(long long *)given[k];
+    return fail;
+}
+"""
+
+PROGRAM = """
+import ctypes, json
+from nvcoll._plan import DEVICE_FIELDS, DevicePlan, DeviceState
+from nvcoll.errors import StateError
+
+cuda = ctypes.CDLL("libcuda.so.1")
+number = lambda name: ctypes.c_int.in_dll(cuda, name)
+pointer = lambda name: ctypes.c_void_p.in_dll(cuda, name)
+ctypes.c_longlong.in_dll(cuda, "fields").value = len(DEVICE_FIELDS)
+text = (ctypes.c_char * 4096).in_dll(cuda, "calls")
+
+def calls():
+    found = text.value.decode().split()
+    text.value = b""
+    return found
+
+def arguments():
+    values = (ctypes.c_longlong * 256).in_dll(cuda, "arguments")
+    return dict(zip(DEVICE_FIELDS, values))
+
+def refusal(call, *args):
+    try:
+        call(*args)
+    except StateError as error:
+        return str(error)
+
+report = (ctypes.c_int64 * 8)()
+everything = {name: 1000 + k for k, name in enumerate(DEVICE_FIELDS)}
+state = DeviceState(everything, 0xC0, 0xE0, ctypes.addressof(report), "kept")
+call = {"count": 7, "capacity": 8, "stride": 9, "stamp": 10, "ranks": 11}
+plan = DevicePlan(state, 0xF0, call, 3, 64, "also kept", "told")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the library lies."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    source = folder / "driver.c"
+    source.write_text(DRIVER)
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture
+def see(folder, run_command):
+    """Run a program on that driver; return what its last expression, a dictionary, holds."""
+
+    def run(program, facts):
+        command = [sys.executable, "-c", f"{PROGRAM}{program}\nprint(json.dumps({facts}))"]
+        status, output = run_command(command, env={"LD_LIBRARY_PATH": str(folder)})
+        assert status == 0, output
+        return json.loads(output)
+
+    return run
+
+
+def test_arguments_are_packed_in_the_order_of_the_fields(see):
+    told = see("plan.run(20, 30, 40)", "{'arguments': arguments(), 'kept': [state.keep, plan.keep, plan.describe]}")
+    expected = {name: 1000 + k for k, name in enumerate(DEVICE_FIELDS)}
+    expected |= {"send": 20, "recv": 30, "count": 7, "capacity": 8, "stride": 9, "stamp": 10, "ranks": 11}
+    assert told["arguments"] == expected
+    assert told["kept"] == ["kept", "also kept", "told"]
+
+
+def test_a_launch_in_the_context_of_the_communicator(see):
+    told = see(
+        "plan.run(1, 2, 0x50); outside = calls(); pointer('current').value = 0xC0; plan.run(1, 2, 0x50)",
+        "{'outside': outside, 'inside': calls(), 'shape': list((ctypes.c_uint * 9).in_dll(cuda, 'shape'))}",
+    )
+    assert told["outside"] == ["push(c0,0)", "launch(f0,50)", "pop(c0,0)"]
+    assert told["inside"] == ["launch(f0,50)"]
+    assert told["shape"] == [3, 1, 1, 64, 1, 1, 0, 0, 0]
+
+
+def test_a_kernel_may_be_brought_in_early(see):
+    told = see(
+        "DevicePlan(state, 0xF0, call, 3, 64, None, None, True).run(1, 2, 0x50)",
+        "{'shape': list((ctypes.c_uint * 9).in_dll(cuda, 'shape'))}",
+    )
+    assert told["shape"][7:] == [1, 6]  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+def test_calls_on_different_streams_are_put_in_order(see):
+    program = """
+pointer("current").value = 0xC0
+plan.run(1, 2, 0x50); first = calls()
+plan.run(1, 2, 0x60); other = calls()
+plan.run(1, 2, 0x60); same = calls()
+pointer("capturing").value = 0x70
+plan.run(1, 2, 0x70); captured = calls()
+"""
+    told = see(program, "{'first': first, 'other': other, 'same': same, 'captured': captured, 'n': state.sequence}")
+    assert told["first"] == ["launch(f0,50)"]
+    assert told["other"] == ["record(e0,50)", "wait(60,e0)", "launch(f0,60)"]
+    assert told["same"] == ["launch(f0,60)"]
+    assert told["captured"] == ["launch(f0,70)"]  # a graph has an order of its own
+    assert told["n"] == 4
+
+
+def test_one_rank_copies_where_places_differ(see):
+    program = """
+pointer("current").value = 0xC0
+one = DevicePlan(state, 0, {"count": 256}, 1, 1)
+one.run(0x1000, 0x2000, 0x50); one.run(0x1000, 0x1000, 0x50)
+"""
+    assert see(program, "calls()") == ["copy(2000,1000)", "bytes(100,50)"]
+
+
+def test_errors_of_the_driver_are_told_in_its_words(see):
+    program = """
+number("fail").value = 700
+known = refusal(plan.run, 1, 2, 3)
+number("fail").value = 12345
+"""
+    told = see(program, "[known, refusal(plan.run, 1, 2, 3)]")
+    assert told == [f"the CUDA driver refuses the launch: {words}" for words in ("an illegal address", "12345")]
+
+
+def test_what_a_kernel_reported_is_seen_before_the_next_launch(see):
+    program = """
+plan.run(1, 2, 3); calls(); before = state.reported
+report[1], report[2], report[3], report[0] = 77, 5, 2, 1
+"""
+    told = see(program, "[before, plan.run(1, 2, 3), calls(), state.reported]")
+    assert told == [None, False, [], [77, 5, 2]]
+
+
+def test_after_the_end_nothing_is_launched(see):
+    told = see("state.end()", "[refusal(plan.run, 1, 2, 3), calls()]")
+    assert told == ["this communicator was finalized; take a new one, or call Init", []]
+
+
+def test_without_a_driver(run_command, tmp_path):
+    library = tmp_path / "libcuda.so.1"
+    library.write_text("no library")
+    program = """
+from nvcoll._plan import DeviceState
+try:
+    DeviceState({}, 0, 0, 0, None)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    status, output = run_command([sys.executable, "-c", program], env={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert status == 0, output
+    assert output.startswith("StateError the CUDA driver cannot be used: ")
+    assert output.endswith("; install or update the driver\n")

@@ -1,0 +1,196 @@
+"""Plans on GPUs: launches whose blocks all run at the same time, and pieces that fit the slots of a block."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+import nvcoll
+from nvcoll import planning_cuda
+from nvcoll.algorithms import ALGORITHMS, Shape
+from nvcoll.backends.device_area import BLOCKS, SCRATCH, DeviceLayout
+from nvcoll.jit_cuda import THREADS as MOST_THREADS
+from nvcoll.ops import AVG, DATATYPES, FLOAT, SUM
+from nvcoll.planning import candidates
+from nvcoll.planning_cuda import PACK, THREADS, DevicePlanner
+from tests.algorithms import schedule
+
+H200 = 132  # multiprocessors
+WORLDS = [*((n,) for n in range(2, 65)), (1, 1), (1, 3, 4), (2, 2, 3), (8,) * 8, (1, 63)]
+SIZES = [0, 1, 4, 1000, 4096, 1 << 16, 1 << 20, 100_000_001, 1 << 33]
+
+
+class FakeKernels:
+    """Stands for `Kernels`: a multiprocessor holds `registers` blocks of 64 threads, and fewer larger ones."""
+
+    def __init__(self, registers=16):
+        self.registers = registers
+        self.asked = []
+
+    def get(self, *key):
+        self.asked.append(key)
+        return 0xF00
+
+    def occupancy(self, function, threads):
+        return self.registers * 64 // threads
+
+
+def planner(node_sizes, sharers=1, multiprocessors=H200, kernels=None, scratch=SCRATCH):
+    layout, topology = DeviceLayout(sum(node_sizes), scratch), SimpleNamespace(node_sizes=node_sizes)
+    area = SimpleNamespace(state="state", layout=layout)
+    kernels = kernels or FakeKernels()
+    return DevicePlanner(area, topology, min(node_sizes), {}, kernels, sharers, multiprocessors, 1.0)
+
+
+class TestGrid:
+    @pytest.mark.parametrize("sharers", [1, 2, 3, 7, 64, 132])
+    def test_the_blocks_of_all_that_share_a_gpu_run_at_the_same_time(self, sharers):
+        for multiprocessors, registers, nbytes in itertools.product((46, 108, H200, 160), (8, 11, 16), SIZES):
+            if registers * 64 // MOST_THREADS * multiprocessors < sharers:
+                continue
+            one = planner((2,), sharers, multiprocessors, FakeKernels(registers))
+            blocks, threads = one.grid(nbytes, 0)
+            assert threads in THREADS
+            assert threads <= MOST_THREADS
+            assert 1 <= blocks <= BLOCKS
+            assert blocks * sharers <= registers * 64 // threads * multiprocessors
+
+    def test_no_more_threads_than_there_is_to_do(self):
+        one = planner((2,))
+        assert one.grid(1, 0) == (1, 64)
+        assert one.grid(64 * PACK, 0) == (1, 64)
+        assert one.grid(64 * PACK + 1, 0) == (2, 64)
+        assert one.grid(128 * 64 * PACK, 0) == (128, 64)
+        assert one.grid(1 << 30, 0) == (2 * H200, 512)
+
+    def test_more_ranks_on_a_gpu_than_it_can_run_are_refused(self):
+        one = planner((200,), sharers=200, kernels=FakeKernels(8))
+        assert one.grid(4, 0) == (1, 64)
+        with pytest.raises(nvcoll.ArgumentError) as caught:
+            one.grid(1 << 30, 0)
+        assert str(caught.value) == (
+            "Allreduce: 200 ranks share a GPU that runs 132 blocks of a kernel at a time; start 132 ranks at most on it"
+        )
+
+
+@pytest.mark.parametrize("name", candidates())
+def test_pieces_are_whole_packs_and_fit_their_slots(name):
+    base, protocol = name.split("/")
+    for node_sizes, datatype in itertools.product(WORLDS, DATATYPES.values()):
+        one = planner(node_sizes)
+        shape = one.shape(1 << 30, datatype)
+        capacity, stride = one._geometry(base, protocol, shape)
+        slots, parts = ALGORITHMS[base].slots(shape)
+        unit = max(1, PACK // datatype.itemsize)
+        spread = 1 if protocol == "simple" or datatype.kind in {"float", "complex"} else 2  # flags lie beside integers
+        part = -(-capacity // (parts * unit)) * unit
+        assert capacity > 0
+        assert capacity % unit == 0
+        assert stride % PACK == 0
+        assert slots * stride <= one.layout.slots_block
+        assert part * shape.width * spread <= stride, f"{capacity} {datatype.name} on {node_sizes}"
+        assert capacity * shape.width <= one.layout.slots_block  # so much is there for accumulators
+
+
+@pytest.mark.parametrize("datatype", ["float8_e5m2", "bfloat16", "float32", "complex128", "int8", "int64"])
+@pytest.mark.parametrize("name", candidates())
+def test_what_schedules_send_fits_their_slots(name, datatype):
+    base, protocol = name.split("/")
+    for node_sizes in [(2,), (3,), (5,), (8,), (33,), (64,), (1, 3, 4), (2, 2, 3), (5, 11)]:
+        one = planner(node_sizes)
+        capacity, stride = one._geometry(base, protocol, one.shape(1 << 30, DATATYPES[datatype]))
+        spread = 1 if protocol == "simple" or DATATYPES[datatype].kind in {"float", "complex"} else 2
+        for count in (capacity, capacity - 1, 1):
+            shape = one.shape(count, DATATYPES[datatype])
+            for rank in {0, shape.size // 2, shape.size - 1}:
+                sent = schedule.run(base, rank, shape, capacity, target="cuda").sent
+                assert sent
+                assert max(nbytes for *_, nbytes in sent) * spread <= stride
+
+
+def test_scratch_memory_for_any_number_of_ranks():
+    assert planner((64,)).explain("allreduce", 1 << 28, FLOAT, SUM).algorithm in ALGORITHMS
+    with pytest.raises(nvcoll.ArgumentError, match=r"^NVCOLL_SCRATCH: 1048576 bytes are too few for 2 ranks on GPUs"):
+        planner((2,), scratch=1 << 20).explain("allreduce", 1, FLOAT, SUM)
+
+
+class TestPlan:
+    @pytest.fixture
+    def made(self, monkeypatch):
+        """Arguments of the plans that were made."""
+        plans = []
+        monkeypatch.setattr(planning_cuda, "DevicePlan", lambda *args: plans.append(args) or args)
+        return plans
+
+    def plan(self, one, nbytes, op=SUM, algorithm=None):
+        told = one.explain("allreduce", nbytes // 4, FLOAT, op, algorithm)
+        return told, one.plan(told, FLOAT, op)
+
+    def test_of_a_call(self, made):
+        one = planner((2, 2))
+        told, _ = self.plan(one, 1 << 16, AVG, "ring/simple")
+        [(state, function, call, blocks, threads, keep, describe, overlap)] = made
+        assert (state, function, keep, describe, overlap) == ("state", 0xF00, one.kernels, told, True)
+        assert one.kernels.asked == [("ring", "simple", "AVG", "float32", False)]
+        assert (blocks, threads) == one.grid(1 << 16, function)
+        assert (call["count"], call["ranks"]) == (1 << 14, 4)
+        assert call["part"] % (PACK // 4) == 0
+        assert (blocks - 1) * call["part"] < 1 << 14 <= blocks * call["part"]
+        assert (call["capacity"], call["stride"]) == one._geometry("ring", "simple", one.shape(1 << 14, FLOAT))
+
+    def test_stamps_differ_where_calls_do(self, made):
+        one = planner((3,))
+        for args in [(64,), (68,), (64, AVG), (64, SUM, "ring"), (64, SUM, "ring/low_latency")]:
+            self.plan(one, *args)
+        assert len({args[2]["stamp"] for args in made}) == len(made)
+
+    def test_threads_have_several_packs_under_way_where_there_are_many(self, made):
+        one = planner((2,))
+        for nbytes in (planning_cuda.DEEP - 4, planning_cuda.DEEP):
+            self.plan(one, nbytes)
+        assert [asked[-1] for asked in one.kernels.asked] == [False, True]
+
+    def test_one_rank_copies_bytes(self, made):
+        one = planner((1,))
+        told, _ = self.plan(one, 400)
+        assert made == [("state", 0, {"count": 400}, 1, 1, None, told)]
+        assert (told.algorithm, one.kernels.asked) == ("copy", [])
+
+    def test_ranks_that_share_a_gpu_bring_no_kernel_in_early(self, made):
+        self.plan(planner((2,), sharers=2), 64)
+        assert made[0][-1] is False
+
+
+class TestKernels:
+    class Gpu:
+        arch = "sm_90"
+        inside = 0
+
+        def __enter__(self):
+            self.inside += 1
+
+        def __exit__(self, *exc):
+            self.inside -= 1
+
+    def test_each_is_loaded_once_inside_the_context(self, monkeypatch, tmp_path):
+        gpu, loaded = self.Gpu(), []
+
+        def load_module(cubin):
+            assert gpu.inside == 1
+            loaded.append(cubin)
+            return SimpleNamespace(function=lambda name: len(loaded))
+
+        monkeypatch.setattr(planning_cuda.driver, "load_module", load_module)
+        monkeypatch.setattr(planning_cuda.driver, "occupancy", lambda function, threads: gpu.inside * threads)
+        kernels = planning_cuda.Kernels(gpu, tmp_path)
+        monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
+        assert [kernels.get("ring", "simple", op, "int8", True) for op in ("SUM", "MAX", "SUM")] == [1, 2, 1]
+        assert kernels.get("ring", "simple", "MAX", "int8", False) == 3
+        assert loaded[1:] == [("ring", "simple", "MAX", "int8", "sm_90", deep) for deep in (True, False)]
+        assert kernels.occupancy(1, 64) == 64
+        assert gpu.inside == 0
+
+
+def test_shapes_know_accumulators():
+    shape = planner((2, 3)).shape(10, DATATYPES["bfloat16"])
+    assert shape == Shape((2, 3), 10, 2, 4, 2, "bfloat16")
