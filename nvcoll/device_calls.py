@@ -62,50 +62,37 @@ class DeviceCalls:
         fast = self._fast.get(algorithm)
         done = None if fast is None else fast.run(sendbuf, recvbuf, op, stream)
         if done is None:
-            prepared = self._prepare(verb, sendbuf, recvbuf, op, stream, algorithm)
-            if prepared is not None:
-                self._launch(verb, *prepared)
-        elif not done:
+            send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+            if recv.count == 0:
+                return
+            plan = self._plan(recv, op, handle, algorithm)
+            done = plan.run(send.address, recv.address, queue)
+        if not done:
             raise self._failure(verb)
 
     def begin(
         self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
     ) -> Callable[[], Pending]:
         """Judge the arguments of a nonblocking all-reduce; return what begins it."""
-        prepared = self._prepare(verb, sendbuf, recvbuf, op, stream, algorithm)
-        if prepared is None:
+        send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+        if recv.count == 0:
             return Ended
-        _, send, recv, queue = prepared
+        plan = self._plan(recv, op, handle, algorithm)
 
         def start() -> Pending:
-            self._launch(verb, *prepared)
+            for spec in (send, recv):
+                if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
+                    raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; make another request")
+            if not plan.run(send.address, recv.address, queue):
+                raise self._failure(verb)
             return OnStream(self._world.device, queue, lambda: self._check(verb), (send.owner, recv.owner))
 
         return start
-
-    def _launch(self, verb: str, plan: DevicePlan, send: Spec, recv: Spec, queue: int) -> None:
-        for spec in (send, recv):
-            if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
-                raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; allocate with comm.empty")
-        if not plan.run(send.address, recv.address, queue):
-            raise self._failure(verb)
 
     def _check(self, verb: str) -> None:
         """Raise the failure of a call that has ended."""
         if self._world.planner.state.reported is not None:
             raise self._failure(verb)
-
-    def _prepare(
-        self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
-    ) -> tuple[DevicePlan, Spec, Spec, int] | None:
-        """Judge the arguments of an all-reduce, and find its plan; None if there is nothing to do."""
-        send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
-        if recv.count == 0:
-            return None
-        plan = self._plan(recv, handle, algorithm)
-        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream))
-        fast.add(recv.datatype.code, recv.nbytes, op, plan)
-        return plan, send, recv, queue
 
     def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int]:
         """Check the arguments of an all-reduce; return the buffers, in place the same twice, operator and stream."""
@@ -139,18 +126,20 @@ class DeviceCalls:
                 )
         return send, recv, handle, queue
 
-    def _plan(self, recv: Spec, op: Op, algorithm: str | None) -> DevicePlan:
-        """Return the plan of an all-reduce, made if there is none."""
-        key = (recv.datatype.name, recv.nbytes, op.name, algorithm)
+    def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> DevicePlan:
+        """Return the plan of an all-reduce, made if there is none, and keep it for the fast route with this `op`."""
+        key = (recv.datatype.name, recv.nbytes, handle.name, algorithm)
         plan = self._kept.get(key)
         if plan is None:
             planner = self._world.planner
-            told = planner.explain("allreduce", recv.count, recv.datatype, op, algorithm)
+            told = planner.explain("allreduce", recv.count, recv.datatype, handle, algorithm)
             self._world.settle()
-            plan = planner.plan(told, recv.datatype, op)
+            plan = planner.plan(told, recv.datatype, handle)
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
+        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream))
+        fast.add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 
     def _stream(self, stream: Any, owner: Any) -> int:

@@ -160,7 +160,7 @@ def cuda_text(v: Any) -> Any:
     put, wait_reduce_finish, wait_copy, offset, heap_of, part_at, reduce_direct = (
         v.put, v.wait_reduce_finish, v.wait_copy, v.offset, v.heap_of, v.part_at, v.reduce_direct,
     )  # fmt: skip
-    table, note, sync, advance, jit = v.private, v.note, v.sync, v.advance, v.jit
+    table, note, sync, renew, jit = v.private, v.note, v.sync, v.renew, v.jit
 
     @jit
     def agree(c, e, send, recv, count):
@@ -211,7 +211,7 @@ def cuda_text(v: Any) -> Any:
             first = 0
             while first < count:
                 shift = first * itemsize(c)
-                advance(c)
+                renew(c)
                 one_round(c, begin(c), send + shift, recv + shift, min(capacity(c), count - first))
                 first += capacity(c)
 

@@ -79,7 +79,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def advance(c):
-        """End this block's epoch: what begins next has another one."""
+        """End this block's epoch, as the last act of a launch."""
         sync()  # all threads have read the epoch
         if thread() == 0:
             at = state(c) + EPOCHS + 8 * block()
@@ -87,7 +87,14 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
             store(at, now)
             if block() == 0:
                 store_relaxed(board(c), (now << STAMP_BITS) | stamp(c))  # for those who wonder why nothing comes
-        sync()  # and none reads it again before it is the new one
+
+    @jit
+    def renew(c):
+        """End this block's epoch in the middle of a launch: what was cleared is so for peers before they hear more."""
+        advance(c)
+        if thread() == 0:
+            fence()
+        sync()
 
     @jit
     def half(e):
@@ -277,7 +284,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, begin, advance, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset,
+        itemsize, width, area, begin, advance, renew, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset,
         accumulators, private, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}

@@ -196,14 +196,14 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
 
     A piece is a complete reduction with an epoch of its own. Schedules that cut messages themselves (not `rounds`) get
-    the whole part. Where GPUs can (`overlap`), the next kernel of the stream is brought in while this one runs, and waits
-    for its end before it touches memory. Parameters are the fields of a call, in their order.
+    the whole part. Where GPUs can (`overlap`), the next kernel of the stream is brought in while this one runs, and
+    waits for its end before it touches memory. Parameters are the fields of a call, in their order.
     """
     kernel = jit(text(v))
     block, thread, await_predecessor, let_successor, prefetch = (
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
     )  # fmt: skip
-    itemsize, unit, advance = a.itemsize, BYTES // a.itemsize, v.advance
+    itemsize, unit, advance, renew = a.itemsize, BYTES // a.itemsize, v.advance, v.renew
 
     def whole(
         send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices,
@@ -228,7 +228,10 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel(c, send + first * itemsize, recv + first * itemsize, piece)
-            advance(c)
             first += piece
+            if first < last:
+                renew(c)
+            else:
+                advance(c)
 
     return whole

@@ -1,0 +1,32 @@
+"""What tests on GPUs share: kernels that are at hand, and worlds whose areas are quickly made."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+
+import pytest
+
+from nvcoll import settings
+from tests.gpu.kernels import KERNELS, compile_one
+
+
+@pytest.fixture(autouse=True)
+def small_worlds(monkeypatch):
+    monkeypatch.setenv("NVCOLL_TIMEOUT", "20")
+    monkeypatch.setenv("NVCOLL_HEAP", "256M")
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The first GPU."""
+    from nvcoll.backends.driver import Device
+
+    return Device(0)
+
+
+@pytest.fixture(scope="session")
+def compiled(gpu):
+    """Let the kernels of these tests be in the cache."""
+    with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), get_context("spawn")) as pool:
+        list(pool.map(partial(compile_one, settings.read().cache_dir, gpu.arch), KERNELS))
