@@ -47,6 +47,7 @@ def pytest_configure(config):
     for name in clean_names(os.environ):
         del os.environ[name]
     os.environ[MARK] = RUN
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # emulated ranks need it, and only a new driver heeds it
     config.nvcoll_cache = tempfile.mkdtemp(prefix="nvcoll-cache-")
     os.environ["NVCOLL_CACHE_DIR"] = config.nvcoll_cache
 

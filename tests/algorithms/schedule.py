@@ -143,7 +143,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "unfold": unfold,
         "jit": lambda function: function,
         "begin": epochs.begin,
-        "advance": epochs.advance,
+        "renew": epochs.advance,
         "load": load,
         "store": lambda address, value: None,
         "copy": lambda to, source, nbytes: None,

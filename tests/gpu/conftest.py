@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +31,11 @@ def compiled(gpu):
     """Let the kernels of these tests be in the cache."""
     with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), get_context("spawn")) as pool:
         list(pool.map(partial(compile_one, settings.read().cache_dir, gpu.arch), KERNELS))
+
+
+@pytest.fixture
+def two_gpus():
+    """Skip where there is one only."""
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if gpus < 2:
+        pytest.skip(f"needs two GPUs, there is {gpus}")
