@@ -65,7 +65,7 @@ def marked(case):
     return pytest.param(case, marks=marks, id=title(case))
 
 
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_kernels_fit_into_registers(built, case):
     for registers, spilled, local, has_entry in built[case].result():
         assert registers <= MOST_REGISTERS
