@@ -248,7 +248,7 @@ def event_record(event: int, stream: int) -> None:
 def event_query(event: int) -> bool:
     """Tell whether what an event stands for is done."""
     driver = _driver()
-    (result,) = driver.cuEventQuery(event)
+    result, *_ = driver.cuEventQuery(event)
     if int(result) == int(driver.CUresult.CUDA_ERROR_NOT_READY):
         return False
     if int(result):
