@@ -1,12 +1,18 @@
 """Requests on GPUs: a call that was queued on a stream, and the event that tells its end."""
 
 import contextlib
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from nvcoll.backends import driver
 from nvcoll.errors import Error
+
+IMPATIENT = 1000
+"""Looks at an event, a microsecond or two each, before a wait begins to sleep between them."""
+NAP = 0.0001
+"""Seconds of sleep between looks."""
 
 
 class OnStream:
@@ -39,9 +45,15 @@ class OnStream:
             return driver.event_query(self._event)
 
     def wait(self) -> None:
-        """Wait for its end, and raise what went wrong."""
-        with self._device:
-            driver.event_synchronize(self._event)
+        """Wait for its end, and raise what went wrong.
+
+        The event is looked at again and again, since the driver's own wait would not let Ctrl-C through.
+        """
+        looks = 0
+        while not self.done():
+            looks += 1
+            if looks > IMPATIENT:
+                time.sleep(NAP)
         self._owners = ()
         self._check()
 

@@ -17,6 +17,7 @@ Result = IntEnum(
         "CUDA_ERROR_NO_DEVICE": 100,
         "CUDA_ERROR_INVALID_CONTEXT": 201,
         "CUDA_ERROR_NOT_FOUND": 500,
+        "CUDA_ERROR_NOT_READY": 600,
         "CUDA_ERROR_STRANGE": 99999,
     },
 )
@@ -50,12 +51,16 @@ class FakeDriver(types.ModuleType):
         Address -> memory allocated and not freed.
     contexts
         Retained primary contexts, one entry a retain.
+    recorded
+        Events recorded, with their streams.
+    looks
+        Looks at an event before it is done.
     """
 
+    CUresult = Result
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
-    CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
     CUdevice_attribute = types.SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=9,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=0,
@@ -67,6 +72,7 @@ class FakeDriver(types.ModuleType):
         super().__init__("cuda.bindings.driver")
         self.gpus, self.version = gpus, version
         self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
+        self.recorded, self.looks = [], 0
         self._threads = threading.local()
 
     @property
@@ -148,6 +154,14 @@ class FakeDriver(types.ModuleType):
     def cuEventDestroy(self, event):
         return Result(0) if event == EVENT else Result.CUDA_ERROR_INVALID_VALUE
 
+    def cuEventRecord(self, event, stream):
+        self.recorded.append((event, stream))
+        return Result(0) if self.stack else Result.CUDA_ERROR_INVALID_CONTEXT
+
+    def cuEventQuery(self, event):
+        self.looks -= 1
+        return Result.CUDA_ERROR_NOT_READY if self.looks >= 0 else Result(0)
+
     def _take(self, nbytes):
         if not self.stack:
             return Result.CUDA_ERROR_INVALID_CONTEXT, None
@@ -176,9 +190,6 @@ class FakeDriver(types.ModuleType):
 
     def cuMemGetInfo(self):
         return Result(0), MEMORY - sum(map(len, self.taken.values())), MEMORY
-
-    def cuPointerGetAttribute(self, attribute, address):
-        return Result(0), int(self.stack[-1].rpartition(" ")[2])
 
     def cuMemsetD8Async(self, address, byte, nbytes, stream):
         ctypes.memset(address, byte, nbytes)

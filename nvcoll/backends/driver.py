@@ -175,13 +175,6 @@ def memory_info() -> tuple[int, int]:
     return int(free_bytes), int(all_bytes)
 
 
-def ordinal_of(address: int) -> int:
-    """Return which GPU an address, of its memory or of host memory pinned for it, belongs to."""
-    return int(
-        _call("cuPointerGetAttribute", _driver().CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
-    )
-
-
 def host_allocate(nbytes: int) -> tuple[int, int]:
     """Return the addresses, for the host and for the GPU, of pinned host memory that all GPUs can use."""
     driver = _driver()
@@ -254,18 +247,13 @@ def event_record(event: int, stream: int) -> None:
 
 def event_query(event: int) -> bool:
     """Tell whether what an event stands for is done."""
-    try:
-        _call("cuEventQuery", event)
-    except DeviceError as exc:
-        if "CUDA_ERROR_NOT_READY" in str(exc):
-            return False
-        raise
+    driver = _driver()
+    result, *_ = driver.cuEventQuery(event)
+    if int(result) == int(driver.CUresult.CUDA_ERROR_NOT_READY):
+        return False
+    if int(result):
+        raise _error(driver, "cuEventQuery", result)
     return True
-
-
-def event_synchronize(event: int) -> None:
-    """Wait until what an event stands for is done."""
-    _call("cuEventSynchronize", event)
 
 
 def current_context() -> int:

@@ -183,10 +183,6 @@ class TestMemory:
         with pytest.raises(DeviceError, match=r"^cuMemFree: unknown to the driver \(99999\), unknown to the driver$"):
             driver.free(8)
 
-    def test_whose_memory(self, fake):
-        with driver.Device(1):
-            assert driver.ordinal_of(driver.allocate(8)) == 1
-
 
 def test_streams(fake):
     stream = driver.stream_create()
@@ -218,7 +214,6 @@ class TestReal:
             address, stream = driver.allocate(1 << 20), driver.stream_create()
             host, mapped = driver.host_allocate(1 << 20)
             try:
-                assert driver.ordinal_of(address) == device.ordinal
                 driver.memset(address, 5, 1 << 20, stream)
                 driver.memset(address + 100, 6, 1)
                 driver.copy(host, address, 1 << 20, stream)

@@ -1,0 +1,107 @@
+"""Requests on GPUs, on a driver that takes notes."""
+
+import gc
+
+import pytest
+
+from nvcoll import device_requests
+from nvcoll.backends.driver import Device
+from nvcoll.device_requests import OnStream
+from nvcoll.errors import DeviceError, TimeoutError
+from nvcoll.requests import Request
+from tests.fake_cuda import EVENT, FakeDriver, Result, install
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """What begins a call on stream 7, and the checks so far."""
+    checks, fake_driver = [], FakeDriver()
+    install(monkeypatch, fake_driver)
+
+    def begin(owner=None, check=lambda: checks.append(1)):
+        return Request(OnStream(Device(0), 7, check, (owner,)))
+
+    begin.checks, begin.driver = checks, fake_driver
+    return begin
+
+
+def test_the_event_stands_for_what_the_stream_holds(begun):
+    begun()
+    assert begun.driver.recorded == [(EVENT, 7)]
+    assert begun.driver.stack == []
+
+
+def test_looks_until_the_event_is_done(begun):
+    begun.driver.looks = 3
+    request = begun()
+    assert not request.Test()
+    assert begun.checks == []
+    request.Wait()
+    assert begun.checks == [1]
+    assert begun.driver.looks < 0
+    assert request.Test()
+
+
+def test_sleeps_between_looks_after_a_while(begun, monkeypatch):
+    naps = []
+    monkeypatch.setattr(device_requests, "IMPATIENT", 2)
+    monkeypatch.setattr(device_requests.time, "sleep", naps.append)
+    begun.driver.looks = 5
+    begun().Wait()
+    assert naps == [device_requests.NAP] * 3
+
+
+def test_interruptions_leave_it_pending(begun, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device_requests, "IMPATIENT", 0)
+    monkeypatch.setattr(device_requests.time, "sleep", interrupt)
+    begun.driver.looks = 3
+    request = begun()
+    with pytest.raises(KeyboardInterrupt):
+        request.Wait()
+    begun.driver.looks = 0
+    request.Wait()
+    assert begun.checks == [1]
+
+
+def test_what_failed_on_the_gpu_is_raised_once(begun):
+    def check():
+        raise TimeoutError("rank 1 did not come")
+
+    request = begun(check=check)
+    with pytest.raises(TimeoutError, match="did not come"):
+        request.Test()
+    assert request.Test()
+
+
+def test_buffers_live_until_its_end(begun):
+    class Owner:
+        alive = 0
+
+        def __init__(self):
+            Owner.alive += 1
+
+        def __del__(self):
+            Owner.alive -= 1
+
+    request = begun(Owner())
+    gc.collect()
+    assert Owner.alive == 1
+    request.Wait()
+    gc.collect()
+    assert Owner.alive == 0
+
+
+def test_the_event_is_given_back(begun):
+    begun().Wait()
+    gc.collect()
+    assert begun.driver.calls.count("cuEventDestroy") == 1
+
+
+def test_errors_of_the_driver_are_told(begun):
+    request = begun()
+    begun.driver.fail["cuEventQuery"] = Result.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(DeviceError, match=r"^cuEventQuery: CUDA_ERROR_INVALID_VALUE"):
+        request.Test()
