@@ -5,7 +5,7 @@ A page says how its block runs in a comment above it, which readers do not see:
     <!-- run: ranks=4 -->                 under `nvcoll run -n 4` (2 ranks without a comment)
     <!-- run: launcher=mpiexec -->        under mpiexec
     <!-- run: fails=TimeoutError -->      ends with that error
-    <!-- run: needs=torch -->             skipped where the module is missing
+    <!-- run: needs=gpu,torch -->         skipped where there is no GPU, or a module is missing
     <!-- run: env=NVCOLL_TIMEOUT=2 -->    with that variable
 
 A ```text block after it holds what the program prints, ranks in any order.
@@ -22,6 +22,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import without_gpu
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -72,11 +74,15 @@ SHELL = [pytest.param(block, id=str(block)) for block in ALL if block.language =
 @pytest.mark.parametrize("block", PROGRAMS)
 def test_program_runs(block, run_ranks):
     options = dict(block.options)
-    needed, launcher = options.pop("needs", None), options.pop("launcher", "nvcoll")
-    if needed and importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed")
+    needed, launcher = options.pop("needs", "").split(","), options.pop("launcher", "nvcoll")
+    if "gpu" in needed and (reason := without_gpu()):
+        pytest.skip(reason)
+    for module in set(needed) - {"", "gpu"}:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
     error = options.pop("fails", None)
     env = dict([options.pop("env").split("=")]) if "env" in options else {}
+    env |= {"NVCOLL_BACKEND": "nvshmem"} if "gpu" in needed else {}
     size = int(options.pop("ranks", 2))
     assert not options, f"{block}: unknown options {options}"
     ranks = run_ranks(block.text, size, launcher=launcher, env=env, check=error is None)
