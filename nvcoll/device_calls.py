@@ -97,6 +97,7 @@ class DeviceCalls:
     def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int]:
         """Check the arguments of an all-reduce; return the buffers, in place the same twice, operator and stream."""
         world = self._world
+        world.planner.state.demand()
         if is_in_place(sendbuf):
             if recvbuf is None:
                 raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")

@@ -141,6 +141,10 @@ cdef class DeviceState:
         """Refuse all further calls."""
         self.ended = 1
 
+    def demand(self):
+        """Raise StateError once the communicator has ended: before anything is planned for it."""
+        self.check()
+
     cdef int check(self) except -1:
         if nv_load(self.report) or self.ended:
             from nvcoll.errors import StateError

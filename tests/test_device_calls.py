@@ -31,7 +31,7 @@ class Plan:
 
 class Planner:
     def __init__(self):
-        self.state = SimpleNamespace(reported=None, sequence=0)
+        self.state = SimpleNamespace(reported=None, sequence=0, demand=lambda: None)
         self.area = SimpleNamespace(boards=lambda: self.tags)
         self.tags, self.plans = [], []
 

@@ -229,8 +229,8 @@ report[1], report[2], report[3], report[0] = 77, 5, 2, 1
 
 
 def test_after_the_end_nothing_is_launched(see):
-    told = see("state.end()", "[refusal(plan.run, 1, 2, 3), calls()]")
-    assert told == ["this communicator was finalized; take a new one, or call Init", []]
+    told = see("state.demand(); state.end()", "[refusal(plan.run, 1, 2, 3), refusal(state.demand), calls()]")
+    assert told == [*["this communicator was finalized; take a new one, or call Init"] * 2, []]
 
 
 def test_without_a_driver(run_command, tmp_path):

@@ -101,11 +101,16 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return (e >> STAMP_BITS) & 1
 
     @jit
+    def failed(c):
+        """Tell whether a wait of this rank's is known to be over its deadline; threads may differ for a moment."""
+        return load_relaxed(state(c)) == FAILED
+
+    @jit
     def gave_up(c, e, waited):
         """Tell whether to wait no more: the deadline is over, or another wait of this rank's has failed."""
         if block() == 0:
             store_relaxed(board(c), e)  # whoever else gives up sees that this rank has come
-        if load_relaxed(state(c)) == FAILED:
+        if failed(c):
             return True
         if waited < timeout(c):
             return False
@@ -144,11 +149,21 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return area(c, p) + flags(c) + half(e) * flags_half(c) + block() * flags_block(c) + slot * LINE
 
     @jit
+    def private(c):
+        """Return the address of memory that only this block uses."""
+        return workspace(c) + block() * workspace_block(c)
+
+    @jit
+    def outward(c, at):
+        """Return where to write what is for a peer: after a failure to none, lest it is taken for what is awaited."""
+        return private(c) if failed(c) else at
+
+    @jit
     def signal(c, e, p, slot, first, second):
         """Tell rank p that I am here, with two values. All that this block has stored is visible to it then."""
         sync()
         if thread() == 0:
-            at = flag(c, e, p, slot)
+            at = outward(c, flag(c, e, p, slot))
             store_relaxed(at + 8, first)
             store_relaxed(at + 16, second)
             fence()
@@ -173,11 +188,6 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         if at < 0 or at + nbytes > heap_size(c):
             return -1
         return at
-
-    @jit
-    def private(c):
-        """Return the address of memory that only this block uses."""
-        return workspace(c) + block() * workspace_block(c)
 
     @jit
     def accumulators(c, recv):
@@ -285,7 +295,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     named = (
         itemsize, width, area, begin, advance, renew, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset,
-        accumulators, private, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
+        accumulators, private, failed, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
     return SimpleNamespace(

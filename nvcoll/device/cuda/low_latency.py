@@ -119,8 +119,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
     else:
         form = flags(jit)
         base, base_half = v.lines, v.slots_half
-    area, half, get, rank, gave_up, stride, slots_block = (
-        v.area, v.half, v.get, v.rank, v.gave_up, v.stride, v.slots_block,
+    area, half, get, rank, gave_up, outward, stride, slots_block = (
+        v.area, v.half, v.get, v.rank, v.gave_up, v.outward, v.stride, v.slots_block,
     )  # fmt: skip
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
@@ -137,7 +137,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
     @jit
     def put_part(c, e, p, slot, offset, source, nbytes):
         """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        to = slot_at(c, e, p, slot) + offset * spread
+        to = outward(c, slot_at(c, e, p, slot)) + offset * spread
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and source & (BYTES - 1) == 0:
