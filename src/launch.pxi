@@ -133,7 +133,7 @@ cdef class DeviceState:
     @property
     def reported(self):
         """(tag, block, rank) of the first wait that was over its deadline, or None."""
-        if nv_load(self.report) == 0:
+        if self.ended or nv_load(self.report) == 0:
             return None
         return self.report[1], self.report[2], self.report[3]
 
@@ -146,13 +146,11 @@ cdef class DeviceState:
         self.check()
 
     cdef int check(self) except -1:
-        if nv_load(self.report) or self.ended:
+        if self.ended:  # before anything else: what kernels report to is gone then
             from nvcoll.errors import StateError
 
-            if self.ended:
-                raise StateError("this communicator was finalized; take a new one, or call Init")
-            return 1
-        return 0
+            raise StateError("this communicator was finalized; take a new one, or call Init")
+        return nv_load(self.report) != 0
 
     cdef int order(self, uintptr_t stream) noexcept nogil:
         """Let work on a stream begin after this communicator's latest on another one."""
@@ -222,6 +220,7 @@ cdef class DevicePlan:
         cdef void* current = NULL
         cdef void* popped
         cdef int k, error = 0
+        cdef bint pushed = False
         memcpy(values, self.values, sizeof(values))
         values[0], values[1] = <int64_t>send, <int64_t>recv
         for k in range(FIELDS):
@@ -230,6 +229,7 @@ cdef class DevicePlan:
         nv_get_context(&current)
         if current != self.state.context:
             error = nv_push_context(self.state.context)
+            pushed = not error
         if not error and stream != self.state.last_stream:
             if self.state.sequence:
                 error = self.state.order(stream)
@@ -238,7 +238,7 @@ cdef class DevicePlan:
             error = nv_launch_kernel(&shape, self.function, arguments, NULL)
         elif not error and send != recv:
             error = nv_copy_async(recv, send, <size_t>self.values[2], <void*>stream)
-        if current != self.state.context:
+        if pushed:
             nv_pop_context(&popped)
         self.state.sequence += 1
         return error

@@ -10,7 +10,10 @@ import tempfile
 import textwrap
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -254,3 +257,12 @@ def run_command():
         return run_group([str(part) for part in command], timeout, env, cwd)
 
     return run
+
+
+@contextmanager
+def worker_processes(number):
+    """A pool of processes that can import what stands in ``tests``, as this one can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1]))  # children are born with it
+        with ProcessPoolExecutor(number, get_context("spawn")) as pool:
+            yield pool

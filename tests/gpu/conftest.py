@@ -1,14 +1,13 @@
 """What tests on GPUs share: kernels that are at hand, and worlds whose areas are quickly made."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 from nvcoll import settings
+from tests.conftest import worker_processes
 from tests.gpu.kernels import KERNELS, compile_one
 
 
@@ -29,7 +28,7 @@ def gpu():
 @pytest.fixture(scope="session")
 def compiled(gpu):
     """Let the kernels of these tests be in the cache."""
-    with ProcessPoolExecutor(min(32, len(os.sched_getaffinity(0))), get_context("spawn")) as pool:
+    with worker_processes(min(32, len(os.sched_getaffinity(0)))) as pool:
         list(pool.map(partial(compile_one, settings.read().cache_dir, gpu.arch), KERNELS))
 
 

@@ -2,14 +2,13 @@
 
 import os
 import re
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 
 from nvcoll import jit_cuda
 from nvcoll.jit import ENTRY
 from nvcoll.planning import candidates
+from tests.conftest import worker_processes
 
 MOST_REGISTERS = 65536 // jit_cuda.THREADS
 
@@ -52,7 +51,7 @@ def built(request):
     """Compile the cases that were selected, as many at a time as there are processors."""
     selected = [item.callspec.params["case"] for item in request.session.items if "built" in item.fixturenames]
     workers = min(len(selected), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with worker_processes(workers) as pool:
         yield {case: pool.submit(build, *case) for case in selected}
 
 
