@@ -96,7 +96,7 @@ UFUNCS = {"SUM": np.add, "AVG": np.add, "PROD": np.multiply, "MIN": np.minimum, 
 MOST = 200_000
 
 def pool(rank, datatype):
-    # Small whole numbers: sums and products of them are exact in every type, whatever the order.
+    # Small whole numbers: sums and products of them are exact in what every type accumulates in, whatever the order.
     rng = np.random.default_rng([7, rank])
     numbers = rng.integers(-4, 5, 2 * MOST)
     if datatype.kind == "complex":
@@ -104,9 +104,10 @@ def pool(rank, datatype):
     return (numbers > 0 if datatype.kind == "bool" else numbers).astype(datatype.dtype)
 
 def expected(arrays, op, datatype):
-    total = reduce(UFUNCS[op], arrays).astype(datatype.dtype)
+    wide = DATATYPES[datatype.accumulate].dtype
+    total = reduce(UFUNCS[op], [one.astype(wide) for one in arrays])
     if op != "AVG":
-        return total
+        return total.astype(datatype.dtype)
     if datatype.kind in ("int", "uint"):
         return (np.sign(total) * (np.abs(total) // len(arrays))).astype(datatype.dtype)  # towards zero
     return (total / len(arrays)).astype(datatype.dtype)
