@@ -18,7 +18,10 @@ from nvcoll.codecache import CodeCache, digest_of
 from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
-TEXTS = ("common", "reduce", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency", "cuda/verbs")
+TEXTS = (
+    "common", "reduce", "cuda/layout", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency",
+    "cuda/verbs",
+)  # fmt: skip
 SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
 """Files that every kernel depends on."""
 THREADS = 512

@@ -11,25 +11,20 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
-from nvcoll._plan import DEVICE_FIELDS, DeviceState
+from nvcoll._plan import DeviceState
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
+from nvcoll.device.cuda.layout import EPOCHS, LINE, NEAR
 from nvcoll.errors import ArgumentError
 
-LINE = 64
-"""Bytes of a flag and its values."""
 BOARD = 0
 FLAGS = 4096
 BLOCKS = 320
 """Most blocks of a launch: two on each multiprocessor of the largest GPU there is."""
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
-NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
-"""Ranks whose areas are arguments of kernels."""
 LEAST_SLOTS = 4096
 """Least bytes of a block's part of a half."""
-EPOCHS = 64
-"""Where in a rank's state the epochs begin."""
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,13 @@ from numba.cuda.extending import intrinsic
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, around, fold, log2, unfold
 from nvcoll.device.cuda import ptx
+from nvcoll.device.cuda.layout import EPOCHS, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
 """Polls between looks at the clock and at what other blocks met."""
 FAILED = 1
-"""What the first word of the state says once a wait was over its deadline; the epochs of the blocks follow it."""
-EPOCHS = 64
-"""Where in a rank's state the epochs begin."""
-NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
-"""Ranks whose areas are arguments."""
-LINE = 64
-"""Bytes of a flag with its two values: flags of neighbours do not share a line."""
+"""What the first word of the state says once a wait was over its deadline."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:

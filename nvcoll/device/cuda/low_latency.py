@@ -17,6 +17,7 @@ from numba.cuda.extending import intrinsic
 
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.cuda import ptx
+from nvcoll.device.cuda.common import LOOK
 from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.ptx import I64, PACK
 
@@ -128,7 +129,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
     thread, threads, block, clock, load_pack = (
         ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.load_pack,
     )  # fmt: skip
-    polls_between_looks = 256
 
     @jit
     def slot_at(c, e, p, slot):
@@ -179,7 +179,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
         polls, since = 0, 0
         while missing(got, e):
             polls += 1
-            if polls == polls_between_looks:
+            if polls == LOOK:
                 polls = 0
                 now = clock()
                 if since == 0:

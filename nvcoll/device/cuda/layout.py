@@ -1,0 +1,10 @@
+"""Where kernels find what the host has laid out for them; known to both."""
+
+from nvcoll._plan import DEVICE_FIELDS
+
+LINE = 64
+"""Bytes of a flag with its two values: flags of neighbours do not share a line."""
+EPOCHS = 64
+"""Where in a rank's state the epochs of the blocks begin; its first word says whether a wait has failed."""
+NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
+"""Ranks whose areas are arguments, so that their addresses need not be loaded."""
