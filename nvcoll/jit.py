@@ -5,7 +5,8 @@ file, which is kept on disk and loaded without Numba the next time.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,28 @@ def _llvm() -> tuple[Any, Callable[[], Any]]:
     return llvm, machine
 
 
+@contextmanager
+def _left_unoptimised() -> Iterator[None]:
+    """Let Numba leave what it joins as it is: it would optimise every verb by itself, and all is optimised below.
+
+    That is a fifth of the time that a kernel takes. Where Numba has no such step any more, nothing is left out.
+    """
+    from numba.core.codegen import CPUCodeLibrary
+    from numba.core.compiler_lock import global_compiler_lock
+
+    name = "_optimize_final_module"
+    with global_compiler_lock:  # nobody else's functions are compiled meanwhile
+        kept: Any = getattr(CPUCodeLibrary, name, None)
+        if kept is None:
+            yield
+            return
+        setattr(CPUCodeLibrary, name, lambda library: None)
+        try:
+            yield
+        finally:
+            setattr(CPUCodeLibrary, name, kept)
+
+
 def compile_host(text: Any, arguments: int) -> bytes:
     """Compile a function of 64-bit integers to an object file whose entry point is `ENTRY`.
 
@@ -136,7 +159,8 @@ def compile_host(text: Any, arguments: int) -> bytes:
     from numba import cfunc, types
 
     llvm, machine = _llvm()
-    compiled: Any = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)
+    with _left_unoptimised():
+        compiled: Any = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)
     module = llvm.parse_assembly(compiled.inspect_llvm().replace(compiled._wrapper_name, ENTRY))
     for function in module.functions:
         if not function.is_declaration and function.name != ENTRY:

@@ -132,6 +132,16 @@ class TestCache:
         assert len(compiled) == 1
 
 
+def test_numba_optimises_for_others_as_before(tmp_path):
+    from numba import njit
+    from numba.core.codegen import CPUCodeLibrary
+
+    before = CPUCodeLibrary._optimize_final_module
+    jit.Compiler(tmp_path).schedule("one_shot", "simple")
+    assert CPUCodeLibrary._optimize_final_module is before
+    assert njit(lambda x: 2 * x + 1)(20) == 41
+
+
 class TestFoldersThatCannotBeUsed:
     """Kernels are compiled all the same, and one warning says why that takes time."""
 
