@@ -3,8 +3,10 @@
 import ctypes
 import os
 import shutil
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,48 @@ class TestCache:
         assert len(compiled) == 1
         assert len(found) == 4
         assert len(set(found)) == 1
+
+    def test_threads_with_caches_of_their_own_make_a_file_once(self, tmp_path):
+        """Also when another of them lets go of its lock, on another file, meanwhile."""
+
+        def make():
+            made.append(threading.get_ident())
+            begun.set()
+            time.sleep(0.3)
+            return b"code"
+
+        def get():
+            found.append(codecache.CodeCache(tmp_path).get("one.o", make))
+
+        made, found, begun = [], [], threading.Event()
+        threads = [threading.Thread(target=get) for _ in range(3)]
+        threads[0].start()
+        assert begun.wait(10)
+        codecache.CodeCache(tmp_path).get("other.o", lambda: b"other")
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [b"code"] * 3
+        assert len(made) == 1
+
+    def test_a_child_that_was_forked_meanwhile_keeps_nobody_waiting(self, tmp_path):
+        def make():
+            child.append(os.fork())
+            if not child[0]:
+                time.sleep(10)
+                os._exit(0)
+            return b"code"
+
+        child, begun = [], time.monotonic()
+        try:
+            codecache.CodeCache(tmp_path).get("one.o", make)
+            (tmp_path / "one.o").unlink()
+            assert codecache.CodeCache(tmp_path).get("one.o", lambda: b"again") == b"again"
+            assert time.monotonic() - begun < 8
+        finally:
+            os.kill(child[0], signal.SIGKILL)
+            os.waitpid(child[0], 0)
 
     @pytest.mark.parametrize(
         "damage",
