@@ -117,6 +117,7 @@ class TestCache:
         assert found == [b"code"] * 3
         assert len(made) == 1
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python 3.12: the tests have threads
     def test_a_child_that_was_forked_meanwhile_keeps_nobody_waiting(self, tmp_path):
         def make():
             child.append(os.fork())
