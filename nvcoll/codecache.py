@@ -83,9 +83,12 @@ def _warn_no_cache(reason: str) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the contents of a cache file, or None if it is absent or damaged."""
+    """Return the contents of a cache file, or None if it is absent, damaged or of another user."""
     try:
-        stored = path.read_bytes()
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():  # a group may write in the folder
+                return None
+            stored = file.read()
     except OSError:
         return None
     digest, code = stored[:HEADER], stored[HEADER:]

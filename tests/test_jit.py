@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +214,16 @@ class TestFoldersThatCannotBeUsed:
         monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
         with pytest.warns(RuntimeWarning, match="belongs to another user"):
             assert reduces(jit.Compiler(tmp_path))
+        assert len(compiled) == 2
+
+    def test_code_that_another_of_the_group_left_is_not_run(self, tmp_path, compiled, monkeypatch):
+        tmp_path.chmod(0o770)
+        assert reduces(jit.Compiler(tmp_path))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", lambda _: SimpleNamespace(st_uid=os.geteuid() + 1))
+            assert reduces(jit.Compiler(tmp_path))
+        assert len(compiled) == 2
+        assert reduces(jit.Compiler(tmp_path))
         assert len(compiled) == 2
 
 
