@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import stat
+import struct
 import tempfile
 import warnings
 import zlib
@@ -14,6 +15,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 HEADER = len(hashlib.sha256().digest())
+LOCK = struct.Struct("@hhqqi0q")
+"""C's struct flock: type, whence, start, length, and a process, which is none here."""
 
 
 class CodeCache:
@@ -80,9 +83,12 @@ def _warn_no_cache(reason: str) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the contents of a cache file, or None if it is absent or damaged."""
+    """Return the contents of a cache file, or None if it is absent, damaged or of another user."""
     try:
-        stored = path.read_bytes()
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_uid != os.geteuid():  # a group may write in the folder
+                return None
+            stored = file.read()
     except OSError:
         return None
     digest, code = stored[:HEADER], stored[HEADER:]
@@ -104,18 +110,25 @@ def _write(path: Path, code: bytes) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a file's lock among the processes that share the cache; without one where that is not possible.
+    """Hold a file's lock among all that share the cache; without one where that is not possible.
 
-    Each name has a byte of the lock file, so that processes which make different files do not wait for each other.
+    Each name has a byte of the lock file, so that processes which make different files do not wait for each other. The
+    lock belongs to the open file: one of the process would not keep its threads apart, and end when any of them closes
+    the lock file.
     """
     try:
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError:
         yield
         return
+    byte = zlib.crc32(name.encode())
     try:
         with contextlib.suppress(OSError):
-            fcntl.lockf(handle, fcntl.LOCK_EX, 1, zlib.crc32(name.encode()))
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLKW, LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
         yield
     finally:
+        with contextlib.suppress(
+            OSError
+        ):  # closing is not enough where a child was forked meanwhile: it has the file too
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, LOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
         os.close(handle)

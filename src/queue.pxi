@@ -146,7 +146,11 @@ cdef class Queue:
 
         self.state.queue = self
         self.worker = threading.Thread(target=self.serve, name="nvcoll requests", daemon=True)
-        self.worker.start()
+        try:
+            self.worker.start()
+        except Exception:  # the system gives no more threads: the next call may have one, and none is to be joined
+            self.worker = None
+            raise
         return 0
 
     cdef void ring(self) noexcept:

@@ -3,9 +3,12 @@
 import ctypes
 import os
 import shutil
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +93,49 @@ class TestCache:
         assert len(compiled) == 1
         assert len(found) == 4
         assert len(set(found)) == 1
+
+    def test_threads_with_caches_of_their_own_make_a_file_once(self, tmp_path):
+        """Also when another of them lets go of its lock, on another file, meanwhile."""
+
+        def make():
+            made.append(threading.get_ident())
+            begun.set()
+            time.sleep(0.3)
+            return b"code"
+
+        def get():
+            found.append(codecache.CodeCache(tmp_path).get("one.o", make))
+
+        made, found, begun = [], [], threading.Event()
+        threads = [threading.Thread(target=get) for _ in range(3)]
+        threads[0].start()
+        assert begun.wait(10)
+        codecache.CodeCache(tmp_path).get("other.o", lambda: b"other")
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [b"code"] * 3
+        assert len(made) == 1
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Python 3.12: the tests have threads
+    def test_a_child_that_was_forked_meanwhile_keeps_nobody_waiting(self, tmp_path):
+        def make():
+            child.append(os.fork())
+            if not child[0]:
+                time.sleep(10)
+                os._exit(0)
+            return b"code"
+
+        child, begun = [], time.monotonic()
+        try:
+            codecache.CodeCache(tmp_path).get("one.o", make)
+            (tmp_path / "one.o").unlink()
+            assert codecache.CodeCache(tmp_path).get("one.o", lambda: b"again") == b"again"
+            assert time.monotonic() - begun < 8
+        finally:
+            os.kill(child[0], signal.SIGKILL)
+            os.waitpid(child[0], 0)
 
     @pytest.mark.parametrize(
         "damage",
@@ -178,6 +224,16 @@ class TestFoldersThatCannotBeUsed:
         monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
         with pytest.warns(RuntimeWarning, match="belongs to another user"):
             assert reduces(jit.Compiler(tmp_path))
+        assert len(compiled) == 2
+
+    def test_code_that_another_of_the_group_left_is_not_run(self, tmp_path, compiled, monkeypatch):
+        tmp_path.chmod(0o770)
+        assert reduces(jit.Compiler(tmp_path))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", lambda _: SimpleNamespace(st_uid=os.geteuid() + 1))
+            assert reduces(jit.Compiler(tmp_path))
+        assert len(compiled) == 2
+        assert reduces(jit.Compiler(tmp_path))
         assert len(compiled) == 2
 
 

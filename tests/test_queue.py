@@ -13,6 +13,7 @@ import pytest
 
 import nvcoll
 from nvcoll import Prequest, Request
+from nvcoll._plan import Queue
 from nvcoll.errors import MismatchError, PeerLostError, StateError
 
 SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
@@ -317,6 +318,47 @@ class TestThreads:
 
         met = threading.Event()
         run(main, 2)
+
+    def test_the_system_gives_no_thread(self, monkeypatch):
+        """The call is refused, nothing of it remains, and the next one gets a thread that runs it."""
+
+        def refuse(thread):
+            if thread.name == "nvcoll requests":
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        def main(comm):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                comm.Iallreduce(np.zeros(3))
+            met.wait()
+            if comm.rank == 0:
+                monkeypatch.undo()
+            met.wait()
+            x = np.ones(3)
+            request = comm.Iallreduce(x)
+            deadline = time.monotonic() + SOON
+            while x[0] != 2:  # nobody waits for the request
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            met.wait()
+            return request.Wait()
+
+        met, start = threading.Barrier(2, timeout=SOON), threading.Thread.start
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert run(main, 2) == [True] * 2
+
+    def test_a_queue_without_a_thread_ends(self, monkeypatch):
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        state = nvcoll.COMM_SELF._world.planner.state
+        queue = Queue(state)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                queue.begin(print)
+        queue.close()
+        queue.join(SOON)
 
     def test_short_turns_of_the_interpreter(self):
         """Threads change at every chance: who runs the next call is decided anew each time."""
