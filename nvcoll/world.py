@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from nvcoll import settings as settings_
 from nvcoll._plan import Queue
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.choice import agree_on_backend
-from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
+from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, open_ranks, reserve
 from nvcoll.backends.heap import Heap, Piece
 from nvcoll.backends.shm import SharedMemory
 from nvcoll.errors import ArgumentError
@@ -134,30 +133,13 @@ def open_emulated(size: int, node_sizes: tuple[int, ...]) -> list[World]:
     settings = settings_.read()
     rules = read_rules(settings.rules)
     hub, segment = Hub(size, settings.timeout), reserve(size, settings.heap)
-    identities = [f"node {number}".encode() for number, ranks in enumerate(node_sizes) for _ in range(ranks)]
     crowded = _topology.detect(0, [b""] * size, None, [_topology.usable_cpus()] * size).oversubscribed
     compiler = Compiler(settings.cache_dir)
-    worlds: list[Any] = [None] * size
-    problems: list[BaseException] = []
 
-    def build(rank: int) -> None:
-        try:
-            exchange = LocalExchange(hub, rank)
-            topology = _topology.detect(rank, identities)
-            memory = EmulatedMemory(exchange, segment)
-            worlds[rank] = _build(exchange, topology, topology, memory, settings, rules, crowded, "emulated", compiler)
-        except BaseException as exc:  # raised by the caller's thread below
-            problems.append(exc)
-            hub.barrier.abort()
+    def build(exchange: Any, topology: Any, memory: Any) -> World:
+        return _build(exchange, topology, topology, memory, settings, rules, crowded, "emulated", compiler)
 
-    threads = [threading.Thread(target=build, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
-    return worlds
+    return open_ranks(hub, segment, node_sizes, build)
 
 
 def _build(

@@ -1,13 +1,12 @@
 """What stands behind a communicator on GPUs; the counterpart of `nvcoll.world`, whose `World` it resembles."""
 
-import threading
 from typing import Any
 
 from nvcoll import _topology
 from nvcoll import settings as settings_
 from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
-from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve_on
+from nvcoll.backends.emulated import Hub, open_ranks, reserve_on
 from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory
 from nvcoll.errors import BootstrapError, Error
@@ -102,29 +101,12 @@ def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> li
     device = driver.Device(ordinal)
     hub = Hub(size, settings.timeout)
     segment = reserve_on(device, size, settings.heap)
-    identities = [f"node {number}".encode() for number, ranks in enumerate(node_sizes) for _ in range(ranks)]
     kernels = Kernels(device, settings.cache_dir)
-    worlds: list[Any] = [None] * size
-    problems: list[BaseException] = []
 
-    def build(rank: int) -> None:
-        try:
-            exchange = LocalExchange(hub, rank)
-            topology = _topology.detect(rank, identities)
-            memory = EmulatedMemory(exchange, segment)
-            worlds[rank] = build_world(exchange, topology, memory, settings, rules, kernels, size, "emulated")
-        except BaseException as exc:  # raised by the caller's thread below
-            problems.append(exc)
-            hub.barrier.abort()
+    def build(exchange: Any, topology: Any, memory: Any) -> DeviceWorld:
+        return build_world(exchange, topology, memory, settings, rules, kernels, size, "emulated")
 
-    threads = [threading.Thread(target=build, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if problems:
-        raise problems[0]
-    return worlds
+    return open_ranks(hub, segment, node_sizes, build)
 
 
 def open_gpus(

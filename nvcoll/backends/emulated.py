@@ -3,9 +3,10 @@
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
-from nvcoll import _bootstrap
+from nvcoll import _bootstrap, _topology
 from nvcoll.backends import driver
 from nvcoll.backends.group import Member, physical_memory
 from nvcoll.errors import Error, PeerLostError, TimeoutError
@@ -87,6 +88,42 @@ class EmulatedMemory(Member):
     def __init__(self, exchange: LocalExchange, segment: Any) -> None:
         self.segment = segment
         super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, segment.size // exchange.size, -1)
+
+
+def open_ranks(hub: Hub, segment: Any, node_sizes: tuple[int, ...], build: Callable[[Any, Any, Any], Any]) -> list[Any]:
+    """Call ``build(exchange, topology, memory)`` for every rank, each on a thread of its own; return what it gave.
+
+    Parameters
+    ----------
+    hub
+        Where they exchange bytes.
+    segment
+        Memory of all ranks.
+    node_sizes
+        Ranks on each node.
+    build
+        Collective over the exchange it is given.
+    """
+    identities = [f"node {number}".encode() for number, ranks in enumerate(node_sizes) for _ in range(ranks)]
+    built: list[Any] = [None] * hub.size
+    problems: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            exchange = LocalExchange(hub, rank)
+            built[rank] = build(exchange, _topology.detect(rank, identities), EmulatedMemory(exchange, segment))
+        except BaseException as exc:  # raised by the caller's thread below
+            problems.append(exc)
+            hub.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(hub.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+    return built
 
 
 def reserve(size: int, extent: int | None) -> Any:
