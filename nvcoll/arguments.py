@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,24 @@ def judge(verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[
     """Check the arguments of an all-reduce; in place, both specs are the same."""
     if stream is not None:
         raise ArgumentError(f"{verb}: stream is given, and arrays of the host have none; leave it out")
+    return judge_buffers(verb, *in_place(verb, sendbuf, recvbuf), op, parse)
+
+
+def in_place(verb: str, sendbuf: Any, recvbuf: Any) -> tuple[Any, Any]:
+    """Return both buffers of a call, the same one twice if it is in place."""
     if is_in_place(sendbuf):
         if recvbuf is None:
             raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
-        sendbuf = recvbuf
-    elif recvbuf is None or is_in_place(recvbuf):
-        recvbuf = sendbuf
+        return recvbuf, recvbuf
+    if recvbuf is None or is_in_place(recvbuf):
+        return sendbuf, sendbuf
+    return sendbuf, recvbuf
+
+
+def judge_buffers(
+    verb: str, sendbuf: Any, recvbuf: Any, op: Any, parse: Callable[[str, str, Any, bool], Spec]
+) -> tuple[Spec, Spec, Op]:
+    """Check buffers, which `parse` finds, and operator of an all-reduce; in place, both specs are the same."""
     recv = parse(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True)
     send = recv
     if recvbuf is not sendbuf:

@@ -5,15 +5,17 @@ The host never waits here, but in `barrier`. What fails on a GPU is known after 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nvcoll._plan import DevicePlan, DevicePlans
+from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
-from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, check_pair, is_in_place, parse_device
+from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, parse_device
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream
-from nvcoll.errors import ArgumentError, DatatypeError, MismatchError, StateError, TimeoutError
-from nvcoll.ops import DATATYPES, SUM, Datatype, Op, as_op
+from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
+from nvcoll.ops import DATATYPES, SUM, Datatype, Op
 from nvcoll.requests import Ended, Pending
 from nvcoll.world_cuda import DeviceWorld
 
@@ -98,21 +100,9 @@ class DeviceCalls:
         """Check the arguments of an all-reduce; return the buffers, in place the same twice, operator and stream."""
         world = self._world
         world.planner.state.demand()
-        if is_in_place(sendbuf):
-            if recvbuf is None:
-                raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
-            sendbuf = recvbuf
-        elif recvbuf is None or is_in_place(recvbuf):
-            recvbuf = sendbuf
+        sendbuf, recvbuf = in_place(verb, sendbuf, recvbuf)
         queue = self._stream(stream, recvbuf)
-        recv = parse_device(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True, queue or 1)
-        send = recv
-        if recvbuf is not sendbuf:
-            send = parse_device(verb, "sendbuf", sendbuf, False, queue or 1)
-            check_pair(verb, send, recv)
-        handle = as_op(op, verb)
-        if reason := handle.supports(recv.datatype):
-            raise DatatypeError(f"{verb}: {reason}")
+        send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, op, partial(parse_device, stream=queue or 1))
         for name, spec in (("sendbuf", send), ("recvbuf", recv)):
             if spec.device not in (None, world.device.ordinal):
                 raise ArgumentError(
