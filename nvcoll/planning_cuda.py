@@ -110,16 +110,18 @@ class DevicePlanner(Chooser):
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
         """Return the elements of a block in one piece, and the bytes between its slots."""
+        return self.capacity(base, protocol, shape), self._stride(base, shape)
+
+    def _stride(self, base: str, shape: Shape) -> int:
         slots, _ = ALGORITHMS[base].slots(shape)
-        return self.capacity(base, protocol, shape), self.layout.slots_block // slots // PACK * PACK
+        return int(self.layout.slots_block // max(1, slots) // PACK * PACK)
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
         """Return the elements of a block in one piece: what its slots hold of accumulators, in whole packs."""
-        slots, parts = ALGORITHMS[base].slots(shape)
-        stride = self.layout.slots_block // max(1, slots) // PACK * PACK
+        _, parts = ALGORITHMS[base].slots(shape)
         spread = 2 if protocol == "low_latency" and not _has_sentinel(shape.datatype) else 1
-        unit = PACK // min(shape.itemsize, PACK)
-        part = stride // spread // shape.width // unit * unit
+        unit = PACK // shape.itemsize
+        part = self._stride(base, shape) // spread // shape.width // unit * unit
         return int(min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit))
 
     def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> DevicePlan:
@@ -134,7 +136,7 @@ class DevicePlanner(Chooser):
         deep = told.nbytes >= DEEP
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
         blocks, threads = self.grid(told.nbytes, function)
-        unit = PACK // min(PACK, datatype.itemsize)
+        unit = PACK // datatype.itemsize
         call["part"] = -(-count // (blocks * unit)) * unit
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
 
