@@ -12,7 +12,7 @@ import pytest
 import nvcoll
 from nvcoll.backends import driver
 from nvcoll.planning import candidates
-from tests.algorithms.calls import Call, Place
+from tests.algorithms.calls import PLACES, Call
 from tests.gpu.calls import judge
 from tests.gpu.kernels import PAIRS
 
@@ -23,16 +23,6 @@ WORLDS = [
     (8, [1, 3, 4]), (16, 4),
 ]  # fmt: skip
 COUNTS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 257, 509, 1021, 4093, 16384, 65537]
-PLACES = (
-    Place("plain", "plain"),
-    Place("plain"),
-    Place("symmetric", "symmetric"),
-    Place("symmetric"),
-    Place("symmetric", "plain"),
-    Place("plain", "symmetric"),
-    Place("plain", "plain", shift=1),
-    Place("symmetric", shift=3),
-)
 ROWS = [*((place,) for place in PLACES), PLACES[:4], PLACES[::-1]]
 
 
