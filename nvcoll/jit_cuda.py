@@ -14,16 +14,19 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nvcoll.codecache import CodeCache, digest_of
+from nvcoll.codecache import PACKAGE, CodeCache, digest_of
+from nvcoll.errors import BootstrapError
 from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
 TEXTS = (
     "common", "reduce", "cuda/layout", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency",
-    "cuda/verbs",
+    "cuda/remote", "cuda/verbs",
 )  # fmt: skip
 SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
 """Files that every kernel depends on."""
+SHIM = "device/cuda/shim.cu"
+"""What kernels that reach far ranks are linked with."""
 THREADS = 512
 """Most threads of a block: kernels are compiled so that their registers suffice for as many."""
 OVERLAPS = (9, 0)
@@ -63,14 +66,25 @@ class CubinCache:
     def __init__(self, folder: Path) -> None:
         self._files = CodeCache(folder)
 
-    def get(self, algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> bytes:
+    def get(
+        self, algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True, remote: bool = False
+    ) -> bytes:
         """Return a kernel's cubin."""
         from nvcoll.algorithms import ALGORITHMS
 
-        digest = digest_of(_platform(), *SOURCES, "algorithms/_registry.py", ALGORITHMS[algorithm].file)
-        depth = "deep" if deep else "shallow"
-        name = f"{algorithm}-{protocol}-{op}-{datatype}-{depth}-{arch}-{digest}.cubin"
-        return self._files.get(name, lambda: compile_kernel(algorithm, protocol, op, datatype, arch, deep).cubin)
+        key = (algorithm, protocol, op, datatype, arch, deep)
+        sources = (*SOURCES, "algorithms/_registry.py", ALGORITHMS[algorithm].file)
+        start = f"{algorithm}-{protocol}-{op}-{datatype}-{'deep' if deep else 'shallow'}"
+        if not remote:
+            return self._files.get(
+                f"{start}-{arch}-{digest_of(_platform(), *sources)}.cubin", lambda: compile_kernel(*key).cubin
+            )
+        platform = f"{_platform()}\n{_version('nvidia-nvshmem-cu13')}"
+        shim = self._files.get(f"shim-{arch}-{digest_of(platform, SHIM)}.ltoir", lambda: compile_shim(arch))
+        return self._files.get(
+            f"{start}-remote-{arch}-{digest_of(platform, *sources, SHIM)}.cubin",
+            lambda: compile_kernel(*key, shim).cubin,
+        )
 
 
 @cache
@@ -89,7 +103,9 @@ def _version(package: str) -> str:
         return ""
 
 
-def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> Kernel:
+def compile_kernel(
+    algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True, shim: bytes | None = None
+) -> Kernel:
     """Compile an algorithm's kernel.
 
     Parameters
@@ -100,8 +116,29 @@ def compile_kernel(algorithm: str, protocol: str, op: str, datatype: str, arch: 
         Architecture, ``"sm_90"`` for one.
     deep
         Whether a thread has several packs under way at a time; types of one byte never do.
+    shim
+        What `compile_shim` gives, for a kernel that reaches far ranks.
     """
-    return assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep), arch)
+    return assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep, shim), arch)
+
+
+def compile_shim(arch: str) -> bytes:
+    """Compile what kernels call of NVSHMEM, for an architecture, to what the linker can inline. Takes seconds."""
+    from cuda.core import Program, ProgramOptions
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    folders = {name: find_nvidia_header_directory(name) for name in ("nvshmem", "cudart", "cccl")}
+    missing = [name for name, folder in folders.items() if folder is None]
+    if missing:
+        raise BootstrapError(
+            f"Init: kernels that reach other nodes need the headers of {', '.join(missing)}; "
+            'pip install "nvcoll[cuda]" "cuda-toolkit[cccl,cudart]"'
+        )
+    options = ProgramOptions(
+        arch=arch, std="c++17", include_path=list(folders.values()), relocatable_device_code=True,
+        link_time_optimization=True,
+    )  # fmt: skip
+    return bytes(Program((PACKAGE / SHIM).read_text(), "c++", options).compile("ltoir").code)
 
 
 def assemble(ptx: str, arch: str) -> Kernel:
@@ -125,7 +162,9 @@ def _spills(log: str) -> int:
     return _figure(log, r"(\d+) bytes spill stores") + _figure(log, r"(\d+) bytes spill loads")
 
 
-def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True) -> str:
+def kernel_ptx(
+    algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True, shim: bytes | None = None
+) -> str:
     """Return the PTX of an algorithm's kernel, whose entry point is `ENTRY`."""
     from numba import cuda
     from numba.cuda import types
@@ -140,16 +179,27 @@ def kernel_ptx(algorithm: str, protocol: str, op: str, datatype: str, arch: str,
         jit = cuda.jit(device=True)
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
         schedule = ALGORITHMS[algorithm]
-        v = verbs.vocabulary(jit, a, protocol, deep and kind.itemsize > 1)
+        v = verbs.vocabulary(jit, a, protocol, deep and kind.itemsize > 1, remote=shim is not None)
         text = verbs.entry(jit, v, a, schedule.text_for("cuda"), schedule.rounds, capability >= OVERLAPS)
         signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
-        ptx, _ = cuda.compile(
-            text, signature, device=False, abi="numba", cc=capability, output="ptx", launch_bounds=THREADS
-        )
+        code, _ = cuda.compile(
+            text, signature, device=False, abi="numba", cc=capability, output="ltoir" if shim else "ptx",
+            launch_bounds=THREADS,
+        )  # fmt: skip
+    ptx = str(code) if shim is None else _merge(code, shim, arch)
     name = re.search(r"\.visible \.entry (\w+)\(", ptx)
     if name is None:
         raise RuntimeError(f"Numba made no kernel of {algorithm}/{protocol}")
-    return str(ptx).replace(name[1], ENTRY)
+    return ptx.replace(name[1], ENTRY)
+
+
+def _merge(kernel: bytes, shim: bytes, arch: str) -> str:
+    """Optimise a kernel and the shim as one; PTX, not a cubin, since a kernel has a name of Numba's until then."""
+    from cuda.core import Linker, LinkerOptions, ObjectCode
+
+    options = LinkerOptions(arch=arch, link_time_optimization=True, ptx=True)
+    linked = Linker(ObjectCode.from_ltoir(kernel), ObjectCode.from_ltoir(shim), options=options).link("ptx")
+    return bytes(linked.code).decode().rstrip("\0")
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Plans of calls on GPUs: the shape of the launch, the geometry of slots, and the kernel."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
-from nvcoll.backends import driver
+from nvcoll.backends import driver, nvshmem
 from nvcoll.backends.device_area import BLOCKS, DeviceArea
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
@@ -36,10 +37,13 @@ class Kernels:
         The GPU.
     cache_dir
         Where cubins are kept between processes.
+    remote
+        Whether they reach far ranks.
     """
 
-    def __init__(self, device: Any, cache_dir: Path) -> None:
+    def __init__(self, device: Any, cache_dir: Path, remote: bool = False) -> None:
         self.device = device
+        self.remote = remote
         self._cubins = CubinCache(cache_dir)
         self._loaded: dict[tuple[Any, ...], tuple[Any, int]] = {}
         self._lock = threading.Lock()
@@ -49,9 +53,11 @@ class Kernels:
         key = (algorithm, protocol, op, datatype, deep)
         with self._lock:
             if key not in self._loaded:
-                cubin = self._cubins.get(*key[:4], self.device.arch, deep)
+                cubin = self._cubins.get(*key[:4], self.device.arch, deep, self.remote)
                 with self.device:
                     module = driver.load_module(cubin)
+                    if self.remote:
+                        nvshmem.introduce(module.handle)
                     self._loaded[key] = module, module.function(ENTRY)
             return self._loaded[key][1]
 
@@ -76,6 +82,8 @@ class DevicePlanner(Chooser):
         Ranks that share this rank's GPU, itself included: kernels of all must fit on it at the same time.
     multiprocessors
         Of the smallest GPU of the communicator.
+    remote
+        Whether some ranks are far: their memory can neither be loaded from nor stored to.
     """
 
     kind = "cuda"
@@ -83,7 +91,7 @@ class DevicePlanner(Chooser):
 
     def __init__(
         self, area: DeviceArea, topology: Any, slices: int, rules: dict[str, Any], kernels: Kernels, sharers: int,
-        multiprocessors: int, timeout: float,
+        multiprocessors: int, timeout: float, remote: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(area.layout, topology, slices, rules, sharers > 1, timeout)
         self.area = area
@@ -92,6 +100,11 @@ class DevicePlanner(Chooser):
         self.sharers = sharers
         self.overlap = sharers == 1  # where ranks share a GPU, its room is for those that wait for each other
         self.multiprocessors = multiprocessors
+        self.remote = remote
+
+    def shape(self, count: int, datatype: Datatype) -> Shape:
+        """Return what algorithms are told of a call."""
+        return replace(super().shape(count, datatype), apart=self.remote)
 
     def grid(self, nbytes: int, function: int) -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
@@ -119,7 +132,8 @@ class DevicePlanner(Chooser):
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
         """Return the elements of a block in one piece: what its slots hold of accumulators, in whole packs."""
         _, parts = ALGORITHMS[base].slots(shape)
-        spread = 2 if protocol == "low_latency" and not _has_sentinel(shape.datatype) else 1
+        flagged = self.remote or not _has_sentinel(shape.datatype)
+        spread = 2 if protocol == "low_latency" and flagged else 1
         unit = PACK // shape.itemsize
         part = self._stride(base, shape) // spread // shape.width // unit * unit
         return int(min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit))

@@ -1,5 +1,6 @@
 """What stands behind a communicator on GPUs; the counterpart of `nvcoll.world`, whose `World` it resembles."""
 
+from collections.abc import Collection
 from typing import Any
 
 from nvcoll import _topology
@@ -7,8 +8,9 @@ from nvcoll import settings as settings_
 from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.emulated import Hub, open_ranks, reserve_on
+from nvcoll.backends.group import agree
 from nvcoll.backends.heap import Heap
-from nvcoll.backends.nvshmem import SymmetricMemory
+from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
 from nvcoll.errors import BootstrapError, Error
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
@@ -115,20 +117,40 @@ def open_gpus(
     """Set up a world of processes with a GPU each. Collective."""
     memory = SymmetricMemory(exchange, topology, settings)
     try:
-        here = _topology.detect(exchange.rank, identities, settings.ranks_per_node, gpus=memory.gpus)
-        unreachable = [rank for rank, address in enumerate(memory.addresses) if not address]
-        if unreachable:
-            raise BootstrapError(
-                f"Init: rank {exchange.rank} cannot load from the GPU of rank {unreachable[0]}; NVLink or PCIe peer "
-                "access is needed, or set NVCOLL_BACKEND=shm"
-            )
+        here, far, remote = _reach(exchange, identities, memory, settings)
         shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
         sharers = max(int.from_bytes(share, "little") for share in shares)
-        kernels = Kernels(memory.device, settings.cache_dir)
-        return build_world(exchange, here, memory, settings, rules, kernels, sharers, "nvshmem")
+        kernels = Kernels(memory.device, settings.cache_dir, remote)
+        return build_world(exchange, here, memory, settings, rules, kernels, sharers, "nvshmem", far)
     except BaseException:
         memory.close()
         raise
+
+
+def _reach(
+    exchange: Any, identities: list[bytes], memory: SymmetricMemory, settings: Any
+) -> tuple[Any, frozenset[int], bool]:
+    """Return the nodes, the ranks that are far from this one, and whether any rank is far from any. Collective."""
+
+    def detect(ranks_per_node: int | None) -> Any:
+        return _topology.detect(exchange.rank, identities, ranks_per_node, gpus=memory.gpus)
+
+    here = detect(settings.ranks_per_node)
+    unreachable = {rank for rank, address in enumerate(memory.addresses) if not address}
+    if any(_ask(exchange, not unreachable.isdisjoint(here.nodes[here.node]))):
+        here = detect(1)  # ranks of a node reach each other: that is what algorithms take for granted
+    far = frozenset(unreachable)
+    if settings.reach == "node":
+        far |= set(range(exchange.size)) - set(here.nodes[here.node])
+    remote = any(_ask(exchange, bool(far)))  # both ends of every slot must know in which form it is filled
+    problem = unfit_transport() if remote else None
+    agree(exchange, b"", problem or "", "other nodes cannot be reached", BootstrapError)
+    return here, far, remote
+
+
+def _ask(exchange: Any, fact: bool) -> list[bool]:
+    """Return what is true of every rank."""
+    return [answer == b"1" for answer in exchange.allgather(b"1" if fact else b"0")]
 
 
 def build_world(
@@ -140,6 +162,7 @@ def build_world(
     kernels: Kernels,
     sharers: int,
     backend: str,
+    far: Collection[int] = (),
 ) -> DeviceWorld:
     """Set up a rank's area and planner. Collective."""
     device = kernels.device
@@ -147,10 +170,10 @@ def build_world(
     layout = DeviceLayout(len(memory.members), max(settings.scratch, SCRATCH))
     piece = heap.allocate(layout.nbytes, "Init")
     slices = min(topology.node_sizes)
-    area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device)
+    area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, far)
     answers = exchange.allgather(device.multiprocessors.to_bytes(4, "little"))  # and nobody writes before all areas are
     smallest = min(int.from_bytes(answer, "little") for answer in answers)
-    planner = DevicePlanner(area, topology, slices, rules, kernels, sharers, smallest, settings.timeout)
+    planner = DevicePlanner(area, topology, slices, rules, kernels, sharers, smallest, settings.timeout, kernels.remote)
     with device:
         stream = driver.stream_create() if backend == "emulated" else 0
     return DeviceWorld(exchange, topology, planner, heap, device, backend, stream)

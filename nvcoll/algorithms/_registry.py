@@ -23,6 +23,8 @@ class Shape:
         Ranks of the smallest node; less than that of `node_sizes` where those are not all nodes.
     datatype : str
         Name of the elements' type.
+    apart : bool
+        Whether some ranks can neither load from nor store to the memory of some others; those of a node always can.
     """
 
     node_sizes: tuple[int, ...]
@@ -31,6 +33,7 @@ class Shape:
     width: int = 4
     slices: int = 1
     datatype: str = "float32"
+    apart: bool = False
 
     @cached_property
     def size(self) -> int:

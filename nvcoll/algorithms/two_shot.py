@@ -19,8 +19,8 @@ from nvcoll.algorithms._registry import Link, Shape, algorithm
 
 
 def supports(shape: Shape) -> str | None:
-    """Any call."""
-    return None
+    """Any call, where ranks can load from each other's memory."""
+    return "needs ranks that can load from each other's memory" if shape.apart else None
 
 
 def cost(shape: Shape, link: Link) -> float:

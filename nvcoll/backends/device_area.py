@@ -3,9 +3,11 @@
     board  flags (2 halves)  cells (2 halves)  lines (2 halves)  data (2 halves)
 
 Within a half, each block of a launch has a part of its own. Cells hold sentinels while they are empty, all else zeros.
+Where some ranks are far, nothing arrives in cells: what goes to far ranks is staged there.
 """
 
 import ctypes
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -107,11 +109,14 @@ class DeviceArea:
         Ranks of the smallest node.
     device
         The GPU.
+    far
+        Ranks that kernels are to reach through the network only, whether their memory could be stored to or not.
     """
 
     def __init__(
-        self, memory: Any, piece: Piece, here: Any, layout: DeviceLayout, timeout: float, slices: int, device: Any
-    ) -> None:
+        self, memory: Any, piece: Piece, here: Any, layout: DeviceLayout, timeout: float, slices: int, device: Any,
+        far: Collection[int] = (),
+    ) -> None:  # fmt: skip
         self.piece = piece
         self.layout = layout
         self._device = device
@@ -119,7 +124,7 @@ class DeviceArea:
         with device:
             driver.memset(piece.address, 0, layout.nbytes)
             driver.memset(piece.address + layout.cells, 0xFF, 2 * layout.slots_half)
-            tables = _tables(memory, piece, here)
+            tables = _tables(memory, piece, here, far)
             places, total = _places([8 * len(table) for table in tables] + [EPOCHS + 8 * BLOCKS])
             self._private = driver.allocate(total + BLOCKS * layout.slots_block)
             driver.memset(self._private, 0, total)
@@ -170,9 +175,10 @@ class DeviceArea:
             self._private = 0
 
 
-def _tables(memory: Any, piece: Piece, here: Any) -> list[list[int]]:
+def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[list[int]]:
     """Return what kernels look up: the ranks' areas, the ranks by node, and where in these each node begins."""
-    areas = [memory.address(place) and memory.address(place) + piece.offset for place in range(len(memory.members))]
+    heaps = [0 if place in far else memory.address(place) for place in range(len(memory.members))]
+    areas = [heap and heap + piece.offset for heap in heaps]  # 0: far
     starts = [0, *accumulate(here.node_sizes)]
     return [areas, list(chain.from_iterable(here.nodes)), starts]
 

@@ -247,6 +247,35 @@ class SymmetricMemory(Member):
             return [self._base if place == self.place else bindings.ptr(self._base, place) for place in self.members]
 
 
+def introduce(module: int) -> None:
+    """Let the kernels of a loaded module, which were linked with NVSHMEM's device part, use NVSHMEM as it runs."""
+    from nvshmem import bindings
+
+    try:
+        status = bindings.cumodule_init(module)
+    except Exception as exc:  # the bindings' own class
+        raise BootstrapError(_not_introduced(f"{type(exc).__name__}: {exc}")) from exc
+    if status:
+        raise BootstrapError(_not_introduced(f"status {status}"))
+
+
+def _not_introduced(fact: str) -> str:
+    return f"Init: NVSHMEM does not take kernels that reach other nodes ({fact}); NVSHMEM_DEBUG=INFO tells more"
+
+
+def unfit_transport() -> str | None:
+    """Return why kernels cannot use the network as NVSHMEM was told to, or None.
+
+    NVSHMEM's headers leave out what posts to the adapter from the GPU itself when they are compiled at run time.
+    """
+    chosen = (settings_.foreign("NVSHMEM_REMOTE_TRANSPORT") or "").lower()
+    if chosen == "gpunetio":
+        return "NVSHMEM_REMOTE_TRANSPORT=gpunetio is not for kernels compiled at run time; unset it"
+    if (settings_.foreign("NVSHMEM_IB_ENABLE_IBGDA") or "0").lower() not in {"0", "false", "no", "off"}:
+        return "NVSHMEM_IB_ENABLE_IBGDA is not for kernels compiled at run time; unset it"
+    return None
+
+
 def _device(wanted: int | None, host_rank: int) -> driver.Device:
     """Return the GPU of a rank: the one it wants, else the ranks of a host take turns."""
     reason = usable()

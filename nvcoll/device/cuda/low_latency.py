@@ -112,9 +112,9 @@ def flags(jit: Any) -> SimpleNamespace:
     return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of)
 
 
-def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> SimpleNamespace:
+def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrive."""
-    if a.accumulator.startswith(("float", "complex")):
+    if a.accumulator.startswith(("float", "complex")) and not remote:
         form = sentinels(jit, 8 if a.accumulator in ("float64", "complex128") else 4)
         base, base_half = v.cells, v.slots_half
     else:
@@ -135,9 +135,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
         return area(c, p) + base(c) + half(e) * base_half(c) + block() * slots_block(c) + slot * stride(c)
 
     @jit
-    def put_part(c, e, p, slot, offset, source, nbytes):
-        """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        to = outward(c, slot_at(c, e, p, slot)) + offset * spread
+    def store_part(e, to, source, nbytes):
+        """Write bytes to an address in the form in which they travel."""
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and source & (BYTES - 1) == 0:
@@ -152,6 +151,11 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
         while i < nbytes:
             push(to + i * spread, get(source + i, nbytes - i), e)
             i += step
+
+    @jit
+    def put_part(c, e, p, slot, offset, source, nbytes):
+        """Write bytes into a slot of rank p, from a multiple of a pack on."""
+        store_part(e, outward(c, slot_at(c, e, p, slot)) + offset * spread, source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):
@@ -191,5 +195,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
         return data_of(got)
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle
-    )
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle,
+        slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
+    )  # fmt: skip

@@ -125,6 +125,23 @@ fence = _action(
 )
 sync = _action("bar.sync 0;", "Wait for all threads of the block; what they stored is visible from here on.")
 
+
+@intrinsic
+def any_of(typing: Any, flag: Any) -> Any:
+    """Wait for all threads of the block, like `sync`, and tell all of them whether the flag of any is set."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        text = (
+            "{.reg .pred mine, some; setp.ne.u32 mine, $1, 0; bar.red.or.pred some, 0, mine; "
+            "selp.u32 $0, 1, 0, some;}"
+        )
+        word = ir.IntType(32)
+        found = assembly(builder, text, "=r,r", word, [builder.zext(args[0], word)])
+        return builder.icmp_unsigned("!=", found, ir.Constant(word, 0))
+
+    return types.boolean(types.boolean), emit
+
+
 let_successor = _action("griddepcontrol.launch_dependents;", "Let the next kernel of the stream be brought in.")
 await_predecessor = _action("griddepcontrol.wait;", "Wait until the kernels before have ended and stored all.")
 

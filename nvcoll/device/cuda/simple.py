@@ -4,19 +4,26 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll.device.cuda import ptx
+from nvcoll.device.cuda import remote as far
 
 
-def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> SimpleNamespace:
+def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
     area, half, rank, flag, wait, copy, outward = v.area, v.half, v.rank, v.flag, v.wait, v.copy, v.outward
     stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
     sync, thread, block, fence, store_release, load_pack = (
         ptx.sync, ptx.thread, ptx.block, ptx.fence, ptx.store_release, ptx.load_pack,
     )  # fmt: skip
+    landed = far.landed
 
     @jit
     def slot_at(c, e, p, slot):
         return area(c, p) + slots(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
+
+    @jit
+    def store_part(e, to, source, nbytes):
+        """Write bytes to an address as they travel."""
+        copy(to, source, nbytes)
 
     @jit
     def put_part(c, e, p, slot, offset, source, nbytes):
@@ -36,6 +43,10 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
         """Wait for a slot of mine to be filled and return where it lies."""
         if nbytes > 0:
             wait(c, e, flag(c, e, rank(c), slot))
+            if remote:
+                if thread() == 0:
+                    landed(flag(c, e, rank(c), slot), e)
+                sync()
         return slot_at(c, e, rank(c), slot)
 
     @jit
@@ -57,5 +68,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool) -> Si
         return got
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle
-    )
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle,
+        slot_at=slot_at, store_part=store_part, spread=1, signals=True,
+    )  # fmt: skip

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
+from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.packs import BYTES
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
 
 
-def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool) -> SimpleNamespace:
+def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: bool = False) -> SimpleNamespace:
     """Return every verb and field that a schedule may use, bound to an operator, a datatype and a protocol.
 
     Parameters
@@ -24,9 +25,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool) -> Simpl
     deep
         Whether a thread has four packs under way at a time. That takes registers and code, so it is for messages
         that give each thread as many, and for types whose packs have few elements.
+    remote
+        Whether some ranks are far: see `nvcoll.device.cuda.remote`. All kernels of a world must agree on it.
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
-    w = PROTOCOLS[protocol](jit, v, a, deep)
+    w = PROTOCOLS[protocol](jit, v, a, deep, remote)
     put_part, put_end, arrival, arrivals, peek, settle = (
         w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle,
     )  # fmt: skip
@@ -186,6 +189,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool) -> Simpl
                 put_back(load(targets + 8 * ((me + j) % k)) + base + i, result, nbytes - i)
             i += step
 
+    if remote:
+        put = far.over(jit, v, w).put
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"reduce_direct": reduce_direct}

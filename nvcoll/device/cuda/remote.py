@@ -1,0 +1,113 @@
+"""Ranks whose memory cannot be stored to: what goes to them is staged in my own memory, and NVSHMEM puts it there.
+
+Address 0 in the table of areas says that a rank is far; stores go straight to all others, in the same kernel. The wire
+may write in any order and grain, but words of 8 bytes are whole: low latency's form with flags travels as it is, for
+every type, and from all ranks, since a slot cannot tell who will fill it. Simple's signal goes with its data.
+
+What is staged lies where the cells of sentinels would, which such a world has no use for, as in the slot it is for.
+Two halves by the parity of the epoch suffice: a half is written again in epoch k + 2, when epoch k + 1 is complete
+here. That holds a contribution of each rank, made after the rank had read all that it was sent in epoch k: so those
+puts have gone out. Nothing is put from where it lies: schedules overwrite what they have sent. Within an epoch, a slot
+is staged once, or for several ranks with the same bytes.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+from nvcoll.device.cuda import ptx
+from nvcoll.device.cuda.packs import BYTES
+from nvcoll.device.cuda.ptx import I64
+
+
+def _call(context: Any, builder: Any, name: str, args: Any) -> Any:
+    """Call a function of shim.cu; all threads of the block come to it together."""
+    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    function.attributes.add("convergent")
+    builder.call(function, args)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def begin_put(typing: Any, to: Any, source: Any, nbytes: Any, rank: Any) -> Any:
+    """Begin to copy bytes of mine to another rank, at my own address of the place."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(context, builder, "nvcoll_put", args)
+
+    return types.void(*[types.int64] * 4), emit
+
+
+@intrinsic
+def begin_put_signal(typing: Any, to: Any, source: Any, nbytes: Any, flag: Any, tag: Any, rank: Any) -> Any:
+    """Begin to copy bytes of mine to another rank, and to set a flag there after them."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(context, builder, "nvcoll_put_signal", args)
+
+    return types.void(*[types.int64] * 6), emit
+
+
+@intrinsic
+def landed(typing: Any, flag: Any, tag: Any) -> Any:
+    """Make the data before a flag readable, which this thread has seen."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(context, builder, "nvcoll_landed", args)
+
+    return types.void(types.int64, types.int64), emit
+
+
+def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
+    """Return a protocol with ``put`` that reaches far ranks too.
+
+    Parameters
+    ----------
+    jit
+        Decorator of device functions.
+    v
+        What `common.verbs` gives.
+    w
+        The protocol, made for far ranks.
+    """
+    area, half, flag, failed, rank, stride = v.area, v.half, v.flag, v.failed, v.rank, v.stride
+    stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
+    put_part, put_end, slot_at, store_part, spread, signals = (
+        w.put_part, w.put_end, w.slot_at, w.store_part, w.spread, w.signals,
+    )  # fmt: skip
+    any_of, sync, fence, thread, block = ptx.any_of, ptx.sync, ptx.fence, ptx.thread, ptx.block
+
+    @jit
+    def stage_at(c, e, slot):
+        """Return where what goes to a slot of a far rank is staged."""
+        return area(c, rank(c)) + stage(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
+
+    @jit
+    def put_far(c, e, p, slot, source, nbytes):
+        """Stage bytes and begin to put them; after a failure nothing, since earlier puts may still read the stage."""
+        if any_of(failed(c)):  # all threads go the same way: NVSHMEM has barriers of its own
+            return
+        staged = stage_at(c, e, slot)
+        store_part(e, staged, source, nbytes)
+        sync()
+        if thread() == 0:
+            fence()  # the network reads what all threads of the block have stored
+        to = slot_at(c, e, rank(c), slot)
+        if signals:
+            begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, p)
+        else:
+            begin_put(to, staged, (nbytes + BYTES - 1) // BYTES * BYTES * spread, p)
+
+    @jit
+    def put(c, e, p, slot, source, nbytes):
+        if area(c, p) != 0:
+            put_part(c, e, p, slot, 0, source, nbytes)
+            put_end(c, e, p, slot)
+        elif nbytes > 0:
+            put_far(c, e, p, slot, source, nbytes)
+
+    return SimpleNamespace(**vars(w) | {"put": put})
