@@ -36,11 +36,14 @@ class FakeNvshmem:
         NVSHMEM's variables, as they were when it began.
     unreachable
         Peers whose memory cannot be mapped.
+    status
+        What ``nvshmemx_cumodule_init`` returns.
     """
 
     def __init__(self, driver, folder, version=(3, 8, 0), headers=(3, 8, 0)):
         self.driver, self.version = driver, version
         self.calls, self.stage, self.rank, self.size = [], 0, -1, -1
+        self.status = 0
         self.environ, self.unreachable, self.room, self.fail = {}, set(), True, {}
         self.folder = folder
         if headers:
@@ -76,6 +79,10 @@ class FakeNvshmem:
     def ptr(self, address, place):
         return 0 if place in self.unreachable else address + place * FAR
 
+    def cumodule_init(self, module):
+        self.call("cumodule_init", module)
+        return self.status
+
     def free(self, address):
         assert self.driver.stack
         self.call("free", address)
@@ -95,7 +102,7 @@ class FakeNvshmem:
         bindings = module(
             "nvshmem.bindings",
             self,
-            ["vendor_get_version_info", "malloc", "ptr", "free"],
+            ["vendor_get_version_info", "malloc", "ptr", "free", "cumodule_init"],
             uniqueid_dtype=np.dtype("V128"),
             init_status=lambda: self.stage,
             my_pe=lambda: self.rank,

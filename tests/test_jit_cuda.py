@@ -6,6 +6,7 @@ import pytest
 
 from nvcoll import _plan, codecache, jit_cuda
 from nvcoll.algorithms import ALGORITHMS
+from nvcoll.errors import BootstrapError
 from nvcoll.jit_cuda import SOURCES, CubinCache, Kernel
 
 KEY = ("one_shot", "simple", "SUM", "int32", "sm_90")
@@ -54,6 +55,17 @@ class TestCache:
         assert cache.get(*KEY) != cache.get(*other)
         assert len(files(tmp_path)) == 2
 
+    def test_reach_tells_and_the_shim_is_compiled_once(self, tmp_path, compiled, monkeypatch):
+        shims = []
+        monkeypatch.setattr(jit_cuda, "compile_shim", lambda arch: shims.append(arch) or b"shim of " + arch.encode())
+        cache = CubinCache(tmp_path)
+        near = cache.get(*KEY)
+        for op in ("SUM", "MAX"):
+            assert cache.get("one_shot", "simple", op, "int32", "sm_90", True, True) != near
+        assert [call[6:] for call in compiled] == [(), (b"shim of sm_90",), (b"shim of sm_90",)]
+        assert shims == ["sm_90"]
+        assert len(files(tmp_path)) == 3
+
     def test_depth_tells(self, tmp_path, compiled):
         cache = CubinCache(tmp_path)
         assert cache.get(*KEY) != cache.get(*KEY, False)
@@ -85,6 +97,16 @@ class TestCache:
 def test_sources_are_all_that_kernels_are_made_of():
     texts = {path.name for path in (codecache.PACKAGE / "device/cuda").glob("*.py")} - {"__init__.py"}
     assert texts == {name.rpartition("/")[2] for name in SOURCES if name.startswith("device/cuda/")}
+
+
+def test_headers_that_are_missing(monkeypatch):
+    import cuda.pathfinder
+
+    monkeypatch.setattr(cuda.pathfinder, "find_nvidia_header_directory", {"cudart": "/somewhere"}.get)
+    with pytest.raises(
+        BootstrapError, match=r"^Init: kernels that reach other nodes need the headers of nvshmem, cccl; "
+    ):
+        jit_cuda.compile_shim("sm_90")
 
 
 def test_assemblers_that_say_nothing_are_noticed():

@@ -35,11 +35,11 @@ class FakeKernels:
         return self.registers * 64 // threads
 
 
-def planner(node_sizes, sharers=1, multiprocessors=H200, kernels=None, scratch=SCRATCH):
+def planner(node_sizes, sharers=1, multiprocessors=H200, kernels=None, scratch=SCRATCH, remote=False):
     layout, topology = DeviceLayout(sum(node_sizes), scratch), SimpleNamespace(node_sizes=node_sizes)
     area = SimpleNamespace(state="state", layout=layout)
     kernels = kernels or FakeKernels()
-    return DevicePlanner(area, topology, min(node_sizes), {}, kernels, sharers, multiprocessors, 1.0)
+    return DevicePlanner(area, topology, min(node_sizes), {}, kernels, sharers, multiprocessors, 1.0, remote)
 
 
 class TestGrid:
@@ -91,6 +91,45 @@ def test_pieces_are_whole_packs_and_fit_their_slots(name):
         assert slots * stride <= one.layout.slots_block
         assert part * shape.width * spread <= stride, f"{capacity} {datatype.name} on {node_sizes}"
         assert capacity * shape.width <= one.layout.slots_block  # so much is there for accumulators
+
+
+@pytest.mark.parametrize("name", [name for name in candidates() if not name.startswith("two_shot")])
+def test_where_some_ranks_are_far_there_is_a_flag_beside_all_data(name):
+    base, protocol = name.split("/")
+    spread = 2 if protocol == "low_latency" else 1
+    for node_sizes, datatype in itertools.product([(1, 1), (2, 2), (1, 3, 4), (8,) * 8], DATATYPES.values()):
+        one = planner(node_sizes, remote=True)
+        capacity, stride = one._geometry(base, protocol, one.shape(1 << 30, datatype))
+        sent = schedule.run(base, 0, one.shape(capacity, datatype), capacity, target="cuda").sent
+        assert capacity > 0
+        assert max(nbytes for *_, nbytes in sent) * spread <= stride
+
+
+def test_no_slot_is_staged_twice_unless_with_the_same_data():
+    """What goes to far ranks, those of other nodes, has one place for each slot."""
+    names = {name.split("/")[0] for name in candidates()}
+    for name, node_sizes in itertools.product(names, [(1, 1), (2, 2), (1, 3, 4), (3, 3, 3), (1,) * 5, (2,) * 8]):
+        one = planner(node_sizes, remote=True)
+        shape = one.shape(960, FLOAT)
+        if ALGORITHMS[name].supports(shape):
+            continue
+        node_of = [node for node, ranks in enumerate(node_sizes) for _ in range(ranks)]
+        for rank in range(shape.size):
+            sent = schedule.run(name, rank, shape, 960, target="cuda").sent
+            slots = [slot for _, p, slot, _ in sent if node_of[p] != node_of[rank]]
+            assert len(set(slots)) == len(slots) or name == "one_shot"
+
+
+def test_ranks_that_are_far_reduce_in_no_memory_of_others():
+    one = planner((2, 2), remote=True)
+    told = one.explain("allreduce", 1 << 20, FLOAT, SUM)
+    refused = {name.name: name.reason for name in told.candidates if name.reason}
+    assert refused == dict.fromkeys(
+        ("two_shot/low_latency", "two_shot/simple"), "needs ranks that can load from each other's memory"
+    )
+    with pytest.raises(nvcoll.ArgumentError, match="two_shot cannot serve this call: needs ranks that can load"):
+        one.explain("allreduce", 1 << 20, FLOAT, SUM, "two_shot")
+    assert not [one.reason for one in planner((2, 2)).explain("allreduce", 4, FLOAT, SUM).candidates if one.reason]
 
 
 @pytest.mark.parametrize("datatype", ["float8_e5m2", "bfloat16", "float32", "complex128", "int8", "int64"])
@@ -187,9 +226,23 @@ class TestKernels:
         monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
         assert [kernels.get("ring", "simple", op, "int8", True) for op in ("SUM", "MAX", "SUM")] == [1, 2, 1]
         assert kernels.get("ring", "simple", "MAX", "int8", False) == 3
-        assert loaded[1:] == [("ring", "simple", "MAX", "int8", "sm_90", deep) for deep in (True, False)]
+        assert loaded[1:] == [("ring", "simple", "MAX", "int8", "sm_90", deep, False) for deep in (True, False)]
         assert kernels.occupancy(1, 64) == 64
         assert gpu.inside == 0
+
+    def test_those_that_reach_far_ranks_are_introduced_to_nvshmem(self, monkeypatch, tmp_path):
+        gpu, met = self.Gpu(), []
+
+        def load_module(cubin):
+            assert cubin[-1] is True
+            return SimpleNamespace(handle=77, function=lambda name: 5)
+
+        monkeypatch.setattr(planning_cuda.driver, "load_module", load_module)
+        monkeypatch.setattr(planning_cuda.nvshmem, "introduce", lambda module: met.append((module, gpu.inside)))
+        kernels = planning_cuda.Kernels(gpu, tmp_path, remote=True)
+        monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
+        assert [kernels.get("ring", "simple", "SUM", "int8", True) for _ in range(2)] == [5, 5]
+        assert met == [(77, 1)]
 
 
 def test_shapes_know_accumulators():

@@ -70,6 +70,10 @@ def driver(monkeypatch):
 @pytest.fixture
 def made(driver, monkeypatch):
     """An area of rank 1 of 3 on two nodes, and what kernels are told of it."""
+    return make(driver, monkeypatch)
+
+
+def make(driver, monkeypatch, *far):
     monkeypatch.setattr(device_area, "BLOCKS", 4)
     told = []
 
@@ -83,7 +87,7 @@ def made(driver, monkeypatch):
     layout = DeviceLayout(3, 1 << 22)
     piece = SimpleNamespace(offset=4096, address=memory.address(1) + 4096, nbytes=layout.nbytes)
     here = _topology.detect(1, [b"a", b"a", b"b"])
-    area = DeviceArea(memory, piece, here, layout, 2.5, 1, Device(0))
+    area = DeviceArea(memory, piece, here, layout, 2.5, 1, Device(0), *far)
     return SimpleNamespace(area=area, memory=memory, layout=layout, values=told[0], told=told[1:])
 
 
@@ -107,6 +111,13 @@ class TestArea:
         assert words(made.values["node_ranks"], 3) == [0, 1, 2]
         assert words(made.values["node_starts"], 3) == [0, 2, 3]
         assert words(made.values["state"], 8 + 4) == [0] * 12  # epochs of four blocks behind the word of failure
+
+    def test_far_ranks_have_no_address_even_if_they_can_be_reached(self, driver, monkeypatch):
+        made = make(driver, monkeypatch, {0})
+        second = made.memory.address(1) + 4096
+        assert words(made.values["peers"], 3) == [0, second, 0]
+        assert [made.values[f"peer{k}"] for k in range(3)] == [0, second, 0]
+        assert made.area.boards() == [0, 0, None]
 
     def test_private_parts_are_apart(self, made):
         values, area = made.values, made.area

@@ -166,6 +166,38 @@ class TestLife:
                 memory.take(offset, nbytes)
 
 
+class TestKernels:
+    def test_modules_are_introduced(self, fake):
+        nvshmem.introduce(77)
+        assert fake.calls == [("cumodule_init", 77)]
+
+    def test_a_module_that_nvshmem_does_not_take(self, fake):
+        fake.status = 7
+        with pytest.raises(
+            BootstrapError, match=r"^Init: NVSHMEM does not take kernels .* \(status 7\); NVSHMEM_DEBUG"
+        ):
+            nvshmem.introduce(77)
+        fake.fail["cumodule_init"] = NVSHMEMError("no")
+        with pytest.raises(BootstrapError, match=r"\(NVSHMEMError: no\)"):
+            nvshmem.introduce(77)
+
+    @pytest.mark.parametrize(
+        ("name", "text", "fits"),
+        [
+            ("NVSHMEM_REMOTE_TRANSPORT", "ucx", True),
+            ("NVSHMEM_REMOTE_TRANSPORT", "gpunetio", False),
+            ("NVSHMEM_IB_ENABLE_IBGDA", "0", True),
+            ("NVSHMEM_IB_ENABLE_IBGDA", "1", False),
+            ("NVSHMEM_IB_ENABLE_IBGDA", "", True),
+        ],
+    )
+    def test_transports_that_kernels_compiled_at_run_time_cannot_use(self, fake, monkeypatch, name, text, fits):
+        monkeypatch.delenv("NVSHMEM_IB_ENABLE_IBGDA", raising=False)
+        monkeypatch.setenv(name, text)
+        reason = nvshmem.unfit_transport()
+        assert reason is None if fits else reason.startswith(name)
+
+
 class TestEnd:
     def test_a_lost_rank_leaves_it_to_the_end_of_the_process(self, fake, driver):
         def lose(data):

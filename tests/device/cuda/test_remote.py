@@ -1,0 +1,55 @@
+"""Kernels that reach far ranks become machine code, linked with NVSHMEM's device part; no GPU is needed."""
+
+import re
+from functools import cache
+
+import pytest
+
+from nvcoll import jit_cuda
+from nvcoll.jit import ENTRY
+from nvcoll.planning import candidates
+
+pytest.importorskip("nvshmem", reason="nvshmem4py is not installed")
+
+MOST_REGISTERS = 65536 // jit_cuda.THREADS
+REACHING = [name for name in candidates() if not name.startswith("two_shot")]
+CASES = [(name, "float32", False, "sm_90") for name in REACHING]
+CASES += [("nvrar/low_latency", "bfloat16", deep, "sm_90") for deep in (False, True)]
+CASES += [("nvrar/simple", "bfloat16", True, "sm_90"), ("recursive_doubling/low_latency", "int32", True, "sm_90")]
+CASES += [
+    (name, "bfloat16", False, arch) for name in ("nvrar/low_latency", "ring/simple") for arch in ("sm_80", "sm_100")
+]
+
+
+@cache
+def shim(arch):
+    return jit_cuda.compile_shim(arch)
+
+
+def title(case):
+    return "-".join([*case[:2], "deep" if case[2] else "shallow", case[3]])
+
+
+@pytest.mark.parametrize("case", CASES, ids=title)
+def test_kernels_fit_into_registers_and_are_such_as_nvshmem_takes(case):
+    name, datatype, deep, arch = case
+    kernel = jit_cuda.compile_kernel(*name.split("/"), "SUM", datatype, arch, deep, shim(arch))
+    assert kernel.registers <= MOST_REGISTERS
+    assert kernel.spilled == 0
+    for symbol in (ENTRY, "nvshmemi_device_state_d", "nvshmemi_device_lib_version_d"):  # what the host looks for
+        assert symbol.encode() in kernel.cubin
+
+
+def test_text():
+    """One entry, whose launch bounds still hold; no call of NVSHMEM's is left open."""
+    ptx = jit_cuda.kernel_ptx("nvrar", "low_latency", "SUM", "float32", "sm_90", False, shim("sm_90"))
+    assert re.findall(r"\.visible \.entry (\w+)\(", ptx) == [ENTRY]
+    assert f".maxntid {jit_cuda.THREADS}" in ptx
+    assert ".extern .func" not in ptx
+
+
+@pytest.mark.parametrize("protocol", ["low_latency", "simple"])
+def test_kernels_of_worlds_without_far_ranks_know_nothing_of_nvshmem(protocol):
+    ptx = jit_cuda.kernel_ptx("nvrar", protocol, "SUM", "float32", "sm_90")
+    assert "nvshmem" not in ptx
+    assert "nvcoll_" not in ptx.replace(ENTRY, "")

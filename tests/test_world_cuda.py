@@ -1,0 +1,75 @@
+"""Worlds on GPUs: who is far from whom, agreed by all ranks. What opens them needs GPUs."""
+
+import dataclasses
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from nvcoll import settings, world_cuda
+from nvcoll.backends.emulated import Hub, LocalExchange
+from nvcoll.errors import BootstrapError
+
+HOSTS = [b"a", b"a", b"b", b"b"]
+
+
+def reach(unreachable, identities=HOSTS, problem=None, **changes):
+    """Let every rank find out whom it reaches; return what each found: its nodes, who is far, and whether any is."""
+    size = len(identities)
+    hub = Hub(size, 10)
+    values = dataclasses.replace(settings.read({}), **changes)
+    found, raised = [None] * size, []
+
+    def one(rank):
+        addresses = [0 if other in unreachable.get(rank, ()) else 1 << 20 for other in range(size)]
+        memory = SimpleNamespace(addresses=addresses, gpus=[f"GPU {k}" for k in range(size)])
+        try:
+            here, far, remote = world_cuda._reach(LocalExchange(hub, rank), identities, memory, values)
+            found[rank] = (here.nodes, set(far), remote)
+        except BootstrapError as exc:
+            raised.append(str(exc))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found, raised
+
+
+@pytest.fixture(autouse=True)
+def no_transport_chosen(monkeypatch):
+    for name in ("NVSHMEM_REMOTE_TRANSPORT", "NVSHMEM_IB_ENABLE_IBGDA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_where_all_reach_all_nobody_is_far():
+    assert reach({}) == ([(((0, 1), (2, 3)), set(), False)] * 4, [])
+    assert reach({}, ranks_per_node=1)[0][0] == (((0,), (1,), (2,), (3,)), set(), False)
+
+
+def test_hosts_between_which_there_is_only_a_network():
+    found, _ = reach({0: {2, 3}, 1: {2, 3}, 2: {0, 1}, 3: {0, 1}})
+    nodes = ((0, 1), (2, 3))
+    assert found == [(nodes, {2, 3}, True)] * 2 + [(nodes, {0, 1}, True)] * 2
+
+
+def test_ranks_of_a_host_that_do_not_reach_each_other_are_nodes_of_their_own():
+    found, _ = reach({0: {1}}, [b"a"] * 3)
+    nodes = ((0,), (1,), (2,))
+    assert found == [(nodes, {1}, True), (nodes, set(), True), (nodes, set(), True)]
+
+
+def test_other_nodes_count_as_far_on_demand():
+    found, _ = reach({}, [b"a"] * 4, ranks_per_node=2, reach="node")
+    nodes = ((0, 1), (2, 3))
+    assert found == [(nodes, {2, 3}, True)] * 2 + [(nodes, {0, 1}, True)] * 2
+    assert reach({}, [b"a"] * 4, reach="node")[0][0] == (((0, 1, 2, 3),), set(), False)
+
+
+def test_a_transport_that_kernels_cannot_use_is_refused_on_all_ranks_if_it_is_needed(monkeypatch):
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
+    assert reach({})[1] == []
+    _, raised = reach({0: {2}})
+    assert len(raised) == 4
+    assert all("other nodes cannot be reached" in text and "NVSHMEM_IB_ENABLE_IBGDA" in text for text in raised)
