@@ -132,8 +132,7 @@ def any_of(typing: Any, flag: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         text = (
-            "{.reg .pred mine, some; setp.ne.u32 mine, $1, 0; bar.red.or.pred some, 0, mine; "
-            "selp.u32 $0, 1, 0, some;}"
+            "{.reg .pred mine, some; setp.ne.u32 mine, $1, 0; bar.red.or.pred some, 0, mine; selp.u32 $0, 1, 0, some;}"
         )
         word = ir.IntType(32)
         found = assembly(builder, text, "=r,r", word, [builder.zext(args[0], word)])
