@@ -13,7 +13,6 @@ from nvcoll.errors import ArgumentError
 
 PREFIX = "NVCOLL_"
 BACKENDS = ("auto", "shm", "nvshmem")
-REACHES = ("auto", "node")
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
 LONGEST = 1_000_000
 """Seconds, about eleven days: poll and epoll cannot wait for much longer."""
@@ -68,14 +67,11 @@ TABLE: tuple[Variable, ...] = (
     ),
     Variable("NVCOLL_RULES", "rules", "path", None, "A rules file to use instead of the one in the package."),
     Variable(
-        "NVCOLL_RANKS_PER_NODE", "ranks_per_node", "count", None, "Split the ranks of a host into nodes of so many."
-    ),
-    Variable(
-        "NVCOLL_REACH",
-        "reach",
-        "reach",
-        "auto",
-        "Whose GPU memory is stored to directly: node, that of one's node only; auto: wherever it is possible.",
+        "NVCOLL_RANKS_PER_NODE",
+        "ranks_per_node",
+        "count",
+        None,
+        "Split the ranks of a host into nodes of so many, which treat each other as different hosts.",
     ),
     Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
     Variable(
@@ -104,7 +100,6 @@ class Settings:
     timeout: float
     rules: Path | None
     ranks_per_node: int | None
-    reach: str
     scratch: int
     heap: int | None
     cache_dir: Path
@@ -173,7 +168,6 @@ def _path(text: str) -> Path:
 KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "bootstrap": ("one of " + ", ".join(BOOTSTRAPS), _one_of(BOOTSTRAPS)),
     "backend": ("one of " + ", ".join(BACKENDS), _one_of(BACKENDS)),
-    "reach": ("one of " + ", ".join(REACHES), _one_of(REACHES)),
     "seconds": (f"a number of seconds above 0, at most {LONGEST:,}", _seconds),
     "microseconds or auto": ("a number of microseconds, or auto", _or_auto(_microseconds)),
     "bytes": ("a number of bytes, with K, M or G for powers of 1024", _bytes),

@@ -17,7 +17,7 @@ from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
 from nvcoll.planning import Planner, read_rules
 
-AGREED = ("backend", "timeout", "ranks_per_node", "reach", "scratch", "heap", "spin")
+AGREED = ("backend", "timeout", "ranks_per_node", "scratch", "heap", "spin")
 """Settings on which ranks must not differ: those of rank 0 are in force on all."""
 
 

@@ -140,7 +140,7 @@ def _reach(
     if any(_ask(exchange, not unreachable.isdisjoint(here.nodes[here.node]))):
         here = detect(1)  # ranks of a node reach each other: that is what algorithms take for granted
     far = frozenset(unreachable)
-    if settings.reach == "node":
+    if settings.ranks_per_node is not None:  # its nodes stand for hosts
         far |= set(range(exchange.size)) - set(here.nodes[here.node])
     remote = any(_ask(exchange, bool(far)))  # both ends of every slot must know in which form it is filled
     problem = unfit_transport() if remote else None

@@ -34,7 +34,6 @@ def test_defaults():
     found = settings.read({"HOME": "/home/someone"})
     assert found.bootstrap == found.backend == "auto"
     assert found.timeout == 600.0
-    assert found.reach == "auto"
     assert found.scratch == 8 << 20
     assert found.cache_dir == Path("~/.cache/nvcoll").expanduser()
     assert found.rules is found.ranks_per_node is found.heap is found.spin is found.device is None
@@ -68,7 +67,6 @@ def test_settings_cannot_be_changed():
         ("rules", "/etc/rules.json", Path("/etc/rules.json")),
         ("rules", "~/rules.json", Path.home() / "rules.json"),
         ("ranks_per_node", "3", 3),
-        ("reach", "node", "node"),
         ("scratch", "4096", 4096),
         ("scratch", "16k", 16 << 10),
         ("scratch", "2MiB", 2 << 20),
@@ -96,7 +94,6 @@ def test_accepted(field, text, value):
         *[("device", text, "0 or more, or auto") for text in ("-1", "cuda:0")],
         *[("timeout", text, "seconds above 0") for text in ("0", "-1", "nan", "inf", "1e7", "soon", "5s")],
         *[("ranks_per_node", text, "1 or more") for text in ("0", "-2", "1.5", "two", "\u0661")],
-        ("reach", "far", "one of auto, node"),
         *[("scratch", text, "K, M or G") for text in ("0", "8T", "1.5M", "M", "-8M", "9" * 18 + "G", "auto")],
         *[("heap", text, "or auto") for text in ("0", "automatic")],
         *[("spin", text, "microseconds, or auto") for text in ("-1", "nan", "fast")],

@@ -45,7 +45,6 @@ def no_transport_chosen(monkeypatch):
 
 def test_where_all_reach_all_nobody_is_far():
     assert reach({}) == ([(((0, 1), (2, 3)), set(), False)] * 4, [])
-    assert reach({}, ranks_per_node=1)[0][0] == (((0,), (1,), (2,), (3,)), set(), False)
 
 
 def test_hosts_between_which_there_is_only_a_network():
@@ -61,10 +60,10 @@ def test_ranks_of_a_host_that_do_not_reach_each_other_are_nodes_of_their_own():
 
 
 def test_other_nodes_count_as_far_on_demand():
-    found, _ = reach({}, [b"a"] * 4, ranks_per_node=2, reach="node")
+    found, _ = reach({}, [b"a"] * 4, ranks_per_node=2)
     nodes = ((0, 1), (2, 3))
     assert found == [(nodes, {2, 3}, True)] * 2 + [(nodes, {0, 1}, True)] * 2
-    assert reach({}, [b"a"] * 4, reach="node")[0][0] == (((0, 1, 2, 3),), set(), False)
+    assert reach({}, [b"a"] * 4, ranks_per_node=4)[0][0] == (((0, 1, 2, 3),), set(), False)
 
 
 def test_a_transport_that_kernels_cannot_use_is_refused_on_all_ranks_if_it_is_needed(monkeypatch):
