@@ -146,7 +146,7 @@ class DeviceCalls:
         self._raised = True
         world, state = self._world, self._world.planner.state
         boards = world.planner.area.boards()
-        tag, block, _ = state.reported or (0, 0, 0)
+        tag, block = state.reported or (0, 0)
         if block != 0:  # boards tell of block 0, which may have been further or not as far
             tag = boards[world.rank] or tag
         others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}

@@ -21,6 +21,8 @@ from nvcoll.ops import DATATYPES, OPS, Datatype, Op
 PROTOCOLS = ("low_latency", "simple")
 LINK = Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
+LAUNCH = "launch"
+"""Where rules shape launches on GPUs."""
 VERBS = ("allreduce",)
 CALLS = (*VERBS, "barrier")
 """What a rank's board may name: a barrier runs as the all-reduce of a byte, but matches no other."""
@@ -88,20 +90,21 @@ def candidates(verb: str = "allreduce") -> list[str]:
 
 
 def read_rules(path: Path | None) -> dict[str, Any]:
-    """Read and check a rules file; None is the one in the package.
+    """Read and check a rules file; None is the one in the package, which also has what another file leaves out.
 
     Raises
     ------
     ArgumentError
         If it cannot be read or a rule is wrong; the message names the file and the rule.
     """
-    source = path or Path(__file__).with_name("rules.json")
+    own = Path(__file__).with_name("rules.json")
+    source = path or own
     try:
         rules: dict[str, Any] = json.loads(source.read_text())
         _selection.check_rules(rules, candidates(), VERBS)
     except (OSError, ValueError) as exc:
         raise ArgumentError(f"NVCOLL_RULES: {source}: {exc}; correct the file or unset the variable") from exc
-    return rules
+    return rules if path is None else {LAUNCH: json.loads(own.read_text())[LAUNCH]} | rules
 
 
 class Chooser(ABC):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nvcoll import _selection
 from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends import driver, nvshmem
@@ -13,19 +14,12 @@ from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import CubinCache
 from nvcoll.ops import DATATYPES, Datatype, Op
-from nvcoll.planning import Chooser, Explanation, pack_signature, pack_stamp
+from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_stamp
 
 PACK = 16
 """Bytes that a thread moves at a time."""
 LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
-THREADS = (64, 128, 256, 512)
-"""Threads of a block: as many as there are packs, within these."""
-DEEP = 16 << 20
-"""Bytes from which on a thread has several packs under way at a time: below, small kernels start sooner. Measured on
-H200s: 15.4 us instead of 16.7 at 4 MiB, and no difference at 16 MiB."""
-MANY = 128
-"""Blocks from which on more threads a block come before more blocks."""
 
 
 class Kernels:
@@ -94,6 +88,7 @@ class DevicePlanner(Chooser):
         multiprocessors: int, timeout: float, remote: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(area.layout, topology, slices, rules, sharers > 1, timeout)
+        self.launches = rules[LAUNCH]
         self.area = area
         self.state = area.state
         self.kernels = kernels
@@ -106,20 +101,23 @@ class DevicePlanner(Chooser):
         """Return what algorithms are told of a call."""
         return replace(super().shape(count, datatype), apart=self.remote)
 
+    def deep(self, nbytes: int) -> bool:
+        """Tell whether threads have several packs of a message under way at a time."""
+        return bool(_selection.shape_launch(self.launches, nbytes, self.remote)[2])
+
     def grid(self, nbytes: int, function: int) -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
-        packs = max(1, -(-nbytes // PACK))
-        threads = next((t for t in THREADS if packs <= t * MANY), THREADS[-1])
-        if nbytes >= DEEP:
-            threads = THREADS[-2]  # two blocks on a multiprocessor: one works while the other waits
+        threads, limit, _ = _selection.shape_launch(self.launches, nbytes, self.remote)
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
         if resident < self.sharers:
             raise ArgumentError(
                 f"Allreduce: {self.sharers} ranks share a GPU that runs {resident} blocks of a kernel at a time; "
                 f"start {resident} ranks at most on it"
             )
-        most = min(BLOCKS, resident // self.sharers)
-        return min(most, -(-packs // threads)), threads
+        most = min(BLOCKS, limit or BLOCKS, resident // self.sharers)
+        packs = max(1, -(-nbytes // PACK))
+        each = -(-packs // (threads * most))  # of a thread: the same number in all blocks, but for the last
+        return -(-packs // (threads * each)), threads
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
         """Return the elements of a block in one piece, and the bytes between its slots."""
@@ -147,7 +145,7 @@ class DevicePlanner(Chooser):
         signature = pack_signature(told, datatype, op)
         call = {"count": count, "ranks": size or shape.size, "stamp": pack_stamp(signature, count)}
         call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
-        deep = told.nbytes >= DEEP
+        deep = self.deep(told.nbytes)
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
         blocks, threads = self.grid(told.nbytes, function)
         unit = PACK // datatype.itemsize

@@ -132,10 +132,10 @@ cdef class DeviceState:
 
     @property
     def reported(self):
-        """(tag, block, rank) of the first wait that was over its deadline, or None."""
+        """(tag, block) of the first wait that was over its deadline, or None."""
         if self.ended or nv_load(self.report) == 0:
             return None
-        return self.report[1], self.report[2], self.report[3]
+        return self.report[1], self.report[2]
 
     def end(self):
         """Refuse all further calls."""

@@ -4,6 +4,9 @@
 A local difference here is a deadlock, so nothing is read from the environment, the clock or the machine.
 """
 
+BLOCK_SIZES = (32, 64, 128, 256, 512)
+"""Threads that a block on a GPU may have."""
+
 
 def matches(dict rule, str verb, nbytes, ranks, nodes, oversubscribed):
     """Tell whether a rule speaks of a call.
@@ -60,8 +63,50 @@ def choose(list rules, str verb, nbytes, ranks, nodes, oversubscribed, dict reas
     return use, f"no rule: lowest expected cost, {costs[use] * 1e6:.1f} us{passed_over}"
 
 
+def shape_launch(list rules, nbytes, far):
+    """Return the threads of a block on a GPU, the most blocks (None: as many as fit), and whether threads work deep.
+
+    Parameters
+    ----------
+    rules
+        The first that matches wins. Keys: ``threads``, and perhaps ``blocks`` and ``deep`` (a thread has four packs
+        under way at a time); as limits ``upto`` (bytes, inclusive) and ``far`` (some ranks are reached through the
+        network).
+    nbytes, far
+        The call.
+    """
+    for rule in rules:
+        if nbytes <= rule.get("upto", nbytes) and rule.get("far", far) == far:
+            return rule["threads"], rule.get("blocks"), rule.get("deep", False)
+    raise ValueError(f"launch: no rule for {nbytes} bytes, far {far}")
+
+
+def check_launch(rules):
+    """Raise ValueError, naming the rule, unless `rules` shape every launch."""
+    known = {"threads", "blocks", "deep", "upto", "far", "note"}
+    if not isinstance(rules, list):
+        raise ValueError("launch: expected a list of rules")
+    for number, rule in enumerate(rules):
+        where = f"launch, rule {number + 1}"
+        if not isinstance(rule, dict) or "threads" not in rule:
+            raise ValueError(f"{where}: needs threads")
+        if set(rule) - known:
+            raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+        if rule["threads"] not in BLOCK_SIZES:
+            raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {BLOCK_SIZES}")
+        if not all(type(rule.get(key, 1)) is int and rule.get(key, 1) > 0 for key in ("upto", "blocks")):
+            raise ValueError(f"{where}: upto is a number of bytes, blocks a number, above 0")
+        if not all(isinstance(rule.get(key, True), bool) for key in ("deep", "far")):
+            raise ValueError(f"{where}: deep and far are true or false")
+    for far in (False, True):
+        if not any("upto" not in rule and rule.get("far", far) == far for rule in rules):
+            raise ValueError(f"launch: needs a rule without upto, for far {str(far).lower()}")
+
+
 def check_rules(rules, names, verbs=("allreduce",)):
     """Raise ValueError, naming the rule, unless `rules` is a mapping of kinds of hardware to lists of rules.
+
+    Under ``launch`` there may be rules for the shape of launches on GPUs.
 
     Parameters
     ----------
@@ -76,6 +121,9 @@ def check_rules(rules, names, verbs=("allreduce",)):
         raise ValueError("expected an object of lists, one for each kind of hardware")
     known = {"verb", "use", "upto", "ranks", "nodes", "oversubscribed", "note"}
     for kind, listed in rules.items():
+        if kind == "launch":
+            check_launch(listed)
+            continue
         if not isinstance(listed, list):
             raise ValueError(f"{kind}: expected a list of rules")
         for number, rule in enumerate(listed):

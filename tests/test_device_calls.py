@@ -180,7 +180,7 @@ class TestNonblocking:
         assert plan.launched == [(x.address, x.address, 55)]
         assert (device, stream, owners) == (world.device, 55, (x, x))
         check()
-        world.planner.state.reported = (1 << STAMP_BITS, 0, 1)
+        world.planner.state.reported = (1 << STAMP_BITS, 0)
         world.planner.tags = [1 << STAMP_BITS] * 4
         with pytest.raises(nvcoll.TimeoutError, match=r"^Iallreduce: "):
             check()
@@ -209,7 +209,7 @@ class TestBarrier:
         world.planner.tags = [5 << STAMP_BITS, 6 << STAMP_BITS, None, 6 << STAMP_BITS]
 
         def fails(stream):
-            world.planner.state.reported = (6 << STAMP_BITS, 0, 1)
+            world.planner.state.reported = (6 << STAMP_BITS, 0)
 
         device_calls.driver.stream_synchronize = fails
         with pytest.raises(nvcoll.TimeoutError, match=r"^Barrier: .*did not arrive: rank 0\. "):
@@ -221,7 +221,7 @@ class TestFailures:
 
     def error(self, world, calls, tags, block=0, sequence=12):
         state = world.planner.state
-        state.reported, state.sequence = (20 << STAMP_BITS | 7, block, 1), sequence
+        state.reported, state.sequence = (20 << STAMP_BITS | 7, block), sequence
         world.planner.tags = tags
         with pytest.raises(nvcoll.Error) as caught:
             reduce(calls, on_gpu(values()))

@@ -7,12 +7,13 @@ import pytest
 
 import nvcoll
 from nvcoll import planning_cuda
+from nvcoll._selection import BLOCK_SIZES
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends.device_area import BLOCKS, SCRATCH, DeviceLayout
 from nvcoll.jit_cuda import THREADS as MOST_THREADS
 from nvcoll.ops import AVG, DATATYPES, FLOAT, SUM
-from nvcoll.planning import candidates
-from nvcoll.planning_cuda import PACK, THREADS, DevicePlanner
+from nvcoll.planning import LAUNCH, candidates
+from nvcoll.planning_cuda import PACK, DevicePlanner
 from tests.algorithms import schedule
 
 H200 = 132  # multiprocessors
@@ -35,11 +36,21 @@ class FakeKernels:
         return self.registers * 64 // threads
 
 
+LAUNCHES = [
+    {"upto": 1 << 20, "threads": 64},
+    {"upto": 1 << 24, "far": True, "threads": 512, "blocks": 8},
+    {"upto": 1 << 24, "threads": 512},
+    {"threads": 256, "deep": True},
+]
+
+
 def planner(node_sizes, sharers=1, multiprocessors=H200, kernels=None, scratch=SCRATCH, remote=False):
     layout, topology = DeviceLayout(sum(node_sizes), scratch), SimpleNamespace(node_sizes=node_sizes)
     area = SimpleNamespace(state="state", layout=layout)
     kernels = kernels or FakeKernels()
-    return DevicePlanner(area, topology, min(node_sizes), {}, kernels, sharers, multiprocessors, 1.0, remote)
+    return DevicePlanner(
+        area, topology, min(node_sizes), {LAUNCH: LAUNCHES}, kernels, sharers, multiprocessors, 1.0, remote
+    )
 
 
 class TestGrid:
@@ -50,7 +61,7 @@ class TestGrid:
                 continue
             one = planner((2,), sharers, multiprocessors, FakeKernels(registers))
             blocks, threads = one.grid(nbytes, 0)
-            assert threads in THREADS
+            assert threads in BLOCK_SIZES
             assert threads <= MOST_THREADS
             assert 1 <= blocks <= BLOCKS
             assert blocks * sharers <= registers * 64 // threads * multiprocessors
@@ -61,8 +72,17 @@ class TestGrid:
         assert one.grid(64 * PACK, 0) == (1, 64)
         assert one.grid(64 * PACK + 1, 0) == (2, 64)
         assert one.grid(128 * 64 * PACK, 0) == (128, 64)
-        assert one.grid(8 << 20, 0) == (2 * H200, 512)
         assert one.grid(1 << 30, 0) == (BLOCKS, 256)
+
+    def test_threads_have_the_same_number_of_packs(self):
+        one = planner((2,))
+        assert one.grid(BLOCKS * 64 * PACK, 0) == (BLOCKS, 64)
+        assert one.grid(BLOCKS * 64 * PACK + 1, 0) == (BLOCKS // 2 + 1, 64)
+        assert one.grid(8 << 20, 0) == (256, 512)  # of 2 * H200 that fit
+
+    def test_rules_may_limit_the_blocks(self):
+        assert planner((2,), remote=True).grid(8 << 20, 0) == (8, 512)
+        assert planner((2,), remote=True).grid(1 << 20, 0) == planner((2,)).grid(1 << 20, 0)
 
     def test_more_ranks_on_a_gpu_than_it_can_run_are_refused(self):
         one = planner((200,), sharers=200, kernels=FakeKernels(8))
@@ -186,7 +206,7 @@ class TestPlan:
 
     def test_threads_have_several_packs_under_way_where_there_are_many(self, made):
         one = planner((2,))
-        for nbytes in (planning_cuda.DEEP - 4, planning_cuda.DEEP):
+        for nbytes in (1 << 24, (1 << 24) + 4):
             self.plan(one, nbytes)
         assert [asked[-1] for asked in one.kernels.asked] == [False, True]
 

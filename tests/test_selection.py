@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nvcoll
-from nvcoll._selection import check_rules, choose, matches
+from nvcoll._selection import check_rules, choose, matches, shape_launch
 from nvcoll.planning import candidates
 
 NAMES = ["one_shot/low_latency", "ring/simple", "two_shot/simple"]
@@ -156,3 +156,37 @@ def test_the_package_s_rules_are_right_and_serve_every_size_on_one_node():
     for nbytes in (0, 1, 512, 513, 8192, 8193, 1 << 20, 1 << 40):
         for crowded in (False, True):
             assert choice(rules["host"], nbytes, crowded=crowded, reasons=reasons, costs=costs)[1].startswith("rule: ")
+
+
+LAST = {"threads": 256, "deep": True}
+
+
+def test_launches_are_shaped_by_the_first_rule_that_matches():
+    rules = [{"upto": 100, "threads": 64}, {"far": True, "threads": 512, "blocks": 8}, LAST]
+    check_rules({"launch": rules}, NAMES)
+    assert shape_launch(rules, 100, True) == (64, None, False)
+    assert shape_launch(rules, 101, True) == (512, 8, False)
+    assert shape_launch(rules, 101, False) == (256, None, True)
+    with pytest.raises(ValueError, match="launch: no rule for 101 bytes, far False"):
+        shape_launch(rules[:2], 101, False)
+
+
+@pytest.mark.parametrize(
+    ("rules", "problem"),
+    [
+        ({}, "launch: expected a list"),
+        ([], "launch: needs a rule without upto, for far false"),
+        ([LAST | {"far": False}], "launch: needs a rule without upto, for far true"),
+        ([LAST | {"upto": 5}], "launch: needs a rule without upto"),
+        ([LAST, 5], "rule 2: needs threads"),
+        ([{"upto": 5}], "rule 1: needs threads"),
+        ([LAST | {"verb": "allreduce"}], r"rule 1: \['verb'\] not known"),
+        ([LAST | {"threads": 100}], r"threads is 100, expected one of \(32, 64"),
+        ([LAST | {"blocks": 0}], "upto is a number of bytes, blocks a number, above 0"),
+        ([LAST | {"upto": True}], "upto is a number of bytes, blocks a number, above 0"),
+        ([LAST | {"deep": 1}], "deep and far are true or false"),
+    ],
+)
+def test_launch_rules_that_are_wrong(rules, problem):
+    with pytest.raises(ValueError, match=problem):
+        check_rules({"launch": rules}, NAMES)

@@ -160,7 +160,7 @@ def cuda_text(v: Any) -> Any:
     put, wait_reduce_finish, wait_copy, offset, heap_of, part_at, reduce_direct = (
         v.put, v.wait_reduce_finish, v.wait_copy, v.offset, v.heap_of, v.part_at, v.reduce_direct,
     )  # fmt: skip
-    table, note, sync, renew, failed, load, jit = v.private, v.note, v.sync, v.renew, v.failed, v.load, v.jit
+    table, note, sync, renew, jit = v.private, v.note, v.sync, v.renew, v.jit
 
     @jit
     def agree(c, e, send, recv, count):
@@ -178,9 +178,8 @@ def cuda_text(v: Any) -> Any:
             direct = direct and its >= 0 and its_to >= 0 and (its | its_to) & 15 == 0
             note(table(c) + 8 * p, heap_of(c, p) + its)
             note(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
-        note(table(c) + 16 * n, failed(c))  # what one thread saw holds for all: they must not part
         sync()
-        return direct and load(table(c) + 16 * n) == 0  # after a failure, the places are those of an earlier call
+        return direct
 
     @jit
     def one_round(c, e, send, recv, count):

@@ -4,6 +4,9 @@ Blocks are independent of each other: block b of a rank talks to block b of the 
 slots of its own, and counts epochs of its own. Epochs lie in device memory, so that a launch captured in a graph
 counts on when it is replayed. As on the host, two halves of every slot take turns by the parity of the epoch, and
 the same argument (see `nvcoll.device.common`) shows that a half is written again only after it was read.
+
+A thread whose wait is over its deadline ends, and its block takes part in nothing from the next epoch on: what was not
+received is not passed on, lest a peer takes it for what it awaits. Barriers do not wait for threads that have ended.
 """
 
 from types import SimpleNamespace
@@ -23,6 +26,8 @@ LOOK = 256
 """Polls between looks at the clock and at what other blocks met."""
 FAILED = 1
 """What the first word of the state says once a wait was over its deadline."""
+SPENT = -(1 << 62)
+"""Epoch of a block that takes no more part; its end in the same launch may still add one."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:
@@ -44,7 +49,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     store_relaxed, store_release, fence, sync, clock = (
         ptx.store_relaxed, ptx.store_release, ptx.fence, ptx.sync, ptx.clock,
     )  # fmt: skip
-    thread, threads, block = ptx.thread, ptx.threads, ptx.block
+    thread, threads, block, any_of, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.leave
     load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
     peers, rank, state, report, timeout, board = f.peers, f.rank, f.state, f.report, f.timeout, f.board
     stamp, flags, flags_half, flags_block = f.stamp, f.flags, f.flags_half, f.flags_block
@@ -70,7 +75,10 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     @jit
     def begin(c):
         """Return the tag of this block's next epoch."""
-        return ((load(state(c) + EPOCHS + 8 * block()) + 1) << STAMP_BITS) | stamp(c)
+        last = load(state(c) + EPOCHS + 8 * block())
+        if last < 0:
+            leave()
+        return ((last + 1) << STAMP_BITS) | stamp(c)
 
     @jit
     def advance(c):
@@ -96,30 +104,25 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return (e >> STAMP_BITS) & 1
 
     @jit
-    def failed(c):
-        """Tell whether a wait of this rank's is known to be over its deadline; threads may differ for a moment."""
-        return load_relaxed(state(c)) == FAILED
-
-    @jit
-    def gave_up(c, e, waited):
-        """Tell whether to wait no more: the deadline is over, or another wait of this rank's has failed."""
+    def given_up(c, e, waited):
+        """Tell whether to wait no more: the deadline is over, or another wait of this rank's was over its deadline."""
         if block() == 0:
             store_relaxed(board(c), e)  # whoever else gives up sees that this rank has come
-        if failed(c):
-            return True
-        if waited < timeout(c):
+        if waited >= timeout(c):
+            store_relaxed(report(c) + 8, e)
+            store_relaxed(report(c) + 16, block())
+            fence()
+            store_relaxed(report(c), FAILED)
+            store_relaxed(state(c), FAILED)
+        elif load_relaxed(state(c)) != FAILED:
             return False
-        store_relaxed(report(c) + 8, e)
-        store_relaxed(report(c) + 16, block())
-        store_relaxed(report(c) + 24, rank(c))
+        store(state(c) + EPOCHS + 8 * block(), SPENT)
         fence()
-        store_relaxed(report(c), FAILED)
-        store_relaxed(state(c), FAILED)
         return True
 
     @jit
     def wait_word(c, e, at):
-        """Let one thread wait until a word is this call's tag."""
+        """Let one thread wait until a word is this call's tag, and tell whether it gave up."""
         polls, since = 0, 0
         while load_acquire(at) != e:
             polls += 1
@@ -128,15 +131,18 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
                 now = clock()
                 if since == 0:
                     since = now
-                if gave_up(c, e, now - since):
-                    return
+                if given_up(c, e, now - since):
+                    return True
+        return False
 
     @jit
     def wait(c, e, at):
         """Wait until a word is this call's tag; what its writer stored before is visible to all threads then."""
+        gone = False
         if thread() == 0:
-            wait_word(c, e, at)
-        sync()
+            gone = wait_word(c, e, at)
+        if any_of(gone):
+            leave()
 
     @jit
     def flag(c, e, p, slot):
@@ -149,16 +155,11 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return workspace(c) + block() * workspace_block(c)
 
     @jit
-    def outward(c, at):
-        """Return where to write what is for a peer: after a failure to none, lest it is taken for what is awaited."""
-        return private(c) if failed(c) else at
-
-    @jit
     def signal(c, e, p, slot, first, second):
         """Tell rank p that I am here, with two values. All that this block has stored is visible to it then."""
         sync()
         if thread() == 0:
-            at = outward(c, flag(c, e, p, slot))
+            at = flag(c, e, p, slot)
             store_relaxed(at + 8, first)
             store_relaxed(at + 16, second)
             fence()
@@ -289,8 +290,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, begin, advance, renew, half, gave_up, wait, flag, signal, wait_signal, heap_of, offset,
-        accumulators, private, failed, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
+        itemsize, width, area, begin, advance, renew, half, given_up, wait, flag, signal, wait_signal, heap_of, offset,
+        accumulators, private, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
     return SimpleNamespace(

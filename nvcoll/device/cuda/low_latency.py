@@ -1,8 +1,9 @@
 """The low-latency protocol on GPUs: every word shows by itself whether it has arrived, so data need no signal.
 
 Two forms. Floats travel as they are, in memory that otherwise holds a sentinel: all ones, a NaN whose payload means
-nothing; that very NaN is sent as another one. Integers have no value to spare: half of every 8 bytes is a flag that
-holds the epoch. Loads and stores of 8 bytes are whole on every link, and that is all that is relied upon.
+nothing; that very NaN is sent as another one. Integers have no value to spare: half of every 8 bytes is a flag made of
+the epoch and the data. Between GPUs, loads and stores of 8 bytes are whole, and that is all that is relied upon. A
+network may write in any order and grain, and the form with flags bears that: a flag fits its own data only.
 
 Who has read a pack clears it, so between calls all this memory is empty: of sentinels, or of zeros. A half is written
 again after its reader has ended the epoch, hence after it was cleared.
@@ -77,19 +78,31 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
 
 
 def flags(jit: Any) -> SimpleNamespace:
-    """Return the form for every type: 4 bytes of data and 4 of flag in each word."""
+    """Return the form for every type: 4 bytes of data and 4 of flag in each word.
+
+    The flag is the epoch and a multiple of the data: where one half has arrived before the other, it does not fit.
+    """
     load_shared, store_shared = ptx.load_shared, ptx.store_shared
     low = 0xFFFFFFFF
+    factor = 0x9E3779B1  # odd, so that different data give different flags
 
     @jit
     def flag_of(e):
         return ((e >> STAMP_BITS) & 0x3FFFFFFF) + 1  # never 0, which is empty
 
     @jit
+    def word_of(data, flag):
+        return data | (flag + data * factor) << 32
+
+    @jit
+    def fits(word, flag):
+        return (word >> 32) & low == (flag + (word & low) * factor) & low
+
+    @jit
     def push(at, pack, e):
-        flag = flag_of(e) << 32
-        store_shared(at, ((pack[0] & low) | flag, ((pack[0] >> 32) & low) | flag))
-        store_shared(at + 16, ((pack[1] & low) | flag, ((pack[1] >> 32) & low) | flag))
+        flag = flag_of(e)
+        store_shared(at, (word_of(pack[0] & low, flag), word_of((pack[0] >> 32) & low, flag)))
+        store_shared(at + 16, (word_of(pack[1] & low, flag), word_of((pack[1] >> 32) & low, flag)))
 
     @jit
     def look(at):
@@ -98,7 +111,7 @@ def flags(jit: Any) -> SimpleNamespace:
     @jit
     def missing(got, e):
         flag = flag_of(e)
-        return got[0] >> 32 != flag or got[1] >> 32 != flag or got[2] >> 32 != flag or got[3] >> 32 != flag
+        return not (fits(got[0], flag) and fits(got[1], flag) and fits(got[2], flag) and fits(got[3], flag))
 
     @jit
     def clear(at):
@@ -120,14 +133,14 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     else:
         form = flags(jit)
         base, base_half = v.lines, v.slots_half
-    area, half, get, rank, gave_up, outward, stride, slots_block = (
-        v.area, v.half, v.get, v.rank, v.gave_up, v.outward, v.stride, v.slots_block,
+    area, half, get, rank, given_up, stride, slots_block = (
+        v.area, v.half, v.get, v.rank, v.given_up, v.stride, v.slots_block,
     )  # fmt: skip
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
     )  # fmt: skip
-    thread, threads, block, clock, load_pack = (
-        ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.load_pack,
+    thread, threads, block, clock, leave, load_pack = (
+        ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.leave, ptx.load_pack,
     )  # fmt: skip
 
     @jit
@@ -155,7 +168,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     @jit
     def put_part(c, e, p, slot, offset, source, nbytes):
         """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        store_part(e, outward(c, slot_at(c, e, p, slot)) + offset * spread, source, nbytes)
+        store_part(e, slot_at(c, e, p, slot) + offset * spread, source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):
@@ -188,8 +201,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
                 now = clock()
                 if since == 0:
                     since = now
-                if gave_up(c, e, now - since):
-                    break
+                if given_up(c, e, now - since):
+                    leave()
             got = look(where)
         clear(where)
         return data_of(got)

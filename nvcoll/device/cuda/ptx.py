@@ -141,6 +141,8 @@ def any_of(typing: Any, flag: Any) -> Any:
     return types.boolean(types.boolean), emit
 
 
+leave = _action("exit;", "End this thread; barriers of the block do not wait for it.")
+
 let_successor = _action("griddepcontrol.launch_dependents;", "Let the next kernel of the stream be brought in.")
 await_predecessor = _action("griddepcontrol.wait;", "Wait until the kernels before have ended and stored all.")
 

@@ -1,8 +1,8 @@
 """Ranks whose memory cannot be stored to: what goes to them is staged in my own memory, and NVSHMEM puts it there.
 
-Address 0 in the table of areas says that a rank is far; stores go straight to all others, in the same kernel. The wire
-may write in any order and grain, but words of 8 bytes are whole: low latency's form with flags travels as it is, for
-every type, and from all ranks, since a slot cannot tell who will fill it. Simple's signal goes with its data.
+Address 0 in the table of areas says that a rank is far; stores go straight to all others, in the same kernel. Low
+latency's form with flags travels as it is, for every type, and from all ranks, since a slot cannot tell who will fill
+it. Simple's signal goes with its data.
 
 What is staged lies where the cells of sentinels would, which such a world has no use for, as in the slot it is for.
 Two halves by the parity of the epoch suffice: a half is written again in epoch k + 2, when epoch k + 1 is complete
@@ -74,12 +74,12 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
     w
         The protocol, made for far ranks.
     """
-    area, half, flag, failed, rank, stride = v.area, v.half, v.flag, v.failed, v.rank, v.stride
+    area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
     put_part, put_end, slot_at, store_part, spread, signals = (
         w.put_part, w.put_end, w.slot_at, w.store_part, w.spread, w.signals,
     )  # fmt: skip
-    any_of, sync, fence, thread, block = ptx.any_of, ptx.sync, ptx.fence, ptx.thread, ptx.block
+    sync, fence, thread, block = ptx.sync, ptx.fence, ptx.thread, ptx.block
 
     @jit
     def stage_at(c, e, slot):
@@ -88,9 +88,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
 
     @jit
     def put_far(c, e, p, slot, source, nbytes):
-        """Stage bytes and begin to put them; after a failure nothing, since earlier puts may still read the stage."""
-        if any_of(failed(c)):  # all threads go the same way: NVSHMEM has barriers of its own
-            return
+        """Stage bytes and begin to put them."""
         staged = stage_at(c, e, slot)
         store_part(e, staged, source, nbytes)
         sync()

@@ -5,6 +5,7 @@ from typing import Any
 
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
+from nvcoll.device.cuda.layout import EPOCHS
 from nvcoll.device.cuda.packs import BYTES
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
@@ -228,7 +229,7 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
             let_successor()
             if first + thread() * unit < last:
                 prefetch(send + first * itemsize + thread() * BYTES)
-                prefetch(state + 8 * block())
+                prefetch(state + EPOCHS + 8 * block())
             await_predecessor()
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
