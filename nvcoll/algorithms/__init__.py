@@ -1,6 +1,14 @@
 """One file an algorithm: picture, what it supports, what it costs, and its kernel text."""
 
-from nvcoll.algorithms import halving_doubling, node_slices, nvrar, one_shot, recursive_doubling, ring, two_shot
+from nvcoll.algorithms import (
+    halving_doubling,
+    node_slices,
+    nvrar,
+    one_shot,
+    recursive_doubling,
+    ring,
+    two_shot,
+)
 from nvcoll.algorithms._registry import ALGORITHMS, Algorithm, Link, Shape
 
 __all__ = [
