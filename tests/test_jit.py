@@ -240,20 +240,14 @@ class TestFoldersThatCannotBeUsed:
 class TestKeys:
     """A file is found only by the very sources, compilers and processor that it was made with."""
 
-    RING = (*jit.VERB_SOURCES, *ALGORITHMS["ring"].sources)
-    NVRAR = (*jit.VERB_SOURCES, *ALGORITHMS["nvrar"].sources)
-
     def digest(self, *sources):
         return codecache.digest_of(jit._platform(), "jit.py", *sources)
 
     def digests(self):
         codecache.digest_of.cache_clear()
         jit._platform.cache_clear()
-        return {
-            "ring": self.digest(*self.RING),
-            "nvrar": self.digest(*self.NVRAR),
-            "packs": self.digest(*jit.PACK_SOURCES),
-        }
+        schedules = {name: self.digest(*jit.VERB_SOURCES, *ALGORITHMS[name].sources) for name in ("ring", "nvrar")}
+        return schedules | {"packs": self.digest(*jit.PACK_SOURCES)}
 
     @pytest.mark.parametrize(
         ("source", "changed"),
