@@ -39,7 +39,7 @@ class Compiler:
         """Return the address of an algorithm's kernel."""
         from nvcoll.algorithms import ALGORITHMS
 
-        sources = (*VERB_SOURCES, "algorithms/_registry.py", ALGORITHMS[name].file)
+        sources = (*VERB_SOURCES, *ALGORITHMS[name].sources)
         return self._address(f"{name}-{protocol}", lambda: _schedule_text(name, protocol), sources, 1)
 
     def reducer(self, op: str, datatype: str) -> int:

@@ -73,7 +73,7 @@ class CubinCache:
         from nvcoll.algorithms import ALGORITHMS
 
         key = (algorithm, protocol, op, datatype, arch, deep)
-        sources = (*SOURCES, "algorithms/_registry.py", ALGORITHMS[algorithm].file)
+        sources = (*SOURCES, *ALGORITHMS[algorithm].sources)
         start = f"{algorithm}-{protocol}-{op}-{datatype}-{'deep' if deep else 'shallow'}"
         if not remote:
             return self._files.get(

@@ -240,20 +240,14 @@ class TestFoldersThatCannotBeUsed:
 class TestKeys:
     """A file is found only by the very sources, compilers and processor that it was made with."""
 
-    RING = (*jit.VERB_SOURCES, "algorithms/_registry.py", "algorithms/ring.py")
-    NVRAR = (*jit.VERB_SOURCES, "algorithms/_registry.py", "algorithms/nvrar.py")
-
     def digest(self, *sources):
         return codecache.digest_of(jit._platform(), "jit.py", *sources)
 
     def digests(self):
         codecache.digest_of.cache_clear()
         jit._platform.cache_clear()
-        return {
-            "ring": self.digest(*self.RING),
-            "nvrar": self.digest(*self.NVRAR),
-            "packs": self.digest(*jit.PACK_SOURCES),
-        }
+        schedules = {name: self.digest(*jit.VERB_SOURCES, *ALGORITHMS[name].sources) for name in ("ring", "nvrar")}
+        return schedules | {"packs": self.digest(*jit.PACK_SOURCES)}
 
     @pytest.mark.parametrize(
         ("source", "changed"),
@@ -261,6 +255,7 @@ class TestKeys:
             ("jit.py", {"ring", "nvrar", "packs"}),
             ("algorithms/ring.py", {"ring"}),
             ("algorithms/_registry.py", {"ring", "nvrar"}),
+            ("algorithms/_inside_nodes.py", {"ring", "nvrar"}),
             ("device/common.py", {"ring", "nvrar"}),
             ("device/host.py", {"ring", "nvrar"}),
             ("device/low_latency.py", {"ring", "nvrar"}),
@@ -285,7 +280,10 @@ class TestKeys:
         known = {Path(name).name for name in (*jit.VERB_SOURCES, *jit.PACK_SOURCES)}
         named = {"canonical.py"}  # decides under which name a kernel is kept, and is in that name
         assert {path.name for path in (codecache.PACKAGE / "device").glob("*.py")} == known | named | {"__init__.py"}
-        assert all((codecache.PACKAGE / one.file).is_file() for one in ALGORITHMS.values())
+        shared = {path.name for path in (codecache.PACKAGE / "algorithms").glob("_*.py")} - {"__init__.py"}
+        for one in ALGORITHMS.values():
+            assert {Path(name).name for name in one.sources} == shared | {Path(one.file).name}
+            assert all((codecache.PACKAGE / name).is_file() for name in one.sources)
 
     @pytest.mark.parametrize("package", ["numba", "llvmlite"])
     def test_compilers(self, monkeypatch, package):

@@ -70,11 +70,11 @@ class TestCache:
         cache = CubinCache(tmp_path)
         assert cache.get(*KEY) != cache.get(*KEY, False)
 
-    @pytest.mark.parametrize("source", [*SOURCES, "algorithms/_registry.py", ALGORITHMS["one_shot"].file])
+    @pytest.mark.parametrize("source", [*SOURCES, *ALGORITHMS["one_shot"].sources])
     def test_another_text_of_any_source_is_another_kernel(self, tmp_path, compiled, monkeypatch, source):
         CubinCache(tmp_path).get(*KEY)
         package = tmp_path / "package"
-        for name in (*SOURCES, "algorithms/_registry.py", ALGORITHMS["one_shot"].file):
+        for name in (*SOURCES, *ALGORITHMS["one_shot"].sources):
             copied = package / name
             copied.parent.mkdir(parents=True, exist_ok=True)
             copied.write_bytes((codecache.PACKAGE / name).read_bytes() + (b"#" if name == source else b""))

@@ -65,6 +65,15 @@ def test_without_rules_the_cheapest_candidate_is_chosen(node_sizes):
         assert told.order == ALGORITHMS[told.algorithm].order
 
 
+@pytest.mark.parametrize("node_sizes", [(2,), (5,), (1, 1), (4, 4), (2, 3)])
+@pytest.mark.parametrize("nbytes", [4, 4096, 1 << 24])
+def test_one_hop_that_costs_what_nvrar_does_is_not_chosen(node_sizes, nbytes):
+    told = explain(node_sizes, nbytes)
+    costs = {one.name: one.seconds for one in told.candidates}
+    assert costs["nvrar_one_hop/simple"] == costs["nvrar/simple"]
+    assert told.algorithm != "nvrar_one_hop"
+
+
 def test_an_explanation_is_for_reading():
     told = explain((4,), 400, rules=[{"verb": "allreduce", "upto": 512, "use": "one_shot/low_latency"}])
     fields = ("allreduce", 400, "float32", "SUM", "one_shot", "low_latency", "rank order")
@@ -94,7 +103,9 @@ def test_a_candidate_that_is_asked_for_is_taken(name):
 
 @pytest.mark.parametrize("name", ["bucket", "ring/fast", "Ring", "node_scatter", "node_scatter/simple", "simple", 3])
 def test_unknown_algorithms_are_refused_with_those_there_are(name):
-    known = "halving_doubling, nvrar, one_shot, recursive_doubling, ring, two_shot, alone or with a protocol"
+    known = (
+        "halving_doubling, nvrar, nvrar_one_hop, one_shot, recursive_doubling, ring, two_shot, alone or with a protocol"
+    )
     with pytest.raises(nvcoll.ArgumentError, match=f"^Allreduce: algorithm is {name!r}, expected one of {known}"):
         explain((2,), 4, name)
 

@@ -137,7 +137,7 @@ def test_no_slot_is_staged_twice_unless_with_the_same_data():
         for rank in range(shape.size):
             sent = schedule.run(name, rank, shape, 960, target="cuda").sent
             slots = [slot for _, p, slot, _ in sent if node_of[p] != node_of[rank]]
-            assert len(set(slots)) == len(slots) or name == "one_shot"
+            assert len(set(slots)) == len(slots) or name in {"one_shot", "nvrar_one_hop"}
 
 
 def test_ranks_that_are_far_reduce_in_no_memory_of_others():

@@ -1,6 +1,15 @@
 """One file an algorithm: picture, what it supports, what it costs, and its kernel text."""
 
-from nvcoll.algorithms import halving_doubling, node_slices, nvrar, one_shot, recursive_doubling, ring, two_shot
+from nvcoll.algorithms import (
+    halving_doubling,
+    node_slices,
+    nvrar,
+    nvrar_one_hop,
+    one_shot,
+    recursive_doubling,
+    ring,
+    two_shot,
+)
 from nvcoll.algorithms._registry import ALGORITHMS, Algorithm, Link, Shape
 
 __all__ = [
@@ -11,6 +20,7 @@ __all__ = [
     "halving_doubling",
     "node_slices",
     "nvrar",
+    "nvrar_one_hop",
     "one_shot",
     "recursive_doubling",
     "ring",

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+SHARED = ("algorithms/_registry.py", "algorithms/_inside_nodes.py")
+"""Files that texts may be made of besides their own."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -109,6 +112,11 @@ class Algorithm:
     def file(self) -> str:
         """The file that defines it, by its path in the package."""
         return f"algorithms/{self._module.__name__.rpartition('.')[2]}.py"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files on which its text depends, by their paths in the package."""
+        return (*SHARED, self.file)
 
     def supports(self, shape: Shape) -> str | None:
         """Return why the algorithm cannot serve a call, or None."""

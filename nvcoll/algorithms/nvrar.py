@@ -14,6 +14,7 @@ more where N is no power of two. Any number of nodes, of any and of different si
 
 from typing import Any
 
+from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost
 from nvcoll.algorithms._registry import Link, Shape, algorithm, power_below, steps
 
 
@@ -24,11 +25,10 @@ def supports(shape: Shape) -> str | None:
 
 def cost(shape: Shape, link: Link) -> float:
     """Direct exchange inside the nodes, whole slices at every step between them."""
-    nodes, largest, slices = len(shape.node_sizes), max(shape.node_sizes), shape.slices
-    part = shape.nbytes / slices
-    near = 2 * (link.latency + (largest - 1) * part * link.per_byte) if largest > 1 else 0.0
+    nodes = len(shape.node_sizes)
+    part = shape.nbytes / shape.slices
     count = steps(nodes) + (2 if nodes != power_below(nodes) else 0)
-    return near + count * (link.far_latency + part * shape.width / shape.itemsize * link.far_per_byte)
+    return near_cost(shape, link) + count * (link.far_latency + part * shape.width / shape.itemsize * link.far_per_byte)
 
 
 def slots(shape: Shape) -> tuple[int, int]:
@@ -41,19 +41,13 @@ def slots(shape: Shape) -> tuple[int, int]:
     "nvrar", verb="allreduce", source="NVRAR, arXiv 2511.09557", order="rank order in a node, binary tree over nodes"
 )
 def text(v: Any) -> Any:
-    width, itemsize, begin, put, load = v.width, v.itemsize, v.begin, v.put, v.load
-    part_at, log2, fold, unfold = v.part_at, v.log2, v.fold, v.unfold
-    nodes, node, local_rank, slices, node_ranks, node_starts = (
-        v.nodes, v.node, v.local_rank, v.slices, v.node_ranks, v.node_starts,
-    )  # fmt: skip
-    wait_copy, wait_reduce, wait_reduce_all, accumulators, finish_to, jit = (
-        v.wait_copy, v.wait_reduce, v.wait_reduce_all, v.accumulators, v.finish_to, v.jit,
-    )  # fmt: skip
+    width, itemsize, put, nodes, node, local_rank = v.width, v.itemsize, v.put, v.nodes, v.node, v.local_rank
+    log2, fold, unfold, wait_copy, wait_reduce = v.log2, v.fold, v.unfold, v.wait_copy, v.wait_reduce
+    finish_to, member, jit = v.finish_to, member_of(v), v.jit
 
     @jit
-    def member(c, b, k):
-        """Return the k-th rank of node b."""
-        return load(node_ranks(c) + 8 * (load(node_starts(c) + 8 * b) + k))
+    def slots_between(c):
+        return 2 + log2(nodes(c))
 
     @jit
     def between_nodes(c, e, acc, n, result, first):
@@ -76,29 +70,4 @@ def text(v: Any) -> Any:
         if here < 2 * extra:
             put(c, e, member(c, here + 1, local), first + 1, result, n * itemsize(c))
 
-    def kernel(c, send, recv, count):
-        e, here, local, at = begin(c), node(c), local_rank(c), itemsize(c)
-        members = load(node_starts(c) + 8 * (here + 1)) - load(node_starts(c) + 8 * here)
-        largest = 0
-        for b in range(nodes(c)):
-            largest = max(largest, load(node_starts(c) + 8 * (b + 1)) - load(node_starts(c) + 8 * b))
-        inner, gather = largest, largest + 2 + log2(nodes(c))
-        for k in range(slices(c)):  # scatter
-            if k != local:
-                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
-                put(c, e, member(c, here, k), local, send + lo * at, (hi - lo) * at)
-        if local < slices(c):
-            lo, hi = part_at(c, count, slices(c), local), part_at(c, count, slices(c), local + 1)
-            mine = recv + lo * at
-            acc = accumulators(c, mine)
-            wait_reduce_all(c, e, members, local, 0, send + lo * at, acc, hi - lo)
-            between_nodes(c, e, acc, hi - lo, mine, inner)
-            for k in range(members):  # gather
-                if k != local:
-                    put(c, e, member(c, here, k), gather + local, mine, (hi - lo) * at)
-        for k in range(slices(c)):
-            if k != local:
-                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
-                wait_copy(c, e, gather + k, recv + lo * at, (hi - lo) * at)
-
-    return kernel
+    return inside_nodes(v, slots_between, between_nodes)

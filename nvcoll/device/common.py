@@ -156,33 +156,43 @@ def verbs(t: Any) -> SimpleNamespace:
             copy(to, acc, n * width(c))
 
     @jit
+    def combine_as(c, widener, size, sources, first, k, acc, also, n):
+        """Reduce n operands of `size` bytes, which `widener` makes accumulators of, 0 if they are that already."""
+        step = BLOCK // width(c)
+        for block in range((n + step - 1) // step):  # a range with a step could raise
+            lo = block * step
+            m = min(step, n - lo)
+            to = acc + lo * width(c)
+            left = load(sources) + (first + lo) * size
+            if widener != 0:
+                wide = to if k == 1 else blocks(c)
+                call4(widener, wide, left, m, 0)
+                left = wide
+            elif k == 1 and left != to:
+                copy(to, left, m * width(c))
+            for j in range(1, k):
+                right = load(sources + 8 * j) + (first + lo) * size
+                if widener != 0:
+                    call4(widener, blocks(c) + BLOCK, right, m, 0)
+                    right = blocks(c) + BLOCK
+                last = j == k - 1
+                out = to if last else blocks(c)
+                call5(reduce(c), out, also + lo * width(c) if last else out, left, right, m)
+                left = out
+
+    @jit
     def combine(c, sources, first, k, acc, also, n):
         """Reduce n elements, from `first` on, of the k arrays in a table, in its order, into n accumulators.
 
         The accumulators may be one of the arrays: a block is stored after all its operands were read. Those of more
         than one array are stored in a second place `also`, which is `acc` where there is none.
         """
-        step = BLOCK // width(c)
-        for block in range((n + step - 1) // step):  # a range with a step could raise
-            lo = block * step
-            m = min(step, n - lo)
-            to = acc + lo * width(c)
-            left = load(sources) + (first + lo) * itemsize(c)
-            if widen(c) != 0:
-                wide = to if k == 1 else blocks(c)
-                call4(widen(c), wide, left, m, 0)
-                left = wide
-            elif k == 1 and left != to:
-                copy(to, left, m * width(c))
-            for j in range(1, k):
-                right = load(sources + 8 * j) + (first + lo) * itemsize(c)
-                if widen(c) != 0:
-                    call4(widen(c), blocks(c) + BLOCK, right, m, 0)
-                    right = blocks(c) + BLOCK
-                last = j == k - 1
-                out = to if last else blocks(c)
-                call5(reduce(c), out, also + lo * width(c) if last else out, left, right, m)
-                left = out
+        combine_as(c, widen(c), itemsize(c), sources, first, k, acc, also, n)
+
+    @jit
+    def combine_partials(c, sources, k, acc, n):
+        """Reduce n accumulators of each of the k arrays in a table, in its order, into n, which may be one of them."""
+        combine_as(c, 0, width(c), sources, 0, k, acc, acc, n)
 
     @jit
     def combine_one(c, p, acc, data, n):
@@ -214,5 +224,6 @@ def verbs(t: Any) -> SimpleNamespace:
         fill=fill,
         finish_to=finish_to,
         combine=combine,
+        combine_partials=combine_partials,
         combine_one=combine_one,
     )

@@ -24,7 +24,8 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     p = PROTOCOLS[protocol](t, v)
     jit, load, store, copy = t.jit, t.load, t.store, t.copy
     width, itemsize, table = t.field.width, t.field.itemsize, t.field.table
-    put_part, put_end, arrive, combine, combine_one = p.put_part, p.put_end, p.arrive, v.combine, v.combine_one
+    put_part, put_end, arrive = p.put_part, p.put_end, p.arrive
+    combine, combine_one, combine_partials = v.combine, v.combine_one, v.combine_partials
     asked, answered, accumulators, finish_to = p.asked, p.answered, v.accumulators, v.finish_to
 
     @jit
@@ -56,6 +57,13 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         combine(c, table(c), 0, k, acc, acc, n)
 
     @jit
+    def wait_reduce_partials(c, e, k, me, slot, acc, n):
+        """Wait for n accumulators in each of k slots but mine, and reduce all in the order of the slots into mine."""
+        for j in range(k):
+            store(table(c) + 8 * j, acc if j == me else arrive(c, e, slot + j, n * width(c)))
+        combine_partials(c, table(c), k, acc, n)
+
+    @jit
     def wait_asked(c, e, k, me, mine, n):
         """Wait for n elements that each of k ranks but me asks to reduce, and list where they are, with `mine`."""
         for j in range(k):
@@ -75,6 +83,7 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
 
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
+    own |= {"wait_reduce_partials": wait_reduce_partials}
     own |= {"wait_asked": wait_asked, "wait_answer": wait_answer, "ask": p.ask, "answer_at": p.answer_at}
     own |= {"answer_part": p.answer_part, "answer_end": p.answer_end}
     basic = {"load": load, "store": store, "copy": copy, "jit": jit}

@@ -15,7 +15,7 @@ from tests.oracle import assert_reduced, random_data
 
 GUARD = 128
 FILL = 0xA5
-RING_ROUND = 1000  # elements that a ring takes in one round with any scratch memory these tests give it
+RING_ROUND = 560  # elements that a ring takes in one round with any scratch memory these tests give it
 
 
 @dataclass(frozen=True)

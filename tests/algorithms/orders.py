@@ -79,11 +79,20 @@ def along_the_ring(arrays, combine, node_sizes=None):
     return np.concatenate(slices)
 
 
+def of_nodes(arrays, combine, node_sizes):
+    """Rank order in each node."""
+    ends = np.cumsum(node_sizes)
+    return [rank_order(arrays[end - size : end], combine) for size, end in zip(node_sizes, ends, strict=True)]
+
+
 def nodes_then_tree(arrays, combine, node_sizes):
     """Rank order in each node, and a tree whose leaves are neighbouring nodes."""
-    ends = np.cumsum(node_sizes)
-    sums = [rank_order(arrays[end - size : end], combine) for size, end in zip(node_sizes, ends, strict=True)]
-    return near_first(sums, combine)
+    return near_first(of_nodes(arrays, combine, node_sizes), combine)
+
+
+def nodes_in_order(arrays, combine, node_sizes):
+    """Rank order in each node, and node order between them: (a0 a1) (a2 a3) (a4 a5)."""
+    return rank_order(of_nodes(arrays, combine, node_sizes), combine)
 
 
 ORDERS = {
@@ -93,4 +102,5 @@ ORDERS = {
     "recursive_doubling": near_first,
     "halving_doubling": far_first,
     "nvrar": nodes_then_tree,
+    "nvrar_one_hop": nodes_in_order,
 }

@@ -100,6 +100,9 @@ def verbs(rank, shape, capacity, direct, notes, target):
     def wait_all(c, e, k, me, slot, mine, n):
         notes.awaited.extend((e, None, slot + j, n * shape.itemsize) for j in range(k) if j != me)
 
+    def wait_reduce_partials(c, e, k, me, slot, acc, n):
+        notes.awaited.extend((e, None, slot + j, n * shape.width) for j in range(k) if j != me)
+
     def answer_part(c, e, p, offset, source, nbytes):
         put_part(c, e, p, shape.size + rank, offset, source, nbytes)
 
@@ -160,6 +163,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "wait_copy": wait_copy,
         "wait_reduce": lambda c, e, p, slot, acc, n: notes.awaited.append((e, p, slot, n * shape.width)),
         "wait_all": wait_all,
+        "wait_reduce_partials": wait_reduce_partials,
         "wait_reduce_finish": wait_reduce_finish,
         "reduce_direct": lambda c, *_: None,
         "private": lambda c: WORK,

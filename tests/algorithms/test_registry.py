@@ -25,7 +25,15 @@ EVERY_ALGORITHM = pytest.mark.parametrize("name", ALLREDUCE)
 
 
 def test_the_registry():
-    assert ALLREDUCE == ["halving_doubling", "nvrar", "one_shot", "recursive_doubling", "ring", "two_shot"]
+    assert ALLREDUCE == [
+        "halving_doubling",
+        "nvrar",
+        "nvrar_one_hop",
+        "one_shot",
+        "recursive_doubling",
+        "ring",
+        "two_shot",
+    ]
     assert sorted(set(ALGORITHMS) - set(ALLREDUCE)) == ["node_gather", "node_scatter"]
     for name, one in ALGORITHMS.items():
         assert one.name == name
@@ -136,6 +144,10 @@ def test_there_are_flags_for_all_slots(name):
         ("nvrar", (2, 2, 2, 2), 2, 2),
         ("nvrar", (2, 2, 3), 2, 3),
         ("nvrar", (1, 1, 1, 1), 0, 2),
+        ("nvrar_one_hop", (5,), 2, 0),
+        ("nvrar_one_hop", (2, 2, 2, 2), 2, 1),
+        ("nvrar_one_hop", (2, 2, 3), 2, 1),
+        ("nvrar_one_hop", (1, 1, 1, 1), 0, 1),
     ],
 )
 def test_cost_counts_steps(name, sizes, near, far):
@@ -151,6 +163,16 @@ def test_cost_counts_the_bytes_that_the_busiest_rank_sends(name):
         sent = max(sum(nbytes for *_, nbytes in schedule.run(name, r, shape).sent) for r in range(shape.size))
         cost = ALGORITHMS[name].cost(shape, Link(0, 1, 0, 1))
         assert 0.99 * sent <= cost <= 1.01 * (sent + 2 * shape.nbytes)  # folding is on the way of all
+
+
+@pytest.mark.parametrize(("name", "factors"), [("nvrar", (1, 2, 3)), ("nvrar_one_hop", (1, 3, 7))])
+@pytest.mark.parametrize("width", [2, 4])
+def test_cost_counts_the_bytes_between_nodes(name, factors, width):
+    for nodes, factor in zip((2, 4, 8), factors, strict=True):
+        shape = schedule.world((3,) * nodes, 30_000, 2, width)
+        sent = sum(nbytes for _, to, _, nbytes in schedule.run(name, 0, shape).sent if to >= 3)
+        assert sent == factor * 10_000 * width
+        assert ALGORITHMS[name].cost(shape, Link(0, 0, 0, 1)) == sent
 
 
 def shape_size(sizes):
@@ -172,7 +194,7 @@ def test_cost_grows_with_the_message_and_with_latency(name):
 def test_wider_accumulators_cost_more_where_they_travel():
     link = Link(0, 1, 0, 1)
     narrow, wide = (schedule.world((2, 2), 1000, 2, width) for width in (2, 4))
-    for name in ("recursive_doubling", "nvrar"):
+    for name in ("recursive_doubling", "nvrar", "nvrar_one_hop"):
         assert ALGORITHMS[name].cost(wide, link) > ALGORITHMS[name].cost(narrow, link)
 
 

@@ -35,7 +35,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle,
     )  # fmt: skip
     get, put_back, keep, rank, ranks = v.get, v.put_back, v.keep, v.rank, v.ranks
-    widen, reduce, finish, stride = a.widen, a.reduce, a.finish, v.stride
+    widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
     itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
     thread, threads, load_pack, store_pack, sync = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.sync
@@ -104,6 +104,32 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 put_back(acc + i, total[:2], nbytes - i)
             else:
                 store_wide(acc + i * accumulates, total)
+            i += threads() * BYTES
+        sync()
+
+    @jit
+    def gather_partials(c, e, k, me, at, acc, i, nbytes):
+        """Reduce pack i of all accumulators, in order."""
+        total = get(acc + i, nbytes - i) if me == 0 else settle(c, e, at, i, peek(at, i))
+        for j in range(1, k):
+            if j == me:
+                total = reduce_pack(total, get(acc + i, nbytes - i))
+            else:
+                there = at + j * stride(c)
+                total = reduce_pack(total, settle(c, e, there, i, peek(there, i)))
+        return total
+
+    @jit
+    def wait_reduce_partials(c, e, k, me, slot, acc, n):
+        """Wait for n accumulators in each of k slots but mine, and reduce all in the order of the slots into mine.
+
+        What becomes pack i of mine is stored by the thread that has read it, here and when it was put into slots.
+        """
+        nbytes = n * width
+        at = arrivals(c, e, k, me, slot, nbytes)
+        i = thread() * BYTES
+        while i < nbytes:
+            put_back(acc + i, gather_partials(c, e, k, me, at, acc, i, nbytes), nbytes - i)
             i += threads() * BYTES
         sync()
 
@@ -194,7 +220,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         put = far.over(jit, v, w).put
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
-    own |= {"reduce_direct": reduce_direct}
+    own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     return SimpleNamespace(**{**vars(v), **own}, sync=sync)
 
 

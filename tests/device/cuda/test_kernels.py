@@ -18,7 +18,8 @@ OTHERS = [
     ("float8_e4m3fn", "SUM"), ("float8_e5m2", "AVG"),
 ]  # fmt: skip
 
-SMALL = ("one_shot/low_latency", "recursive_doubling/low_latency", "nvrar/low_latency")  # what rules use for those
+# What small messages may come to.
+SMALL = tuple(f"{name}/low_latency" for name in ("one_shot", "recursive_doubling", "nvrar", "nvrar_one_hop"))
 
 # Name, datatype, operator, whether a thread has several packs under way, the architecture that Numba compiles for, and
 # those that its PTX is assembled for: what is valid for one is valid for the later ones, and assembling is quick.

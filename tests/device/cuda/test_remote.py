@@ -14,7 +14,11 @@ pytest.importorskip("nvshmem", reason="nvshmem4py is not installed")
 MOST_REGISTERS = 65536 // jit_cuda.THREADS
 REACHING = [name for name in candidates() if not name.startswith("two_shot")]
 CASES = [(name, "float32", False, "sm_90") for name in REACHING]
-CASES += [("nvrar/low_latency", "bfloat16", deep, "sm_90") for deep in (False, True)]
+CASES += [
+    (name, "bfloat16", deep, "sm_90")
+    for name in ("nvrar/low_latency", "nvrar_one_hop/low_latency")
+    for deep in (False, True)
+]
 CASES += [("nvrar/simple", "bfloat16", True, "sm_90"), ("recursive_doubling/low_latency", "int32", True, "sm_90")]
 CASES += [
     (name, "bfloat16", False, arch) for name in ("nvrar/low_latency", "ring/simple") for arch in ("sm_80", "sm_100")

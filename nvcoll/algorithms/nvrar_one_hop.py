@@ -1,0 +1,59 @@
+"""NVRAR for few nodes: as nvrar inside the nodes; between them, every slice goes to all its owners at once.
+
+    node          A               B               C            two ranks, two ranks, three ranks
+    rank        0     1         2     3         4    5    6    the smallest node has two: slices .0 and .1
+    scatter     A.0   A.1       B.0   B.1       C.0  C.1  .    every rank sends slice k to the k-th rank of its node
+    exchange    A.0 <---------> B.0 <---------> C.0            each sends to each (slice .1 likewise)
+                ABC.0           ABC.0           ABC.0          and reduces all, in the order of the nodes
+    gather      every slice's owner sends it to all ranks of its node
+
+2 steps inside a node, one between N nodes, of (N - 1) M/G bytes, where G is the size of the smallest node. Any number
+of nodes, of any and of different sizes.
+"""
+
+from typing import Any
+
+from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost
+from nvcoll.algorithms._registry import Link, Shape, algorithm
+
+
+def supports(shape: Shape) -> str | None:
+    """Any call with more than one rank; on a single node there is nothing to exchange."""
+    return None
+
+
+def cost(shape: Shape, link: Link) -> float:
+    """Direct exchange inside the nodes, and of whole slices between them."""
+    others = len(shape.node_sizes) - 1
+    part = shape.nbytes / shape.slices
+    far = link.far_latency + others * (part * shape.width / shape.itemsize * link.far_per_byte)
+    return near_cost(shape, link) + (far if others else 0.0)
+
+
+def slots(shape: Shape) -> tuple[int, int]:
+    """Slots for scatter, for every node and for gather, each of a slice; that of my own node stays empty."""
+    return max(shape.node_sizes) + len(shape.node_sizes) + shape.slices, shape.slices
+
+
+@algorithm(
+    "nvrar_one_hop",
+    verb="allreduce",
+    source="NVRAR, arXiv 2511.09557, with a direct exchange between nodes",
+    order="rank order in a node, node order between",
+)
+def text(v: Any) -> Any:
+    width, put, nodes, node, local_rank = v.width, v.put, v.nodes, v.node, v.local_rank
+    around, wait_reduce_partials, finish_to, member, jit = (
+        v.around, v.wait_reduce_partials, v.finish_to, member_of(v), v.jit,
+    )  # fmt: skip
+
+    @jit
+    def between_nodes(c, e, acc, n, result, first):
+        """Exchange among the ranks that own my slice on each node. Leaves the finished slice in `result`."""
+        here, local, total = node(c), local_rank(c), nodes(c)
+        for step in range(1, total):  # the next node first, so that none is sent to by all at once
+            put(c, e, member(c, around(here + step, total), local), first + here, acc, n * width(c))
+        wait_reduce_partials(c, e, total, here, first, acc, n)
+        finish_to(c, result, acc, n)
+
+    return inside_nodes(v, nodes, between_nodes)
