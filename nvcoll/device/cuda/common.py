@@ -5,8 +5,8 @@ slots of its own, and counts epochs of its own. Epochs lie in device memory, so 
 counts on when it is replayed. As on the host, two halves of every slot take turns by the parity of the epoch, and
 the same argument (see `nvcoll.device.common`) shows that a half is written again only after it was read.
 
-A thread whose wait is over its deadline ends, and its block takes part in nothing from the next epoch on: what was not
-received is not passed on, lest a peer takes it for what it awaits. Barriers do not wait for threads that have ended.
+A thread whose wait is over its deadline ends, and its block sends nothing from the next epoch on: what was not received
+is not passed on, lest a peer takes it for what it awaits. Barriers do not wait for threads that have ended.
 """
 
 from types import SimpleNamespace
@@ -26,8 +26,8 @@ LOOK = 256
 """Polls between looks at the clock and at what other blocks met."""
 FAILED = 1
 """What the first word of the state says once a wait was over its deadline."""
-SPENT = -(1 << 62)
-"""Epoch of a block that takes no more part; its end in the same launch may still add one."""
+SPENT = -(1 << 38)
+"""Epoch of a block that takes no more part. Its tags are negative, even when it has counted on."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:
@@ -75,10 +75,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     @jit
     def begin(c):
         """Return the tag of this block's next epoch."""
-        last = load(state(c) + EPOCHS + 8 * block())
-        if last < 0:
-            leave()
-        return ((last + 1) << STAMP_BITS) | stamp(c)
+        return ((load(state(c) + EPOCHS + 8 * block()) + 1) << STAMP_BITS) | stamp(c)
 
     @jit
     def advance(c):
@@ -155,11 +152,16 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return workspace(c) + block() * workspace_block(c)
 
     @jit
+    def outward(c, e, at):
+        """Return where to write what is for a peer: from a block that is spent, to none. No branch: loads go on."""
+        return private(c) if e < 0 else at
+
+    @jit
     def signal(c, e, p, slot, first, second):
         """Tell rank p that I am here, with two values. All that this block has stored is visible to it then."""
         sync()
         if thread() == 0:
-            at = flag(c, e, p, slot)
+            at = outward(c, e, flag(c, e, p, slot))
             store_relaxed(at + 8, first)
             store_relaxed(at + 16, second)
             fence()
@@ -291,7 +293,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     named = (
         itemsize, width, area, begin, advance, renew, half, given_up, wait, flag, signal, wait_signal, heap_of, offset,
-        accumulators, private, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
+        accumulators, private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
     return SimpleNamespace(

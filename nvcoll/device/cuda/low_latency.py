@@ -133,8 +133,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     else:
         form = flags(jit)
         base, base_half = v.lines, v.slots_half
-    area, half, get, rank, given_up, stride, slots_block = (
-        v.area, v.half, v.get, v.rank, v.given_up, v.stride, v.slots_block,
+    area, half, get, rank, given_up, outward, stride, slots_block = (
+        v.area, v.half, v.get, v.rank, v.given_up, v.outward, v.stride, v.slots_block,
     )  # fmt: skip
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
@@ -168,7 +168,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     @jit
     def put_part(c, e, p, slot, offset, source, nbytes):
         """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        store_part(e, slot_at(c, e, p, slot) + offset * spread, source, nbytes)
+        store_part(e, outward(c, e, slot_at(c, e, p, slot)) + offset * spread, source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):

@@ -105,7 +105,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
         if area(c, p) != 0:
             put_part(c, e, p, slot, 0, source, nbytes)
             put_end(c, e, p, slot)
-        elif nbytes > 0:
+        elif nbytes > 0 and e >= 0:  # a block that is spent sends nothing: earlier puts may still read the stage
             put_far(c, e, p, slot, source, nbytes)
 
     return SimpleNamespace(**vars(w) | {"put": put})

@@ -9,7 +9,7 @@ from nvcoll.device.cuda import remote as far
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
-    area, half, rank, flag, wait, copy = v.area, v.half, v.rank, v.flag, v.wait, v.copy
+    area, half, rank, flag, wait, copy, outward = v.area, v.half, v.rank, v.flag, v.wait, v.copy, v.outward
     stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
     sync, thread, block, fence, store_release, load_pack = (
         ptx.sync, ptx.thread, ptx.block, ptx.fence, ptx.store_release, ptx.load_pack,
@@ -28,7 +28,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     @jit
     def put_part(c, e, p, slot, offset, source, nbytes):
         """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        copy(slot_at(c, e, p, slot) + offset, source, nbytes)
+        copy(outward(c, e, slot_at(c, e, p, slot)) + offset, source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):
@@ -36,7 +36,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         sync()
         if thread() == 0:
             fence()
-            store_release(flag(c, e, p, slot), e)
+            store_release(outward(c, e, flag(c, e, p, slot)), e)
 
     @jit
     def arrival(c, e, slot, nbytes):
