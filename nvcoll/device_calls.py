@@ -159,6 +159,8 @@ class DeviceCalls:
                 "algorithm); make the calls agree"
             )
         late = f"did not arrive: rank {', rank '.join(map(str, missing))}" if missing else "all have arrived by now"
+        if not others:
+            late = "where the others are cannot be seen from here"
         return TimeoutError(
             f"{where}: no answer within NVCOLL_TIMEOUT; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if "
             "they are only slow"

@@ -42,16 +42,33 @@ class Kernel:
     ----------
     cubin : bytes
         Machine code, whose entry point is `ENTRY`.
-    registers : int
-        Registers of a thread.
-    spilled, local : int
-        Bytes of local memory that a thread needs because registers did not suffice, and in all.
+    log : str
+        What the linker says of it; nothing where it takes the code from a cache of its own.
     """
 
     cubin: bytes
-    registers: int
-    spilled: int
-    local: int
+    log: str
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        return self._figure(r"Used (\d+) registers")
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of local memory that a thread stores and loads because registers do not suffice."""
+        return self._figure(r"(\d+) bytes spill stores") + self._figure(r"(\d+) bytes spill loads")
+
+    @property
+    def local(self) -> int:
+        """Bytes of local memory of a thread, spilled or not."""
+        return self._figure(r"(\d+) bytes stack frame")
+
+    def _figure(self, pattern: str) -> int:
+        found = re.search(pattern, self.log)
+        if found is None:
+            raise RuntimeError(f"the CUDA linker does not tell {pattern!r}:\n{self.log}")
+        return int(found[1])
 
 
 class CubinCache:
@@ -146,20 +163,7 @@ def assemble(ptx: str, arch: str) -> Kernel:
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
-    cubin = bytes(linker.link("cubin").code)
-    log = linker.get_info_log() or ""
-    return Kernel(cubin, _figure(log, r"Used (\d+) registers"), _spills(log), _figure(log, r"(\d+) bytes stack frame"))
-
-
-def _figure(log: str, pattern: str) -> int:
-    found = re.search(pattern, log)
-    if found is None:
-        raise RuntimeError(f"the CUDA linker does not tell {pattern!r} any more:\n{log}")
-    return int(found[1])
-
-
-def _spills(log: str) -> int:
-    return _figure(log, r"(\d+) bytes spill stores") + _figure(log, r"(\d+) bytes spill loads")
+    return Kernel(bytes(linker.link("cubin").code), linker.get_info_log() or "")
 
 
 def kernel_ptx(

@@ -103,11 +103,16 @@ class DevicePlanner(Chooser):
 
     def deep(self, nbytes: int) -> bool:
         """Tell whether threads have several packs of a message under way at a time."""
-        return bool(_selection.shape_launch(self.launches, nbytes, self.remote)[2])
+        return bool(self._shape(nbytes)[2])
+
+    def _shape(self, nbytes: int) -> tuple[int, int | None, bool]:
+        return _selection.shape_launch(self.launches, nbytes, self.remote)
 
     def grid(self, nbytes: int, function: int) -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
-        threads, limit, _ = _selection.shape_launch(self.launches, nbytes, self.remote)
+        if self.remote:
+            nbytes = -(-nbytes // self.slices)  # what a node sends goes through the network in slices, a put a block
+        threads, limit, _ = self._shape(nbytes)
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
         if resident < self.sharers:
             raise ArgumentError(

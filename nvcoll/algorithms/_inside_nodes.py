@@ -33,8 +33,9 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
     slots_between
         ``slots_between(c)`` returns how many slots the exchange between nodes takes.
     between_nodes
-        ``between_nodes(c, e, acc, n, result, first)`` reduces n accumulators with those of the other owners of my
-        slice, through slots from `first` on, and leaves the finished slice in `result`.
+        ``between_nodes(c, e, source, acc, n, result, first)`` reduces n elements with those of the other owners of my
+        slice, through slots from `first` on, and leaves the finished slice in `result`. Mine are at `source`, where no
+        node has more than one rank; else that is 0, and my node's accumulators are at `acc`.
     """
     itemsize, begin, put, load, part_at = v.itemsize, v.begin, v.put, v.load, v.part_at
     nodes, node, local_rank, slices, node_starts = v.nodes, v.node, v.local_rank, v.slices, v.node_starts
@@ -55,8 +56,11 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
             lo, hi = part_at(c, count, slices(c), local), part_at(c, count, slices(c), local + 1)
             mine = recv + lo * at
             acc = accumulators(c, mine)
-            wait_reduce_all(c, e, members, local, 0, send + lo * at, acc, hi - lo)
-            between_nodes(c, e, acc, hi - lo, mine, between)
+            source = send + lo * at
+            if largest > 1:
+                wait_reduce_all(c, e, members, local, 0, source, acc, hi - lo)
+                source = 0
+            between_nodes(c, e, source, acc, hi - lo, mine, between)
             for k in range(members):  # gather
                 if k != local:
                     put(c, e, member(c, here, k), gather + local, mine, (hi - lo) * at)

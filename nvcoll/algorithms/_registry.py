@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-SHARED = ("algorithms/_registry.py", "algorithms/_inside_nodes.py")
+SHARED = ("algorithms/_registry.py", "algorithms/_doubling.py", "algorithms/_inside_nodes.py")
 """Files that texts may be made of besides their own."""
 
 

@@ -42,18 +42,21 @@ def slots(shape: Shape) -> tuple[int, int]:
     order="rank order in a node, node order between",
 )
 def text(v: Any) -> Any:
-    width, put, nodes, node, local_rank = v.width, v.put, v.nodes, v.node, v.local_rank
-    around, wait_reduce_partials, finish_to, member, jit = (
-        v.around, v.wait_reduce_partials, v.finish_to, member_of(v), v.jit,
+    width, itemsize, put, nodes, node, local_rank = v.width, v.itemsize, v.put, v.nodes, v.node, v.local_rank
+    around, wait_reduce_partials, wait_reduce_finish, finish_to, member, jit = (
+        v.around, v.wait_reduce_partials, v.wait_reduce_finish, v.finish_to, member_of(v), v.jit,
     )  # fmt: skip
 
     @jit
-    def between_nodes(c, e, acc, n, result, first):
-        """Exchange among the ranks that own my slice on each node. Leaves the finished slice in `result`."""
+    def between_nodes(c, e, source, acc, n, result, first):
         here, local, total = node(c), local_rank(c), nodes(c)
+        data, nbytes = (acc, n * width(c)) if source == 0 else (source, n * itemsize(c))
         for step in range(1, total):  # the next node first, so that none is sent to by all at once
-            put(c, e, member(c, around(here + step, total), local), first + here, acc, n * width(c))
-        wait_reduce_partials(c, e, total, here, first, acc, n)
-        finish_to(c, result, acc, n)
+            put(c, e, member(c, around(here + step, total), local), first + here, data, nbytes)
+        if source == 0:
+            wait_reduce_partials(c, e, total, here, first, acc, n)
+            finish_to(c, result, acc, n)
+        else:
+            wait_reduce_finish(c, e, total, here, first, source, result, n)
 
     return inside_nodes(v, nodes, between_nodes)

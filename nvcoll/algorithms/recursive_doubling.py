@@ -12,7 +12,8 @@ Partners put the lower rank's operand on the left, so both compute the same bits
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, algorithm, power_below, steps
+from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps
+from nvcoll.algorithms._registry import Link, Shape, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -24,44 +25,27 @@ def cost(shape: Shape, link: Link) -> float:
     """Steps inside a node first, then between nodes; folding takes two more."""
     far = len(shape.node_sizes) > 1
     latency, per_byte = (link.far_latency, link.far_per_byte) if far else (link.latency, link.per_byte)
-    count = steps(shape.size) + (2 if shape.size != power_below(shape.size) else 0)
-    return count * (latency + shape.nbytes * shape.width / shape.itemsize * per_byte)
+    return doubling_steps(shape.size) * (latency + shape.nbytes * shape.width / shape.itemsize * per_byte)
 
 
 def slots(shape: Shape) -> tuple[int, int]:
     """A slot for every step and two for folding, each of a whole message."""
-    return steps(shape.size) + 2, 1
+    return doubling_slots(shape.size), 1
 
 
 @algorithm(
     "recursive_doubling", verb="allreduce", source="Thakur, Rabenseifner & Gropp 2005", order="binary tree over ranks"
 )
 def text(v: Any) -> Any:
-    rank, size, width, itemsize, begin, put = v.rank, v.size, v.width, v.itemsize, v.begin, v.put
-    wait_copy, wait_reduce, accumulators, fill, finish_to = (
-        v.wait_copy, v.wait_reduce, v.accumulators, v.fill, v.finish_to,
-    )  # fmt: skip
-    log2, fold, unfold = v.log2, v.fold, v.unfold
+    rank, size, begin, accumulators, jit = v.rank, v.size, v.begin, v.accumulators, v.jit
+
+    @jit
+    def rank_at(c, place, k):
+        return place
+
+    double = doubling_of(v, rank_at)
 
     def kernel(c, send, recv, count):
-        e, me, n = begin(c), rank(c), size(c)
-        doublings = log2(n)
-        extra = n - (1 << doublings)  # ranks 0 .. 2 extra - 1 fold in pairs: the odd one of each hands over and waits
-        acc = accumulators(c, recv)
-        fill(c, acc, send, count)
-        if me < 2 * extra and me % 2 == 1:
-            put(c, e, me - 1, 0, acc, count * width(c))
-            wait_copy(c, e, 1, recv, count * itemsize(c))
-            return
-        if me < 2 * extra:
-            wait_reduce(c, e, me + 1, 0, acc, count)
-        mine = fold(me, extra)
-        for step in range(doublings):
-            partner = unfold(mine ^ (1 << step), extra)
-            put(c, e, partner, 2 + step, acc, count * width(c))
-            wait_reduce(c, e, partner, 2 + step, acc, count)
-        finish_to(c, recv, acc, count)
-        if me < 2 * extra:
-            put(c, e, me + 1, 1, recv, count * itemsize(c))
+        double(c, begin(c), rank(c), size(c), 0, send, accumulators(c, recv), count, recv, 0)
 
     return kernel

@@ -34,7 +34,7 @@ def _call(context: Any, builder: Any, name: str, args: Any) -> Any:
 
 @intrinsic
 def begin_put(typing: Any, to: Any, source: Any, nbytes: Any, rank: Any) -> Any:
-    """Begin to copy bytes of mine to another rank, at my own address of the place."""
+    """Begin to copy what the block has stored to another rank, at my own address of the place."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _call(context, builder, "nvcoll_put", args)
@@ -44,7 +44,7 @@ def begin_put(typing: Any, to: Any, source: Any, nbytes: Any, rank: Any) -> Any:
 
 @intrinsic
 def begin_put_signal(typing: Any, to: Any, source: Any, nbytes: Any, flag: Any, tag: Any, rank: Any) -> Any:
-    """Begin to copy bytes of mine to another rank, and to set a flag there after them."""
+    """The same, and set a flag there after the bytes."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return _call(context, builder, "nvcoll_put_signal", args)
@@ -79,7 +79,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
     put_part, put_end, slot_at, store_part, spread, signals = (
         w.put_part, w.put_end, w.slot_at, w.store_part, w.spread, w.signals,
     )  # fmt: skip
-    sync, fence, thread, block = ptx.sync, ptx.fence, ptx.thread, ptx.block
+    block = ptx.block
 
     @jit
     def stage_at(c, e, slot):
@@ -91,9 +91,6 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
         """Stage bytes and begin to put them."""
         staged = stage_at(c, e, slot)
         store_part(e, staged, source, nbytes)
-        sync()
-        if thread() == 0:
-            fence()  # the network reads what all threads of the block have stored
         to = slot_at(c, e, rank(c), slot)
         if signals:
             begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, p)
