@@ -55,6 +55,7 @@ def parse(arguments):
     add("--ops", type=lambda t: names(OPS, t, "operator"), default=list(DEFAULT_OPS), help="or all")
     add("--graph-largest", type=size, default=1 << 20, help="most bytes of a message in the graph (1M)")
     add("--largest", type=size, default=4 << 20, help="most bytes of a message that the host launches (4M)")
+    add("--slots", type=int, default=6, help="calls between two looks at results; each has 2 symmetric arrays (6)")
     add("--sleep", type=float, default=1e-3, help="longest pause of a rank between its calls, in seconds (0.001)")
     add("--every", type=float, default=15, help="seconds between lines on how far it is (15)")
     add("--seed", type=int, default=1)

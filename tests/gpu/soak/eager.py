@@ -17,7 +17,6 @@ from tests.gpu.soak.calls import Delays, Faults, agree, prepare
 from tests.oracle import SMALLEST, random_data, reduce_all, roundings, rounds
 
 PERIOD = 65537  # elements after which data repeat; a prime, so that no block of a message looks like another
-SLOTS = 8  # calls in a batch
 FILL = 0xA5
 MOST_SHIFT = 64  # bytes by which arrays are off their best alignment
 
@@ -117,7 +116,9 @@ class Batch:
         self.comm, self.options = comm, options
         room = GpuRoom if comm.target == "cuda" else HostRoom
         nbytes = options.largest + 2 * MOST_SHIFT
-        self.rooms = [[[room(comm, nbytes, kind) for kind in (True, False)] for _ in range(2)] for _ in range(SLOTS)]
+        self.rooms = [
+            [[room(comm, nbytes, kind) for kind in (True, False)] for _ in range(2)] for _ in range(options.slots)
+        ]
         self.delays = Delays(options.seed, comm.rank)
         self.values = lru_cache(maxsize=256)(
             lambda datatype, op: Values(options.seed, comm.rank, comm.size, datatype, op)
@@ -159,7 +160,7 @@ def soak(comm, options, calls):
     batch, faults = Batch(comm, options), Faults("eager", comm.rank)
     start, said, done, seconds, late, differing = time.monotonic(), time.monotonic(), 0, 0.0, False, 0
     while done < len(calls) and not late:
-        some, digests = calls[done : done + SLOTS], []
+        some, digests = calls[done : done + options.slots], []
         try:
             for number, (call, result, wrong) in enumerate(batch.run(done, some), done):
                 digests.append(zlib.crc32(result))
