@@ -1,7 +1,7 @@
 """A soak: very many all-reduces of all kinds, with ranks that arrive at random, and every result checked in full.
 
-    mpirun -n 2 python3 -m tests.gpu.soak --graph-calls 100000 --calls 2000 --seconds 100
-    mpirun -n 4 python3 -m tests.gpu.soak --graph-calls 0 --calls 2000 --algorithms nvrar,ring --datatypes all --ops all
+    mpirun --bind-to none -n 2 python3 -m tests.gpu.soak --graph-calls 100000 --calls 2000 --seconds 100
+    mpirun --bind-to none -n 4 python3 -m tests.gpu.soak --graph-calls 0 --algorithms nvrar --datatypes all --ops all
     python3 -m tests.gpu.soak --compile far     # beforehand, where ranks are reached through a network; makes no calls
 
 The graph part replays a CUDA graph of calls and checks on the GPU; it needs torch. The eager part runs on hosts too.
