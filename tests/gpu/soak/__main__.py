@@ -15,8 +15,10 @@ import sys
 import time
 import traceback
 
+from nvcoll._selection import shape_launch
 from nvcoll.ops import DATATYPES, OPS
-from nvcoll.planning import candidates
+from nvcoll.planning import LAUNCH, candidates, read_rules
+from tests.gpu.kernels import REACHING
 from tests.gpu.soak import eager, graph
 from tests.gpu.soak.calls import agree, compile_kernels, draw, kernels_of, usable
 
@@ -78,11 +80,12 @@ def only_compile(options):
     from nvcoll.backends.driver import Device
 
     start, far = time.monotonic(), options.compile == "far"
+    launches = read_rules(None)[LAUNCH]
     wanted = set(options.algorithms or candidates())
     chosen = [name for name in candidates() if {name, name.split("/")[0]} & wanted]
-    kernels = set().union(
-        *map(kernels_of, drawn(options, [n for n in chosen if not (far and n.startswith("two_shot"))]))
-    )
+    chosen = [name for name in chosen if name in REACHING or not far]
+    calls = [call for part in drawn(options, chosen) for call in part]
+    kernels = kernels_of(calls, lambda nbytes: shape_launch(launches, nbytes, far)[2])
     compile_kernels(kernels, Device(0).arch, far)
     print(f"compiled {len(kernels)} kernels in {time.monotonic() - start:.1f} s", flush=True)
 

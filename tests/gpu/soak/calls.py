@@ -13,8 +13,8 @@ from functools import partial
 from multiprocessing import get_context
 
 from nvcoll import settings
-from nvcoll.jit_cuda import CubinCache
 from nvcoll.ops import DATATYPES, OPS
+from tests.gpu.kernels import compile_one
 
 SMALLEST = 8  # bytes
 WORKERS = 32
@@ -64,12 +64,8 @@ def agree(comm, **facts):
     return [json.loads(one) for one in comm._world.exchange.allgather(json.dumps(facts).encode())]
 
 
-def compile_one(folder, arch, remote, kernel):
-    CubinCache(folder).get(*kernel, arch, False, remote)
-
-
 def compile_kernels(kernels, arch, remote):
-    """Let kernels, as (algorithm, protocol, operator, datatype), be in the cache: one by one they take minutes."""
+    """Let kernels, as in `tests.gpu.kernels`, be in the cache: one by one they take minutes."""
     todo = sorted(kernels)
     if not todo:
         return
@@ -80,16 +76,18 @@ def compile_kernels(kernels, arch, remote):
         list(pool.map(work, todo[1:]))
 
 
-def kernels_of(calls):
-    return {(*call.algorithm.split("/"), call.op, call.datatype) for call in calls}
+def kernels_of(calls, deep=lambda nbytes: False):
+    """Return the kernels of calls; `deep` tells the sizes of which threads have several packs under way at a time."""
+    return {(*call.algorithm.split("/"), call.op, call.datatype, deep(call.nbytes)) for call in calls}
 
 
 def prepare(comm, calls):
     """Compile the kernels of these calls, each rank its share; collective."""
     if comm.target != "cuda":
         return
-    mine = sorted(kernels_of(calls))[comm.rank :: comm.size]
-    compile_kernels(mine, comm._world.device.arch, comm._world.planner.remote)
+    planner = comm._world.planner
+    mine = sorted(kernels_of(calls, planner.deep))[comm.rank :: comm.size]
+    compile_kernels(mine, comm._world.device.arch, planner.remote)
     agree(comm)
 
 
