@@ -8,7 +8,7 @@ import pytest
 
 from nvcoll import settings
 from tests.conftest import worker_processes
-from tests.gpu.kernels import KERNELS, compile_one
+from tests.gpu.kernels import FAR_KERNELS, KERNELS, compile_one
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,19 @@ def gpu():
 @pytest.fixture(scope="session")
 def compiled(gpu):
     """Let the kernels of these tests be in the cache."""
+    compile_all(gpu.arch, KERNELS, remote=False)
+
+
+@pytest.fixture(scope="session")
+def compiled_far(gpu):
+    """Let the kernels that reach far ranks be in the cache."""
+    compile_all(gpu.arch, FAR_KERNELS, remote=True)
+
+
+def compile_all(arch, kernels, remote):
+    one = partial(compile_one, settings.read().cache_dir, arch, remote)
     with worker_processes(min(32, len(os.sched_getaffinity(0)))) as pool:
-        list(pool.map(partial(compile_one, settings.read().cache_dir, gpu.arch), KERNELS))
+        list(pool.map(one, kernels))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Which kernels the tests of this folder use: they are compiled together, for one by one they take minutes.
 
-``from tests.gpu.kernels import KERNELS, PAIRS``
+``from tests.gpu.kernels import FAR_KERNELS, FAR_PAIRS, KERNELS, PAIRS``
 """
 
 from nvcoll.jit_cuda import CubinCache
@@ -14,7 +14,11 @@ KERNELS = [(*name.split("/"), op, datatype, False) for name in candidates() for 
 KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # barriers, graphs
 KERNELS += [(*name.split("/"), "SUM", "float32", True) for name in candidates()]  # messages of many bytes
 
+FAR_PAIRS = [*PAIRS[:3], ("float64", "PROD"), ("complex64", "SUM")]
+REACHING = [name for name in candidates() if not name.startswith("two_shot")]  # ranks that cannot be stored to
+FAR_KERNELS = [(*name.split("/"), op, kind, False) for name in REACHING for kind, op in [*FAR_PAIRS, ("int32", "SUM")]]
 
-def compile_one(folder, arch, kernel):
+
+def compile_one(folder, arch, remote, kernel):
     *key, deep = kernel
-    CubinCache(folder).get(*key, arch, deep)
+    CubinCache(folder).get(*key, arch, deep, remote)

@@ -11,6 +11,7 @@ ROOT = str(Path(__file__).parents[2])
 ENV = {"NVCOLL_BACKEND": "nvshmem", "NVCOLL_HEAP": "512M"}
 
 EVERYTHING = """
+import hashlib, sys
 import numpy as np, nvcoll
 from nvcoll import COMM_WORLD as comm
 from nvcoll.ops import DATATYPES, OPS
@@ -18,10 +19,12 @@ from tests.gpu.kernels import PAIRS
 from tests.oracle import assert_reduced, random_data
 
 assert comm.target == "cuda" and comm.backend == "nvshmem", comm
-calls = 0
+assert len(comm._world.topology.nodes) == 1 and not comm._world.planner.remote
+pairs, counts = int(sys.argv[1]), [int(one) for one in sys.argv[2:]]
+calls, digest = 0, hashlib.sha256()
 for name in comm.algorithms():
-    for datatype, op in PAIRS[:4]:
-        for count in (1, 5, 1021, 65537, 1_000_003):
+    for datatype, op in PAIRS[:pairs]:
+        for count in counts:
             seeds = [[calls, rank] for rank in range(comm.size)]
             given = [random_data(np.random.default_rng(seed), datatype, op, count) for seed in seeds]
             x = comm.array(given[comm.rank], datatype)
@@ -29,18 +32,29 @@ for name in comm.algorithms():
             comm.Allreduce(x, y, op=OPS[op], algorithm=name)
             comm.Allreduce(x, op=OPS[op], algorithm=name)
             for result in (x.copy_to(), y.copy_to()):
+                digest.update(result.tobytes())
                 assert_reduced(result, given, op, datatype)
             comm.Barrier()
             x.free(), y.free()
             calls += 1
-print("right", calls)
+print("right", calls, digest.hexdigest())
 """
 
+# Where more ranks than one share a GPU, their kernels take turns: a call takes milliseconds.
+SHARING = [
+    pytest.param(2, 4, (1, 5, 1021, 65537, 1_000_003), id="2"),
+    pytest.param(3, 2, (1, 1021, 65537), id="3"),
+    pytest.param(4, 2, (5, 1021, 65537), id="4"),
+    pytest.param(8, 2, (7, 20_011), id="8"),
+]
 
-def test_every_algorithm(run_ranks):
-    ranks = run_ranks(EVERYTHING, 2, timeout=115, env=ENV | {"PYTHONPATH": ROOT})
-    assert len({text.split()[-1] for text in ranks.stdout}) == 1
-    assert all(text.startswith("right") for text in ranks.stdout)
+
+@pytest.mark.parametrize(("ranks", "pairs", "counts"), SHARING)
+def test_every_algorithm(run_ranks, ranks, pairs, counts):
+    env = ENV | {"PYTHONPATH": ROOT, "NVCOLL_TIMEOUT": "60"}
+    told = run_ranks(EVERYTHING, ranks, pairs, *counts, timeout=115, env=env)
+    assert all(text.startswith("right") for text in told.stdout), told
+    assert len(set(told.stdout)) == 1, f"ranks have different results; {told}"
 
 
 def test_several_lives(run_ranks):
@@ -97,3 +111,56 @@ def test_a_rank_that_is_killed():
         # Its memory may be gone, and what the GPU then meets ends the context of this rank: an error in any case.
         assert told["kind"] in {"TimeoutError", "DeviceError", "StateError"}, told
         assert told["seconds"] < 15
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot/simple", "ring/simple", "two_shot/simple"])
+def test_counts_that_do_not_match(algorithm):
+    program = f"""
+from nvcoll.backends import driver
+x = comm.array(np.ones(1000, np.float32))
+comm.Allreduce(x, algorithm={algorithm!r})
+x.copy_to()
+tell(rank=comm.rank)
+gate()
+def again():
+    comm.Allreduce(x[:999] if comm.rank == 1 else x, algorithm={algorithm!r})
+    with comm._world.device:
+        driver.synchronize()
+    comm.Allreduce(x, algorithm={algorithm!r})
+tell(**attempt(again))
+tell(**attempt(comm.Allreduce, x))
+"""
+    with Crew(program, 2, **ENV, NVCOLL_TIMEOUT="2") as crew:
+        crew.all_told()
+        crew.let_go()
+        for rank, told in crew.all_told().items():
+            assert told["kind"] == "MismatchError", told
+            assert f"rank {1 - rank} calls something else" in told["text"]
+            assert told["seconds"] < 8
+        assert {told["kind"] for told in crew.all_told().values()} == {"StateError"}
+
+
+FRESH = """
+import numpy as np
+from nvcoll import COMM_WORLD as comm
+from nvcoll.backends import driver
+x = comm.array(np.full(100_000, comm.rank + 1, np.float32))
+comm.Allreduce(x)
+assert (x.copy_to() == 3).all()
+comm.Barrier()
+with comm._world.device:
+    print(driver.memory_info()[0])
+"""
+
+
+def test_the_gpus_are_free_again_after_a_rank_was_killed(run_ranks):
+    before = [int(text) for text in run_ranks(FRESH, 2, timeout=60, env=ENV).stdout]
+    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT="2") as crew:
+        crew.all_told()
+        crew.let_go(0)  # its kernel waits for rank 1
+        crew.send(1, 9)
+        crew.ranks[1].wait(10)
+        assert crew.told(0)["kind"] in {"TimeoutError", "DeviceError", "StateError"}
+    after = [int(text) for text in run_ranks(FRESH, 2, timeout=60, env=ENV).stdout]
+    for free, again in zip(before, after, strict=True):
+        assert again >= free - (64 << 20)
