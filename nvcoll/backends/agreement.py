@@ -107,6 +107,8 @@ def plan(everyone: Sequence[Facts], host_sizes: Sequence[int], heap: int | None)
         "NVSHMEM_MAX_MEMORY_PER_GPU": str(max(LARGEST, 2 * extent)),
         "NVSHMEM_DISABLE_NVLS": "1",  # nothing here uses multicast, and setting it up costs memory and time
     }
+    if max(sharers.values()) > 1:
+        variables["NVSHMEM_DISABLE_NCCL"] = "1"  # ranks that share a GPU go without, and all must do the same
     if len(host_sizes) == 1 and not any(facts.wired for facts in everyone):
         variables["NVSHMEM_REMOTE_TRANSPORT"] = "none"  # it would look for adapters and complain that there are none
     return Start(extent, variables, max(stages))

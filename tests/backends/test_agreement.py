@@ -54,6 +54,11 @@ class TestVariables:
     def test_where_a_network_may_be_needed_nvshmem_chooses(self, wired, hosts):
         assert "NVSHMEM_REMOTE_TRANSPORT" not in plan([rank(0), rank(1, wired=wired)], hosts, GIB).variables
 
+    @pytest.mark.parametrize(("gpus", "value"), [("ab", None), ("aab", "1"), ("aaaa", "1")])
+    def test_ranks_that_share_a_gpu_let_all_do_without_nccl(self, gpus, value):
+        everyone = [rank(k, gpu=gpu) for k, gpu in enumerate(gpus)]
+        assert plan(everyone, [len(gpus)], GIB).variables.get("NVSHMEM_DISABLE_NCCL") == value
+
     def test_large_heaps_get_address_space(self):
         everyone = [rank(0, total=500 * GIB, free=500 * GIB)]
         assert plan(everyone, [1], 100 * GIB).variables["NVSHMEM_MAX_MEMORY_PER_GPU"] == str(200 * GIB)

@@ -23,13 +23,22 @@ from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.ptx import I64
 
 
-def _call(context: Any, builder: Any, name: str, args: Any) -> Any:
+def _call(builder: Any, name: str, result: Any, args: Any) -> Any:
     """Call a function of shim.cu; all threads of the block come to it together."""
-    kind = ir.FunctionType(ir.VoidType(), [I64] * len(args))
+    kind = ir.FunctionType(result, [I64] * len(args))
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     function.attributes.add("convergent")
-    builder.call(function, args)
-    return context.get_dummy_value()
+    return builder.call(function, args)
+
+
+@intrinsic
+def mapped(typing: Any, to: Any, rank: Any) -> Any:
+    """Return where NVSHMEM has mapped another rank's counterpart of an address of mine, or 0."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "nvcoll_mapped", I64, args)
+
+    return types.int64(types.int64, types.int64), emit
 
 
 @intrinsic
@@ -37,7 +46,8 @@ def begin_put(typing: Any, to: Any, source: Any, nbytes: Any, rank: Any) -> Any:
     """Begin to copy what the block has stored to another rank, at my own address of the place."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(context, builder, "nvcoll_put", args)
+        _call(builder, "nvcoll_put", ir.VoidType(), args)
+        return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), emit
 
@@ -47,7 +57,8 @@ def begin_put_signal(typing: Any, to: Any, source: Any, nbytes: Any, flag: Any, 
     """The same, and set a flag there after the bytes."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(context, builder, "nvcoll_put_signal", args)
+        _call(builder, "nvcoll_put_signal", ir.VoidType(), args)
+        return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), emit
 
@@ -57,7 +68,8 @@ def landed(typing: Any, flag: Any, tag: Any) -> Any:
     """Make the data before a flag readable, which this thread has seen."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(context, builder, "nvcoll_landed", args)
+        _call(builder, "nvcoll_landed", ir.VoidType(), args)
+        return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), emit
 
@@ -79,7 +91,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
     put_part, put_end, slot_at, store_part, spread, signals = (
         w.put_part, w.put_end, w.slot_at, w.store_part, w.spread, w.signals,
     )  # fmt: skip
-    block = ptx.block
+    sync, fence, thread, block = ptx.sync, ptx.fence, ptx.thread, ptx.block
 
     @jit
     def stage_at(c, e, slot):
@@ -89,9 +101,13 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
     @jit
     def put_far(c, e, p, slot, source, nbytes):
         """Stage bytes and begin to put them."""
-        staged = stage_at(c, e, slot)
+        staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
+        near = mapped(to, p)  # asked for before it is needed: the answer takes as long as to stage
         store_part(e, staged, source, nbytes)
-        to = slot_at(c, e, rank(c), slot)
+        if near == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
+            sync()
+            if thread() == 0:
+                fence()
         if signals:
             begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, p)
         else:
