@@ -71,7 +71,7 @@ def plan(everyone: Sequence[Facts], host_sizes: Sequence[int], heap: int | None)
     Raises
     ------
     BootstrapError
-        Versions or stages differ, or hosts have different numbers of ranks.
+        Versions or stages differ, or hosts, or GPUs of a host, have different numbers of ranks.
     AllocationError
         A GPU has no room for the heaps of its ranks.
     """
@@ -90,6 +90,12 @@ def plan(everyone: Sequence[Facts], host_sizes: Sequence[int], heap: int | None)
     if problem is not None and not max(stages):
         raise BootstrapError(problem)
     sharers = {facts.gpu: sum(other.gpu == facts.gpu for other in everyone) for facts in everyone}
+    if len(host_sizes) == 1 and len(set(sharers.values())) > 1 and not max(stages):
+        told = ", ".join(map(str, sharers.values()))
+        raise BootstrapError(
+            f"NVSHMEM needs the same number of ranks on every GPU of a host, got {told}; start as many on each, choose "
+            "with NVCOLL_DEVICE, or set NVCOLL_BACKEND=shm"
+        )
     if heap is None:
         parts = [facts.total // SHARE // sharers[facts.gpu] for facts in everyone]
         extent = min([*parts, *(facts.limit for facts in everyone if facts.limit)]) // GRAIN * GRAIN
@@ -107,8 +113,6 @@ def plan(everyone: Sequence[Facts], host_sizes: Sequence[int], heap: int | None)
         "NVSHMEM_MAX_MEMORY_PER_GPU": str(max(LARGEST, 2 * extent)),
         "NVSHMEM_DISABLE_NVLS": "1",  # nothing here uses multicast, and setting it up costs memory and time
     }
-    if max(sharers.values()) > 1:
-        variables["NVSHMEM_DISABLE_NCCL"] = "1"  # ranks that share a GPU go without, and all must do the same
     if len(host_sizes) == 1 and not any(facts.wired for facts in everyone):
         variables["NVSHMEM_REMOTE_TRANSPORT"] = "none"  # it would look for adapters and complain that there are none
     return Start(extent, variables, max(stages))

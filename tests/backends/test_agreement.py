@@ -20,7 +20,8 @@ class TestExtent:
         assert plan([rank(0), rank(1)], [2], None).extent == 20 * GIB
 
     def test_the_ranks_of_a_gpu_share_the_quarter_and_the_least_is_everybodys(self):
-        assert plan([rank(0), rank(1), rank(0), rank(0)], [4], None).extent == 20 * GIB // 3 // (2 << 20) * (2 << 20)
+        everyone = [rank(0), rank(1), rank(1), rank(0), rank(0), rank(1)]
+        assert plan(everyone, [6], None).extent == 20 * GIB // 3 // (2 << 20) * (2 << 20)
         assert plan([rank(0), rank(1, total=16 * GIB, free=16 * GIB)], [2], None).extent == 4 * GIB
 
     def test_not_more_than_the_user_allows_nvshmem(self):
@@ -30,13 +31,13 @@ class TestExtent:
         assert plan([rank(0, limit=GIB)], [1], 5 * GIB + 1).extent == 5 * GIB
 
     def test_no_room(self):
-        everyone = [rank(0), rank(1), rank(1, free=7 * GIB)]
+        everyone = [rank(0), rank(0), rank(1, free=7 * GIB), rank(1)]
         text = (
             r"^NVSHMEM: the heaps of 2 ranks take 8589934592 bytes of the GPU of rank 2, 7516192768 are free; free some"
             " or lower NVCOLL_HEAP$"
         )
         with pytest.raises(AllocationError, match=text):
-            plan(everyone, [3], 4 * GIB)
+            plan(everyone, [4], 4 * GIB)
         on_host = [dataclasses.replace(facts, on_host=True) for facts in everyone]
         assert plan(on_host, [3], 4 * GIB).extent == 4 * GIB
 
@@ -53,11 +54,6 @@ class TestVariables:
     @pytest.mark.parametrize(("wired", "hosts"), [(True, [2]), (False, [1, 1]), (True, [1, 1])])
     def test_where_a_network_may_be_needed_nvshmem_chooses(self, wired, hosts):
         assert "NVSHMEM_REMOTE_TRANSPORT" not in plan([rank(0), rank(1, wired=wired)], hosts, GIB).variables
-
-    @pytest.mark.parametrize(("gpus", "value"), [("ab", None), ("aab", "1"), ("aaaa", "1")])
-    def test_ranks_that_share_a_gpu_let_all_do_without_nccl(self, gpus, value):
-        everyone = [rank(k, gpu=gpu) for k, gpu in enumerate(gpus)]
-        assert plan(everyone, [len(gpus)], GIB).variables.get("NVSHMEM_DISABLE_NCCL") == value
 
     def test_large_heaps_get_address_space(self):
         everyone = [rank(0, total=500 * GIB, free=500 * GIB)]
@@ -77,6 +73,13 @@ class TestRefusals:
     def test_begun_on_some_ranks_only(self):
         with pytest.raises(BootstrapError, match=r"it runs on rank 1 already and not on rank 0; start it on all"):
             plan([rank(0), rank(1, stage=2)], [2], GIB)
+
+    def test_gpus_with_different_numbers_of_ranks(self):
+        everyone = [rank(0), rank(1), rank(0)]
+        with pytest.raises(BootstrapError, match=r"of ranks on every GPU of a host, got 2, 1; start as many"):
+            plan(everyone, [3], GIB)
+        assert plan([dataclasses.replace(facts, stage=2) for facts in everyone], [3], GIB).stage == 2  # it runs
+        assert plan(everyone, [1, 1, 1], GIB).stage == 0  # hosts that share a GPU, each alone with it
 
     def test_hosts_of_different_sizes(self):
         text = "NVSHMEM needs the same number of ranks on every host, got 2, 1; start as many on each"
