@@ -58,7 +58,7 @@ def test_every_algorithm(run_ranks, ranks, pairs, counts):
 
 def test_gpus_with_different_numbers_of_ranks_are_refused(run_ranks):
     ranks = run_ranks("from nvcoll import COMM_WORLD; COMM_WORLD.Barrier()", 3, timeout=60, env=ENV, check=False)
-    assert ranks.stderr.count("same number of ranks on every GPU of a host, got 2, 1; start as many on each") == 3
+    assert "same number of ranks on every GPU of a host, got 2, 1; start as many on each" in ranks.stderr
 
 
 def test_several_lives(run_ranks):
