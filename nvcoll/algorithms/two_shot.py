@@ -37,7 +37,7 @@ def slots(shape: Shape) -> tuple[int, int]:
 
 @algorithm("two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False)
 def text(v: Any) -> Any:
-    rank, size, itemsize, width, capacity = v.rank, v.size, v.itemsize, v.width, v.capacity
+    rank, size, itemsize, width, capacity, around = v.rank, v.size, v.itemsize, v.width, v.capacity, v.around
     begin, signal, wait_signal, ask, wait_asked, answer_at, answer_part, answer_end, wait_answer = (
         v.begin, v.signal, v.wait_signal, v.ask, v.wait_asked, v.answer_at, v.answer_part, v.answer_end, v.wait_answer,
     )  # fmt: skip
@@ -59,7 +59,7 @@ def text(v: Any) -> Any:
         nbytes = count * itemsize(c)
         from_, to = offset(c, send, nbytes), offset(c, recv, nbytes)
         for k in range(1, n):
-            signal(c, e, (me + k) % n, me, from_, to)
+            signal(c, e, around(me + k, n), me, from_, to)
         direct = True
         for p in range(n):
             its, its_to = (from_, to) if p == me else wait_signal(c, e, p)
@@ -100,7 +100,7 @@ def text(v: Any) -> Any:
             mine = load(table(c) + 8 * (n + me)) + first * at
             reduce_block(c, table(c), first, mine, its + first * at if its != 0 else mine, m)
             for ahead in range(1 if its == 0 else n, n):
-                p = (me + ahead) % n
+                p = around(me + ahead, n)
                 copy(load(table(c) + 8 * (n + p)) + first * at, mine, m * at)
 
     @jit
@@ -108,7 +108,7 @@ def text(v: Any) -> Any:
         """Reduce a piece through scratch memory; a block of my slice leaves for the others while it is in the cache."""
         me, n, at = rank(c), size(c), itemsize(c)
         for k in range(1, n):
-            p = (me + k) % n
+            p = around(me + k, n)
             lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
             ask(c, e, p, send + lo * at, (hi - lo) * at)
         lo, hi = slice_at(c, count, me), slice_at(c, count, me + 1)
@@ -121,11 +121,11 @@ def text(v: Any) -> Any:
             mine = recv + (lo + first) * at
             reduce_block(c, table(c), first, mine, also + first * at if also != 0 else mine, m)
             for ahead in range(1 if also == 0 else n, n):
-                answer_part(c, e, (me + ahead) % n, first * at, mine, m * at)
+                answer_part(c, e, around(me + ahead, n), first * at, mine, m * at)
         for k in range(1, n):
-            answer_end(c, e, (me + k) % n)
+            answer_end(c, e, around(me + k, n))
         for k in range(1, n):
-            p = (me - k) % n
+            p = around(me + n - k, n)
             lo, hi = slice_at(c, count, p), slice_at(c, count, p + 1)
             wait_answer(c, e, p, recv + lo * at, (hi - lo) * at)
 
@@ -134,7 +134,7 @@ def text(v: Any) -> Any:
         if agree(c, e, send, recv, count):
             reduce_in_place(c, slice_at(c, count, me), slice_at(c, count, me + 1))
             for k in range(1, n):
-                signal(c, e, (me + k) % n, n + me, 0, 0)
+                signal(c, e, around(me + k, n), n + me, 0, 0)
             for p in range(n):
                 if p != me:
                     wait_signal(c, e, n + p)
@@ -154,12 +154,12 @@ def cuda_text(v: Any) -> Any:
 
     There is no cache of blocks to work in, and thousands of packs must be under way at a time.
     """
-    rank, size, itemsize, capacity, begin, signal, wait_signal = (
-        v.rank, v.size, v.itemsize, v.capacity, v.begin, v.signal, v.wait_signal,
+    rank, size, itemsize, capacity, around, begin, signal, wait_signal = (
+        v.rank, v.size, v.itemsize, v.capacity, v.around, v.begin, v.signal, v.wait_signal,
     )  # fmt: skip
-    put, wait_reduce_finish, wait_copy, offset, heap_of, part_at, reduce_direct = (
-        v.put, v.wait_reduce_finish, v.wait_copy, v.offset, v.heap_of, v.part_at, v.reduce_direct,
-    )  # fmt: skip
+    offset, heap_of, part_at, reduce_direct = v.offset, v.heap_of, v.part_at, v.reduce_direct
+    # Through scratch memory a thread has a pack under way: with several, both ways together need too many registers.
+    put, wait_reduce_finish, wait_copy = v.shallow.put, v.shallow.wait_reduce_finish, v.shallow.wait_copy
     table, note, sync, renew, jit = v.private, v.note, v.sync, v.renew, v.jit
 
     @jit
@@ -169,7 +169,7 @@ def cuda_text(v: Any) -> Any:
         nbytes = count * itemsize(c)
         from_, to = offset(c, send, nbytes), offset(c, recv, nbytes)
         for k in range(1, n):
-            signal(c, e, (me + k) % n, me, from_, to)
+            signal(c, e, around(me + k, n), me, from_, to)
         direct = True
         for p in range(n):
             its, its_to = from_, to
@@ -185,16 +185,16 @@ def cuda_text(v: Any) -> Any:
     def one_round(c, e, send, recv, count):
         me, n, at = rank(c), size(c), itemsize(c)
         for k in range(1, n):
-            p = (me + k) % n
+            p = around(me + k, n)
             lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
             put(c, e, p, me, send + lo * at, (hi - lo) * at)
         lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
         wait_reduce_finish(c, e, n, me, 0, send + lo * at, recv + lo * at, hi - lo)
         sync()
         for k in range(1, n):
-            put(c, e, (me + k) % n, n + me, recv + lo * at, (hi - lo) * at)
+            put(c, e, around(me + k, n), n + me, recv + lo * at, (hi - lo) * at)
         for k in range(1, n):
-            p = (me - k) % n
+            p = around(me + n - k, n)
             lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
             wait_copy(c, e, n + p, recv + lo * at, (hi - lo) * at)
 
@@ -204,9 +204,9 @@ def cuda_text(v: Any) -> Any:
             lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
             reduce_direct(c, table(c), table(c) + 8 * n, n, me, lo, hi)
             for k in range(1, n):
-                signal(c, e, (me + k) % n, n + me, 0, 0)
+                signal(c, e, around(me + k, n), n + me, 0, 0)
             for k in range(1, n):
-                wait_signal(c, e, n + (me + k) % n)
+                wait_signal(c, e, n + around(me + k, n))
         else:
             first = 0
             while first < count:

@@ -39,7 +39,9 @@ class Notes:
 def run(name, rank, shape, capacity=1 << 62, direct=False, target="host"):
     """Run an algorithm's schedule for one rank and return its notes; `direct` if buffers are on the symmetric heap."""
     notes = Notes()
-    kernel = ALGORITHMS[name].text_for(target)(SimpleNamespace(**verbs(rank, shape, capacity, direct, notes, target)))
+    vocabulary = SimpleNamespace(**verbs(rank, shape, capacity, direct, notes, target))
+    vocabulary.shallow = vocabulary
+    kernel = ALGORITHMS[name].text_for(target)(vocabulary)
     kernel(None, SEND, RECV, shape.count)
     return notes
 

@@ -207,7 +207,34 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         clear(where)
         return data_of(got)
 
+    @jit
+    def settle_four(c, e, at, i, step, a0, a1, a2, a3):
+        """Wait until four packs that were looked at are there, `step` bytes apart; clear them, and return them.
+
+        One loop for all: code that is seldom run stands once, and packs are looked at together.
+        """
+        w0, w1, w2, w3 = (
+            at + i * spread, at + (i + step) * spread, at + (i + 2 * step) * spread, at + (i + 3 * step) * spread,
+        )  # fmt: skip
+        polls, since = 0, 0
+        while missing(a0, e) or missing(a1, e) or missing(a2, e) or missing(a3, e):
+            polls += 1
+            if polls == LOOK:
+                polls = 0
+                now = clock()
+                if since == 0:
+                    since = now
+                if given_up(c, e, now - since):
+                    leave()
+            a0, a1, a2, a3 = look(w0), look(w1), look(w2), look(w3)
+        clear(w0)
+        clear(w1)
+        clear(w2)
+        clear(w3)
+        return data_of(a0), data_of(a1), data_of(a2), data_of(a3)
+
     return SimpleNamespace(
         put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle,
+        settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

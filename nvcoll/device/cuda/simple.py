@@ -67,7 +67,13 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         """Return what was loaded: it is there."""
         return got
 
+    @jit
+    def settle_four(c, e, at, i, step, a0, a1, a2, a3):
+        """Return the four packs that were loaded: they are there."""
+        return a0, a1, a2, a3
+
     return SimpleNamespace(
         put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle,
+        settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

@@ -15,6 +15,8 @@ PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: bool = False) -> SimpleNamespace:
     """Return every verb and field that a schedule may use, bound to an operator, a datatype and a protocol.
 
+    In ``shallow`` there are the same for threads that have one pack under way at a time.
+
     Parameters
     ----------
     jit
@@ -31,10 +33,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_part, put_end, arrival, arrivals, peek, settle = (
-        w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle,
+    put_part, put_end, arrival, arrivals, peek, settle, settle_four = (
+        w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, keep, rank, ranks = v.get, v.put_back, v.keep, v.rank, v.ranks
+    get, put_back, keep, rank, ranks, around = v.get, v.put_back, v.keep, v.rank, v.ranks, v.around
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
     itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
@@ -48,6 +50,14 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         put_end(c, e, p, slot)
 
     @jit
+    def four(c, e, at, i, step):
+        """Wait for four packs, `step` bytes apart, and return them."""
+        first, second, third, fourth = (
+            peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step),
+        )  # fmt: skip
+        return settle_four(c, e, at, i, step, first, second, third, fourth)
+
+    @jit
     def wait_copy(c, e, slot, to, nbytes):
         """Wait for bytes and store them."""
         at = arrival(c, e, slot, nbytes)
@@ -55,13 +65,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         step = threads() * BYTES
         if deep and to & (BYTES - 1) == 0:
             while i + 3 * step + BYTES <= nbytes:
-                first, second, third, fourth = (
-                    peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step),
-                )  # fmt: skip
-                store_pack(to + i, settle(c, e, at, i, first))
-                store_pack(to + i + step, settle(c, e, at, i + step, second))
-                store_pack(to + i + 2 * step, settle(c, e, at, i + 2 * step, third))
-                store_pack(to + i + 3 * step, settle(c, e, at, i + 3 * step, fourth))
+                first, second, third, fourth = four(c, e, at, i, step)
+                store_pack(to + i, first)
+                store_pack(to + i + step, second)
+                store_pack(to + i + 2 * step, third)
+                store_pack(to + i + 3 * step, fourth)
                 i += 4 * step
         while i < nbytes:
             put_back(to + i, settle(c, e, at, i, peek(at, i)), nbytes - i)
@@ -146,28 +154,17 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                     load_pack(mine + i), load_pack(mine + i + step),
                     load_pack(mine + i + 2 * step), load_pack(mine + i + 3 * step),
                 )  # fmt: skip
-                if me == 0:
-                    t0, t1, t2, t3 = widen(a0), widen(a1), widen(a2), widen(a3)
-                else:
-                    p0, p1, p2, p3 = peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step)
-                    t0 = widen(settle(c, e, at, i, p0))
-                    t1 = widen(settle(c, e, at, i + step, p1))
-                    t2 = widen(settle(c, e, at, i + 2 * step, p2))
-                    t3 = widen(settle(c, e, at, i + 3 * step, p3))
+                b0, b1, b2, b3 = a0, a1, a2, a3
+                if me != 0:
+                    b0, b1, b2, b3 = four(c, e, at, i, step)
+                t0, t1, t2, t3 = widen(b0), widen(b1), widen(b2), widen(b3)
                 for j in range(1, k):
-                    if j == me:
-                        t0, t1, t2, t3 = (
-                            reduce(t0, widen(a0)), reduce(t1, widen(a1)), reduce(t2, widen(a2)), reduce(t3, widen(a3)),
-                        )  # fmt: skip
-                    else:
-                        there = at + j * stride(c)
-                        p0, p1, p2, p3 = (
-                            peek(there, i), peek(there, i + step), peek(there, i + 2 * step), peek(there, i + 3 * step),
-                        )  # fmt: skip
-                        t0 = reduce(t0, widen(settle(c, e, there, i, p0)))
-                        t1 = reduce(t1, widen(settle(c, e, there, i + step, p1)))
-                        t2 = reduce(t2, widen(settle(c, e, there, i + 2 * step, p2)))
-                        t3 = reduce(t3, widen(settle(c, e, there, i + 3 * step, p3)))
+                    b0, b1, b2, b3 = a0, a1, a2, a3
+                    if j != me:
+                        b0, b1, b2, b3 = four(c, e, at + j * stride(c), i, step)
+                    t0, t1, t2, t3 = (
+                        reduce(t0, widen(b0)), reduce(t1, widen(b1)), reduce(t2, widen(b2)), reduce(t3, widen(b3)),
+                    )  # fmt: skip
                 store_pack(recv + i, finish(t0, ranks(c)))
                 store_pack(recv + i + step, finish(t1, ranks(c)))
                 store_pack(recv + i + 2 * step, finish(t2, ranks(c)))
@@ -201,7 +198,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 )  # fmt: skip
             t0, t1, t2, t3 = finish(s0, ranks(c)), finish(s1, ranks(c)), finish(s2, ranks(c)), finish(s3, ranks(c))
             for j in range(k):
-                at = load(targets + 8 * ((me + j) % k)) + base + i
+                at = load(targets + 8 * around(me + j, k)) + base + i
                 store_pack(at, t0)
                 store_pack(at + step, t1)
                 store_pack(at + 2 * step, t2)
@@ -213,7 +210,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 total = reduce(total, widen(get(load(sources + 8 * j) + base + i, nbytes - i)))
             result = finish(total, ranks(c))
             for j in range(k):
-                put_back(load(targets + 8 * ((me + j) % k)) + base + i, result, nbytes - i)
+                put_back(load(targets + 8 * around(me + j, k)) + base + i, result, nbytes - i)
             i += step
 
     if remote:
@@ -221,7 +218,9 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
-    return SimpleNamespace(**{**vars(v), **own}, sync=sync)
+    found = SimpleNamespace(**{**vars(v), **own}, sync=sync)
+    found.shallow = vocabulary(jit, a, protocol, False, remote) if deep else found
+    return found
 
 
 def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool, overlap: bool) -> Any:

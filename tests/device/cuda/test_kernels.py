@@ -34,12 +34,6 @@ CASES += [
 ]
 
 
-# Case -> why it does not fit.
-TOO_LARGE = {
-    ("two_shot/low_latency", "bfloat16", "SUM", True, "sm_80", ("sm_80",)): "sm_80 spills 8 registers",
-}
-
-
 def build(name, datatype, op, deep, compiled_for, assembled_for):
     """Compile a case; return by cubin registers, bytes spilled, bytes of local memory, use of shared, its entry."""
     ptx = jit_cuda.kernel_ptx(*name.split("/"), op, datatype, compiled_for, deep)
@@ -60,12 +54,7 @@ def title(case):
     return "-".join([*case[:3], "deep" if case[3] else "shallow", case[4]])
 
 
-def marked(case):
-    marks = [pytest.mark.xfail(strict=True, reason=TOO_LARGE[case])] if case in TOO_LARGE else []
-    return pytest.param(case, marks=marks, id=title(case))
-
-
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=title)
 def test_kernels_fit_into_registers(built, case):
     for registers, spilled, local, shared, has_entry in built[case].result():
         assert registers <= MOST_REGISTERS
