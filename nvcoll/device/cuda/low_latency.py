@@ -80,7 +80,8 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
 def flags(jit: Any) -> SimpleNamespace:
     """Return the form for every type: 4 bytes of data and 4 of flag in each word.
 
-    The flag is the epoch and a multiple of the data: where one half has arrived before the other, it does not fit.
+    The flag is made of the call's tag and a multiple of the data: where one half has arrived before the other, or comes
+    from a rank that calls something else, it does not fit.
     """
     load_shared, store_shared = ptx.load_shared, ptx.store_shared
     low = 0xFFFFFFFF
@@ -88,7 +89,7 @@ def flags(jit: Any) -> SimpleNamespace:
 
     @jit
     def flag_of(e):
-        return ((e >> STAMP_BITS) & 0x3FFFFFFF) + 1  # never 0, which is empty
+        return ((e >> STAMP_BITS) * factor + e) & low | 1  # never 0, which is empty
 
     @jit
     def word_of(data, flag):
