@@ -216,7 +216,8 @@ tell(attempt(exchange.allgather, b""))
 
     def test_the_launcher_is_gone(self, ranks):
         server = RendezvousServer(3)
-        [(_, told), *_] = ranks("tell(0); tell(attempt(exchange.allgather, b''))", as_run(server))
+        code = "tell(0)\ntime.sleep(100) if rank else tell(attempt(exchange.allgather, b''))"  # nobody answers before
+        [(_, told), *_] = ranks(code, as_run(server))
         assert told() == [0]
         server.close()
         [(kind, text, _)] = told()
