@@ -128,7 +128,7 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = sa
         The options cannot be used; the message says what to type.
     """
     workload = options.workload(comm, args, args.iters)
-    algorithms = _algorithms(comm, args.verb, args.algorithm)
+    algorithms = named(comm, args.verb, args.algorithm)
     tell = say if comm.rank == 0 else nothing
     _check_files(ranks_of(comm), args)
     field = enter(comm, args, workload, algorithms)
@@ -156,6 +156,29 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = sa
 def ranks_of(comm: Any) -> Ranks:
     """Return how the ranks of `comm` agree."""
     return ExchangingRanks(comm) if comm.target == "cuda" else Ranks(comm)
+
+
+def named(comm: Any, verb: str, asked: Sequence[str] | None) -> list[str | None]:
+    """Return the candidates that ``--algorithm`` asks for, each once; None alone if it asks for none.
+
+    Raises
+    ------
+    ArgumentError
+        There is no such algorithm.
+    """
+    if not asked:
+        return [None]
+    known = comm.algorithms(verb)
+    found: dict[str | None, None] = {}  # an ordered set
+    for given in asked:
+        names = [name for name in known if given in ("all", name, name.partition("/")[0])]
+        if not names:
+            choices = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
+            raise ArgumentError(
+                f"--algorithm {given} is unknown; take all or one of {choices}, or one as in {known[-1]}"
+            )
+        found.update(dict.fromkeys(names))
+    return list(found)
 
 
 def enter(comm: Any, args: argparse.Namespace, workload: run.Workload, algorithms: Sequence[str | None]) -> Field:
@@ -211,22 +234,6 @@ def _check_files(ranks: Ranks, args: argparse.Namespace) -> None:
             if not path.parent.is_dir():
                 reason = f"there is no folder {path.parent} for {path.name}; make it first"
     ranks.refuse(reason)
-
-
-def _algorithms(comm: Any, verb: str, asked: Sequence[str] | None) -> list[str | None]:
-    if not asked:
-        return [None]
-    known = comm.algorithms(verb)
-    found: dict[str | None, None] = {}  # an ordered set
-    for given in asked:
-        names = [name for name in known if given in ("all", name, name.partition("/")[0])]
-        if not names:
-            choices = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
-            raise ArgumentError(
-                f"--algorithm {given} is unknown; take all or one of {choices}, or one as in {known[-1]}"
-            )
-        found.update(dict.fromkeys(names))
-    return list(found)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -68,6 +68,12 @@ def add_parser(subparsers: Any) -> None:
         help="symmetric: in place on the symmetric heap (default); numpy, on GPUs torch: in place on an ordinary "
         "array; out-of-place: from one symmetric array to another",
     )
+    parser.add_argument(
+        "--algorithm",
+        action="append",
+        metavar="NAME",
+        help="ring/simple, or ring with all its protocols: only these; may be repeated (default: all)",
+    )
     parser.add_argument("--time", type=float, default=0.1, metavar="SECONDS", help="time for a line (default 0.1)")
     parser.add_argument(
         "--margin",
@@ -126,7 +132,7 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
     tell = say if comm.rank == 0 else nothing
     old = _old(bench.ranks_of(comm), args)
     alone = argparse.Namespace(buffer=[args.buffer], compare=None, eager=False)
-    field = bench.enter(comm, alone, workload, comm.algorithms(args.verb))
+    field = bench.enter(comm, alone, workload, bench.named(comm, args.verb, args.algorithm or ["all"]))
     document = {**report.document(args.verb, args.op, comm, {}, {}), **field.facts}
     race = Race(field, workload, args.verb)
     for text in (*report.header(document), *field.lines, *summary.left_out(race.left_out)):
@@ -168,7 +174,7 @@ def _refuse(comm: Any, args: argparse.Namespace) -> None:
     if not set(comm.algorithms(args.verb)) & set(candidates(args.verb)):
         raise ArgumentError(
             "rules choose among ranks of one host, or on GPUs; these are on several nodes of hosts, which MPI joins in "
-            "one way; start the ranks on one host, with NVCOLL_RANKS_PER_NODE unset"
+            "one way; start them on one host, with NVCOLL_RANKS_PER_NODE unset"
         )
     if args.launch:
         launch.refuse(comm)
