@@ -13,7 +13,7 @@ import pytest
 
 from nvcoll.buffers import IN_PLACE
 from nvcoll.cli import bench
-from nvcoll.cli.bench import contestants, measure, plot, report, run
+from nvcoll.cli.bench import contestants, measure, options, plot, report, run
 from nvcoll.cli.bench.check import Verdict
 from nvcoll.errors import ArgumentError
 
@@ -105,13 +105,13 @@ def row(nbytes=1 << 20, seconds=1e-3, ranks=4, requested=None, peers=None):
     ("text", "nbytes"), [("8", 8), ("64K", 1 << 16), ("64KiB", 1 << 16), ("3m", 3 << 20), ("1G", 1 << 30)]
 )
 def test_sizes(text, nbytes):
-    assert bench.size(text) == nbytes
+    assert options.size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "-8", "K", "8T", "1.5M", "8 K"])
 def test_sizes_that_are_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected a number of bytes, with K, M or G"):
-        bench.size(text)
+        options.size(text)
 
 
 def test_counts():

@@ -10,41 +10,22 @@ Where ranks have GPUs, calls are timed there: as replays of CUDA graphs or, with
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvcoll import settings
-from nvcoll.cli import info
-from nvcoll.cli.bench import gpu, report, run
+from nvcoll.cli._ranks import nothing, on_ranks, say
+from nvcoll.cli.bench import gpu, options, report, run
 from nvcoll.cli.bench.contestants import BUFFERS, PEERS, Arrays, Nvcoll
 from nvcoll.cli.bench.field import Field
 from nvcoll.cli.bench.gpu.clock import ExchangingRanks
 from nvcoll.cli.bench.gpu.contestants import BUFFERS as GPU_BUFFERS
 from nvcoll.cli.bench.gpu.peers import PEERS as GPU_PEERS
-from nvcoll.cli.bench.measure import Budget, Ranks
+from nvcoll.cli.bench.measure import Ranks
 from nvcoll.errors import ArgumentError
-from nvcoll.ops import DATATYPES, OPS
 
-VERBS = ("allreduce",)
 PICTURES = (".png", ".pdf", ".svg")
-
-
-def size(text: str) -> int:
-    """Return ``64K`` as 65536.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        `text` is no size.
-    """
-    accepted, parse = settings.KINDS["bytes"]
-    try:
-        return int(parse(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}") from None
 
 
 def peers(text: str) -> list[str]:
@@ -74,19 +55,7 @@ def add_parser(subparsers: Any) -> None:
         "  mpiexec -n 2 nvcoll bench allreduce --compare mpi --json new.json --plot new.png\n"
         "  nvcoll bench allreduce -n 2 --dtype bfloat16 --compare nccl,nccl_symmetric,symm_mem    (GPUs)\n",
     )
-    parser.add_argument("verb", choices=VERBS, help="the collective")
-    parser.add_argument("-n", type=int, metavar="RANKS", help="start so many ranks on this host, as `nvcoll run` does")
-    parser.add_argument("--min", type=size, default=8, metavar="BYTES", help="smallest size (default 8)")
-    parser.add_argument("--max", type=size, default=64 << 20, metavar="BYTES", help="largest size (default 64M)")
-    parser.add_argument("--factor", type=float, default=2, help="from one size to the next (default 2)")
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(DATATYPES),
-        default="float32",
-        metavar="TYPE",
-        help="bfloat16, int32, ... (default float32)",
-    )
-    parser.add_argument("--op", choices=tuple(OPS), default="SUM", help="operator (default SUM)")
+    options.add_workload(parser)
     parser.add_argument(
         "--buffer",
         action="append",
@@ -133,25 +102,10 @@ def main(args: argparse.Namespace) -> int:
     int
         0; 1 if an answer was wrong; 2 if the benchmark could not run as asked.
     """
-    if args.n is not None and info.bootstrap(os.environ)["kind"] == "single":
-        return _launch(args.n)
-    from nvcoll import COMM_WORLD
-
-    rank = COMM_WORLD.rank
-    try:
-        return bench(COMM_WORLD, args)
-    except ArgumentError as error:  # the same on all ranks: one of them says it
-        if rank == 0:
-            print(f"nvcoll bench: {error}", file=sys.stderr, flush=True)
-        COMM_WORLD.Barrier()  # a launcher may end all ranks when the first of them ends
-        return 2
+    return on_ranks("bench", args, bench)
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _say) -> int:
+def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = say) -> int:
     """Measure what `args` asks for on `comm`; collective.
 
     Parameters
@@ -173,19 +127,12 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     ArgumentError
         The options cannot be used; the message says what to type.
     """
-    if args.n not in (None, comm.size):
-        raise ArgumentError(f"-n is {args.n}, and the launcher has started {comm.size} ranks; leave -n out")
-    workload = _workload(args)
-    on_gpus = comm.target == "cuda"
-    algorithms = _algorithms(comm, args.verb, args.algorithm)
-    tell = say if comm.rank == 0 else _nothing
-    if on_gpus:
-        _check_files(ExchangingRanks(comm), args)
-        field = gpu.field(comm, args, workload, algorithms)
-    else:
-        _check_files(Ranks(comm), args)
-        field = _on_hosts(comm, args, workload, algorithms)
-    document = {**report.document(args.verb, args.op, comm, _options(args), field.versions), **field.facts}
+    workload = options.workload(comm, args, args.iters)
+    algorithms = named(comm, args.verb, args.algorithm)
+    tell = say if comm.rank == 0 else nothing
+    _check_files(ranks_of(comm), args)
+    field = enter(comm, args, workload, algorithms)
+    document = {**report.document(args.verb, args.op, comm, _settings(args), field.versions), **field.facts}
     for text in (*report.header(document), *field.lines):
         tell(f"# {text}")
     tell(field.heading(list(field.versions)))
@@ -206,7 +153,58 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = _s
     return int(wrong)
 
 
-def _on_hosts(comm: Any, args: argparse.Namespace, workload: run.Workload, algorithms: list[str | None]) -> Field:
+def ranks_of(comm: Any) -> Ranks:
+    """Return how the ranks of `comm` agree."""
+    return ExchangingRanks(comm) if comm.target == "cuda" else Ranks(comm)
+
+
+def named(comm: Any, verb: str, asked: Sequence[str] | None) -> list[str | None]:
+    """Return the candidates that ``--algorithm`` asks for, each once; None alone if it asks for none.
+
+    Raises
+    ------
+    ArgumentError
+        There is no such algorithm.
+    """
+    if not asked:
+        return [None]
+    known = comm.algorithms(verb)
+    found: dict[str | None, None] = {}  # an ordered set
+    for given in asked:
+        names = [name for name in known if given in ("all", name, name.partition("/")[0])]
+        if not names:
+            choices = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
+            raise ArgumentError(
+                f"--algorithm {given} is unknown; take all or one of {choices}, or one as in {known[-1]}"
+            )
+        found.update(dict.fromkeys(names))
+    return list(found)
+
+
+def enter(comm: Any, args: argparse.Namespace, workload: run.Workload, algorithms: Sequence[str | None]) -> Field:
+    """Set up who takes part; collective.
+
+    Parameters
+    ----------
+    comm
+        An nvcoll communicator.
+    args
+        Whose ``buffer`` (a list, or None), ``compare`` (a list, or None) and ``eager`` count here.
+    workload
+        What is measured.
+    algorithms
+        Of nvcoll: a contestant each, for each buffer; None is what nvcoll chooses.
+
+    Raises
+    ------
+    ArgumentError
+        This is not for ranks on hosts, or on GPUs, or something is missing.
+    """
+    found = gpu.field if comm.target == "cuda" else _on_hosts
+    return found(comm, args, workload, algorithms)
+
+
+def _on_hosts(comm: Any, args: argparse.Namespace, workload: run.Workload, algorithms: Sequence[str | None]) -> Field:
     kinds = dict.fromkeys(args.buffer or BUFFERS[:1])
     names = dict.fromkeys(args.compare or ())
     if args.eager:
@@ -224,29 +222,6 @@ def _on_hosts(comm: Any, args: argparse.Namespace, workload: run.Workload, algor
     return Field(Ranks(comm), own, others, versions, arrays.free)
 
 
-def _nothing(text: str) -> None:
-    """Take the place of `_say` on all ranks but one."""
-
-
-def _launch(size: int) -> int:
-    """Start this command again on `size` ranks; they find a launcher and do not come here."""
-    from nvcoll.cli import main as command_line
-
-    return command_line(["run", "-n", str(size), "--", sys.executable, "-P", "-m", "nvcoll", *sys.argv[1:]])
-
-
-def _workload(args: argparse.Namespace) -> run.Workload:
-    op, datatype = OPS[args.op], DATATYPES[args.dtype]
-    if reason := op.supports(datatype):
-        raise ArgumentError(f"--op {op.name} --dtype {datatype.name}: {reason}")
-    if not args.time > 0:
-        raise ArgumentError(f"--time is {args.time:g} seconds; give a number above 0, such as 0.3")
-    if args.iters is not None and args.iters < 1:
-        raise ArgumentError(f"--iters is {args.iters}; give 1 call or more")
-    counts = run.counts(args.min, args.max, args.factor, datatype.itemsize)
-    return run.Workload(counts, datatype, op, Budget(args.time, args.iters))
-
-
 def _check_files(ranks: Ranks, args: argparse.Namespace) -> None:
     """Refuse files that rank 0 will not be able to write: before the measurement, not after it."""
     reason = ""
@@ -258,27 +233,10 @@ def _check_files(ranks: Ranks, args: argparse.Namespace) -> None:
         for path in filter(None, (args.json, args.plot)):
             if not path.parent.is_dir():
                 reason = f"there is no folder {path.parent} for {path.name}; make it first"
-    if any(ranks.largest([bool(reason)])):
-        raise ArgumentError(reason or "rank 0 cannot write the files that were asked for")
+    ranks.refuse(reason)
 
 
-def _algorithms(comm: Any, verb: str, asked: Sequence[str] | None) -> list[str | None]:
-    if not asked:
-        return [None]
-    known = comm.algorithms(verb)
-    found: dict[str | None, None] = {}  # an ordered set
-    for given in asked:
-        names = [name for name in known if given in ("all", name, name.partition("/")[0])]
-        if not names:
-            choices = ", ".join(dict.fromkeys(name.partition("/")[0] for name in known))
-            raise ArgumentError(
-                f"--algorithm {given} is unknown; take all or one of {choices}, or one as in {known[-1]}"
-            )
-        found.update(dict.fromkeys(names))
-    return list(found)
-
-
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()

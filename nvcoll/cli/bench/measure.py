@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll.cli.bench.contestants import Contestant
+from nvcoll.errors import ArgumentError
 from nvcoll.ops import SUM
 
 MOST_CALLS = 1000  # a batch; at 1 us a call the clock's 50 ns are then 0.005 %
@@ -108,6 +109,11 @@ class Ranks:
     def largest(self, values: Sequence[float]) -> list[float]:
         """Return the largest of each value over the ranks."""
         return [float(value) for value in self.gather(values).max(axis=0)]
+
+    def refuse(self, reason: str) -> None:
+        """Raise ArgumentError on all ranks if any of them has a reason; ranks without one need not say it."""
+        if any(self.largest([bool(reason)])):
+            raise ArgumentError(reason or "another rank cannot do what was asked for; it says why")
 
 
 def measure(ranks: Ranks, contestants: Sequence[Contestant], budget: Budget) -> list[Timing]:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from nvcoll.cli.bench.run import Workload
 from nvcoll.errors import ArgumentError
 
 
-def field(comm: Any, args: argparse.Namespace, workload: Workload, algorithms: list[str | None]) -> Field:
+def field(comm: Any, args: argparse.Namespace, workload: Workload, algorithms: Sequence[str | None]) -> Field:
     """Set up what `args` asks for on the GPUs of `comm`; collective.
 
     Parameters
