@@ -118,18 +118,27 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return True
 
     @jit
+    def in_vain(c, e, polls, since):
+        """Count a poll in vain, and look at the clock now and then; return counts, since when, and whether to give up.
+
+        Both counts are 0 at first.
+        """
+        polls += 1
+        if polls != LOOK:
+            return polls, since, False
+        now = clock()
+        if since == 0:
+            since = now
+        return 0, since, given_up(c, e, now - since)
+
+    @jit
     def wait_word(c, e, at):
         """Let one thread wait until a word is this call's tag, and tell whether it gave up."""
         polls, since = 0, 0
         while load_acquire(at) != e:
-            polls += 1
-            if polls == LOOK:
-                polls = 0
-                now = clock()
-                if since == 0:
-                    since = now
-                if given_up(c, e, now - since):
-                    return True
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                return True
         return False
 
     @jit
@@ -292,7 +301,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, begin, advance, renew, half, given_up, wait, flag, signal, wait_signal, heap_of, offset,
+        itemsize, width, area, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of, offset,
         accumulators, private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}

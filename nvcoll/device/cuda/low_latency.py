@@ -18,7 +18,6 @@ from numba.cuda.extending import intrinsic
 
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.cuda import ptx
-from nvcoll.device.cuda.common import LOOK
 from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.ptx import I64, PACK
 
@@ -130,23 +129,21 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrive."""
     if a.accumulator.startswith(("float", "complex")) and not remote:
         form = sentinels(jit, 8 if a.accumulator in ("float64", "complex128") else 4)
-        base, base_half = v.cells, v.slots_half
+        base = v.cells
     else:
         form = flags(jit)
-        base, base_half = v.lines, v.slots_half
-    area, half, get, rank, given_up, outward, stride, slots_block = (
-        v.area, v.half, v.get, v.rank, v.given_up, v.outward, v.stride, v.slots_block,
+        base = v.lines
+    area, half, get, rank, in_vain, outward, stride, slots_half, slots_block = (
+        v.area, v.half, v.get, v.rank, v.in_vain, v.outward, v.stride, v.slots_half, v.slots_block,
     )  # fmt: skip
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
     )  # fmt: skip
-    thread, threads, block, clock, leave, load_pack = (
-        ptx.thread, ptx.threads, ptx.block, ptx.clock, ptx.leave, ptx.load_pack,
-    )  # fmt: skip
+    thread, threads, block, leave, load_pack = ptx.thread, ptx.threads, ptx.block, ptx.leave, ptx.load_pack
 
     @jit
     def slot_at(c, e, p, slot):
-        return area(c, p) + base(c) + half(e) * base_half(c) + block() * slots_block(c) + slot * stride(c)
+        return area(c, p) + base(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
 
     @jit
     def store_part(e, to, source, nbytes):
@@ -196,14 +193,9 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         where = at + i * spread
         polls, since = 0, 0
         while missing(got, e):
-            polls += 1
-            if polls == LOOK:
-                polls = 0
-                now = clock()
-                if since == 0:
-                    since = now
-                if given_up(c, e, now - since):
-                    leave()
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                leave()
             got = look(where)
         clear(where)
         return data_of(got)
@@ -219,14 +211,9 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         )  # fmt: skip
         polls, since = 0, 0
         while missing(a0, e) or missing(a1, e) or missing(a2, e) or missing(a3, e):
-            polls += 1
-            if polls == LOOK:
-                polls = 0
-                now = clock()
-                if since == 0:
-                    since = now
-                if given_up(c, e, now - since):
-                    leave()
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                leave()
             a0, a1, a2, a3 = look(w0), look(w1), look(w2), look(w3)
         clear(w0)
         clear(w1)

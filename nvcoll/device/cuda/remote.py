@@ -74,8 +74,8 @@ def landed(typing: Any, flag: Any, tag: Any) -> Any:
     return types.void(types.int64, types.int64), emit
 
 
-def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
-    """Return a protocol with ``put`` that reaches far ranks too.
+def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any:
+    """Return ``put`` that reaches far ranks too.
 
     Parameters
     ----------
@@ -85,12 +85,12 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
         What `common.verbs` gives.
     w
         The protocol, made for far ranks.
+    put_near
+        ``put`` to the others.
     """
     area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
-    put_part, put_end, slot_at, store_part, spread, signals = (
-        w.put_part, w.put_end, w.slot_at, w.store_part, w.spread, w.signals,
-    )  # fmt: skip
+    slot_at, store_part, spread, signals = w.slot_at, w.store_part, w.spread, w.signals
     sync, fence, thread, block = ptx.sync, ptx.fence, ptx.thread, ptx.block
 
     @jit
@@ -116,9 +116,8 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
     @jit
     def put(c, e, p, slot, source, nbytes):
         if area(c, p) != 0:
-            put_part(c, e, p, slot, 0, source, nbytes)
-            put_end(c, e, p, slot)
+            put_near(c, e, p, slot, source, nbytes)
         elif nbytes > 0 and e >= 0:  # a block that is spent sends nothing: earlier puts may still read the stage
             put_far(c, e, p, slot, source, nbytes)
 
-    return SimpleNamespace(**vars(w) | {"put": put})
+    return put

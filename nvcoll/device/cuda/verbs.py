@@ -88,17 +88,28 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             i += threads() * BYTES
         sync()
 
+    def gathering(lift, reduce):
+        """Make what reduces pack i of all contributions, in order; `lift` makes accumulators of what they are."""
+
+        @jit
+        def gather(c, e, k, me, at, mine, i, nbytes):
+            acc = lift(get(mine + i, nbytes - i) if me == 0 else settle(c, e, at, i, peek(at, i)))
+            for j in range(1, k):
+                if j == me:
+                    acc = reduce(acc, lift(get(mine + i, nbytes - i)))
+                else:
+                    there = at + j * stride(c)
+                    acc = reduce(acc, lift(settle(c, e, there, i, peek(there, i))))
+            return acc
+
+        return gather
+
     @jit
-    def gather_one(c, e, k, me, at, mine, i, nbytes):
-        """Reduce pack i of all contributions, in order."""
-        acc = widen(get(mine + i, nbytes - i) if me == 0 else settle(c, e, at, i, peek(at, i)))
-        for j in range(1, k):
-            if j == me:
-                acc = reduce(acc, widen(get(mine + i, nbytes - i)))
-            else:
-                there = at + j * stride(c)
-                acc = reduce(acc, widen(settle(c, e, there, i, peek(there, i))))
-        return acc
+    def accumulated(pack):
+        """Return accumulators as they are."""
+        return pack
+
+    gather_one, gather_partials = gathering(widen, reduce), gathering(accumulated, reduce_pack)
 
     @jit
     def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
@@ -114,18 +125,6 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 store_wide(acc + i * accumulates, total)
             i += threads() * BYTES
         sync()
-
-    @jit
-    def gather_partials(c, e, k, me, at, acc, i, nbytes):
-        """Reduce pack i of all accumulators, in order."""
-        total = get(acc + i, nbytes - i) if me == 0 else settle(c, e, at, i, peek(at, i))
-        for j in range(1, k):
-            if j == me:
-                total = reduce_pack(total, get(acc + i, nbytes - i))
-            else:
-                there = at + j * stride(c)
-                total = reduce_pack(total, settle(c, e, there, i, peek(there, i)))
-        return total
 
     @jit
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
@@ -214,7 +213,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             i += step
 
     if remote:
-        put = far.over(jit, v, w).put
+        put = far.over(jit, v, w, put)
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
