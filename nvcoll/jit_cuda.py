@@ -96,12 +96,14 @@ class CubinCache:
             return self._files.get(
                 f"{start}-{arch}-{digest_of(_platform(), *sources)}.cubin", lambda: compile_kernel(*key).cubin
             )
-        platform = f"{_platform()}\n{_version('nvidia-nvshmem-cu13')}"
-        shim = self._files.get(f"shim-{arch}-{digest_of(platform, SHIM)}.ltoir", lambda: compile_shim(arch))
         return self._files.get(
-            f"{start}-remote-{arch}-{digest_of(platform, *sources, SHIM)}.cubin",
-            lambda: compile_kernel(*key, shim).cubin,
+            f"{start}-remote-{arch}-{digest_of(_far_platform(), *sources, SHIM)}.cubin",
+            lambda: compile_kernel(*key, self._shim(arch)).cubin,
         )
+
+    def _shim(self, arch: str) -> bytes:
+        """Return what kernels that reach far ranks are linked with; nobody needs it whose kernels are kept."""
+        return self._files.get(f"shim-{arch}-{digest_of(_far_platform(), SHIM)}.ltoir", lambda: compile_shim(arch))
 
 
 @cache
@@ -111,6 +113,11 @@ def _platform() -> str:
 
     packages = ("numba-cuda", "numba", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc", "nvidia-nvvm")
     return "\n".join([platform.python_version(), *map(_version, packages), " ".join(DEVICE_FIELDS)])
+
+
+def _far_platform() -> str:
+    """Return the same for what is linked with NVSHMEM's device part."""
+    return f"{_platform()}\n{_version('nvidia-nvshmem-cu13')}"
 
 
 def _version(package: str) -> str:

@@ -137,20 +137,20 @@ def _reach(
 
     here = detect(settings.ranks_per_node)
     unreachable = {rank for rank, address in enumerate(memory.addresses) if not address}
-    if any(_ask(exchange, not unreachable.isdisjoint(here.nodes[here.node]))):
+    if _anywhere(exchange, not unreachable.isdisjoint(here.nodes[here.node])):
         here = detect(1)  # ranks of a node reach each other: that is what algorithms take for granted
     far = frozenset(unreachable)
     if settings.ranks_per_node is not None:  # its nodes stand for hosts
         far |= set(range(exchange.size)) - set(here.nodes[here.node])
-    remote = any(_ask(exchange, bool(far)))  # both ends of every slot must know in which form it is filled
+    remote = _anywhere(exchange, bool(far))  # both ends of every slot must know in which form it is filled
     problem = unfit_transport() if remote else None
     agree(exchange, b"", problem or "", "other nodes cannot be reached", BootstrapError)
     return here, far, remote
 
 
-def _ask(exchange: Any, fact: bool) -> list[bool]:
-    """Return what is true of every rank."""
-    return [answer == b"1" for answer in exchange.allgather(b"1" if fact else b"0")]
+def _anywhere(exchange: Any, fact: bool) -> bool:
+    """Tell whether something is true of any rank. Collective."""
+    return b"1" in exchange.allgather(b"1" if fact else b"0")
 
 
 def build_world(

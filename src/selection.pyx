@@ -81,6 +81,13 @@ def shape_launch(list rules, nbytes, far):
     raise ValueError(f"launch: no rule for {nbytes} bytes, far {far}")
 
 
+def _check_keys(where, rule, needed, known):
+    if not isinstance(rule, dict) or not set(needed) <= set(rule):
+        raise ValueError(f"{where}: needs {' and '.join(needed)}")
+    if set(rule) - known:
+        raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+
+
 def check_launch(rules):
     """Raise ValueError, naming the rule, unless `rules` shape every launch."""
     known = {"threads", "blocks", "deep", "upto", "far", "note"}
@@ -88,10 +95,7 @@ def check_launch(rules):
         raise ValueError("launch: expected a list of rules")
     for number, rule in enumerate(rules):
         where = f"launch, rule {number + 1}"
-        if not isinstance(rule, dict) or "threads" not in rule:
-            raise ValueError(f"{where}: needs threads")
-        if set(rule) - known:
-            raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+        _check_keys(where, rule, ("threads",), known)
         if rule["threads"] not in BLOCK_SIZES:
             raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {BLOCK_SIZES}")
         if not all(type(rule.get(key, 1)) is int and rule.get(key, 1) > 0 for key in ("upto", "blocks")):
@@ -128,10 +132,7 @@ def check_rules(rules, names, verbs=("allreduce",)):
             raise ValueError(f"{kind}: expected a list of rules")
         for number, rule in enumerate(listed):
             where = f"{kind}, rule {number + 1}"
-            if not isinstance(rule, dict) or not {"verb", "use"} <= set(rule):
-                raise ValueError(f"{where}: needs verb and use")
-            if set(rule) - known:
-                raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+            _check_keys(where, rule, ("verb", "use"), known)
             if rule["verb"] not in verbs:
                 raise ValueError(f"{where}: verb is {rule['verb']!r}, expected one of {', '.join(verbs)}")
             if rule["use"] not in names:

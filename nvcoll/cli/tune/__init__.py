@@ -130,7 +130,8 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
     workload = options.workload(comm, args)
     _refuse(comm, args)
     tell = say if comm.rank == 0 else nothing
-    old = _old(bench.ranks_of(comm), args)
+    # What is wrong with the file is told before the measurement.
+    old = _on_first(bench.ranks_of(comm), args, lambda: rulebook.read(args.output, settings.read().rules)) or {}
     alone = argparse.Namespace(buffer=[args.buffer], compare=None, eager=False)
     field = bench.enter(comm, alone, workload, bench.named(comm, args.verb, args.algorithm or ["all"]))
     document = {**report.document(args.verb, args.op, comm, {}, {}), **field.facts}
@@ -161,7 +162,7 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
         merged = launch.merge(merged, forms)
         for text in summary.lines("launch", forms, shaped, shapes):
             tell(f"# {text}")
-    _write(field.ranks, args, merged)
+    _on_first(field.ranks, args, lambda: rulebook.write(args.output, merged))
     tell(f"# {summary.last(args)}")
     field.ranks.barrier()
     return 0
@@ -180,19 +181,6 @@ def _refuse(comm: Any, args: argparse.Namespace) -> None:
         launch.refuse(comm)
 
 
-def _old(ranks: Ranks, args: argparse.Namespace) -> rulebook.Rules:
-    """Return the rules that are kept, on rank 0: what is wrong with the file is told before the measurement."""
-    found: rulebook.Rules = {}
-    reason = ""
-    if ranks.comm.rank == 0 and not args.dry_run:
-        try:
-            found = rulebook.read(args.output, settings.read().rules)
-        except ArgumentError as exc:
-            reason = str(exc)
-    ranks.refuse(reason)
-    return found
-
-
 def _run(race: Race | launch.Shapes, margin: float, tell: Say) -> dict[int, str]:
     """Measure, and return what is chosen for each size; nothing if any rank got a wrong answer."""
     field, rows = race.field, []
@@ -206,11 +194,13 @@ def _run(race: Race | launch.Shapes, margin: float, tell: Say) -> dict[int, str]
     return choose(dict(sorted(race.times.items())), margin)
 
 
-def _write(ranks: Ranks, args: argparse.Namespace, rules: rulebook.Rules) -> None:
-    reason = ""
+def _on_first(ranks: Ranks, args: argparse.Namespace, act: Callable[[], Any]) -> Any:
+    """Let rank 0 act on the file, unless it is a dry run, and return what comes of it; what it refuses, all raise."""
+    found, reason = None, ""
     if ranks.comm.rank == 0 and not args.dry_run:
         try:
-            rulebook.write(args.output, rules)
+            found = act()
         except ArgumentError as exc:
             reason = str(exc)
     ranks.refuse(reason)
+    return found
