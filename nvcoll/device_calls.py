@@ -5,6 +5,7 @@ The host never waits here, but in `barrier`. What fails on a GPU is known after 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class DeviceCalls:
         self._world = world
         self._kept: dict[tuple[str, int, str, str | None], DevicePlan] = {}
         self._fast: dict[str | None, DevicePlans] = {}
-        self._token: DeviceBuffer | None = None
+        self._arrive: tuple[DeviceBuffer, DevicePlan] | None = None
         self._raised = False
 
     def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
@@ -49,18 +50,28 @@ class DeviceCalls:
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
-        if self._token is None:
-            self._token = self.empty((1,), DATATYPES["int32"])
+        self._world.planner.state.demand()
+        if self._arrive is None:
+            self._arrive = self._arrival()
+        token, plan = self._arrive
         stream = self._stream(None, None)
-        self.allreduce(self._token, None, SUM, stream, None, "Barrier")
+        if not plan.run(token.address, token.address, stream):
+            raise self._failure("Barrier")
         with self._world.device:
             driver.stream_synchronize(stream)
         self._check("Barrier")
 
-    def allreduce(
-        self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None, verb: str = "Allreduce"
-    ) -> None:
+    def _arrival(self) -> tuple[DeviceBuffer, DevicePlan]:
+        """Return what a barrier reduces, and its plan, which no other call matches."""
+        planner, kind = self._world.planner, DATATYPES["int32"]
+        token = self.empty((1,), kind)
+        told = replace(planner.explain("allreduce", 1, kind, SUM), verb="barrier")
+        self._world.settle()
+        return token, planner.plan(told, kind, SUM)
+
+    def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
         """Queue an all-reduce."""
+        verb = "Allreduce"
         fast = self._fast.get(algorithm)
         done = None if fast is None else fast.run(sendbuf, recvbuf, op, stream)
         if done is None:
@@ -68,7 +79,7 @@ class DeviceCalls:
             if recv.count == 0:
                 return
             plan = self._plan(recv, op, handle, algorithm)
-            done = plan.run(send.address, recv.address, queue)
+            done = plan.run(send.address, recv.address, queue, stream)
         if not done:
             raise self._failure(verb)
 
@@ -85,7 +96,13 @@ class DeviceCalls:
             for spec in (send, recv):
                 if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
                     raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; make another request")
-            if not plan.run(send.address, recv.address, queue):
+            with self._world.device:
+                if driver.stream_capturing(queue):
+                    raise StateError(
+                        f"{verb}: the stream is being captured, and a request tells nothing of the calls of a graph; "
+                        "call Allreduce"
+                    )
+            if not plan.run(send.address, recv.address, queue, stream):
                 raise self._failure(verb)
             return OnStream(self._world.device, queue, lambda: self._check(verb), (send.owner, recv.owner))
 
@@ -93,7 +110,7 @@ class DeviceCalls:
 
     def _check(self, verb: str) -> None:
         """Raise the failure of a call that has ended."""
-        if self._world.planner.state.reported is not None:
+        if self._world.planner.state.failed:
             raise self._failure(verb)
 
     def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int]:
@@ -146,9 +163,7 @@ class DeviceCalls:
         self._raised = True
         world, state = self._world, self._world.planner.state
         boards = world.planner.area.boards()
-        tag, block = state.reported or (0, 0)
-        if block != 0:  # boards tell of block 0, which may have been further or not as far
-            tag = boards[world.rank] or tag
+        tag = boards[world.rank] or 0
         others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
         missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
         odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
@@ -158,9 +173,10 @@ class DeviceCalls:
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "
                 "algorithm); make the calls agree"
             )
+        unseen = [rank for rank, its in enumerate(boards) if its is None]
         late = f"did not arrive: rank {', rank '.join(map(str, missing))}" if missing else "all have arrived by now"
-        if not others:
-            late = "where the others are cannot be seen from here"
+        if unseen and not missing:
+            late = "those that can be seen from here have arrived by now" if others else "none can be seen from here"
         return TimeoutError(
             f"{where}: no answer within NVCOLL_TIMEOUT; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if "
             "they are only slow"

@@ -106,13 +106,20 @@ class CubinCache:
         return self._files.get(f"shim-{arch}-{digest_of(_far_platform(), SHIM)}.ltoir", lambda: compile_shim(arch))
 
 
+def toolchain() -> dict[str, str]:
+    """Return the versions of the text and of what makes machine code of it, by name; empty if not installed."""
+    packages = (
+        "nvcoll", "numba-cuda", "numba", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc", "nvidia-nvvm",
+    )  # fmt: skip
+    return {"Python": platform.python_version()} | {package: _version(package) for package in packages}
+
+
 @cache
 def _platform() -> str:
     """Return what machine code depends on besides its text and the architecture: the compilers, the arguments."""
     from nvcoll._plan import DEVICE_FIELDS
 
-    packages = ("numba-cuda", "numba", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc", "nvidia-nvvm")
-    return "\n".join([platform.python_version(), *map(_version, packages), " ".join(DEVICE_FIELDS)])
+    return "\n".join([*map(" ".join, toolchain().items()), " ".join(DEVICE_FIELDS)])
 
 
 def _far_platform() -> str:
@@ -122,7 +129,7 @@ def _far_platform() -> str:
 
 def _version(package: str) -> str:
     try:
-        return f"{package} {version(package)}"
+        return version(package)
     except PackageNotFoundError:
         return ""
 

@@ -282,9 +282,12 @@ def pack_signature(told: Explanation, datatype: Datatype, op: Op) -> int:
     return number
 
 
-def pack_stamp(signature: int, count: int) -> int:
-    """Return what flags carry of a call, so that no rank takes those of a call that does not match for its own."""
-    return zlib.crc32(struct.pack("<2q", signature, count)) & ((1 << STAMP_BITS) - 1)
+def pack_stamp(signature: int, *numbers: int) -> int:
+    """Return what flags carry of a call, so that no rank takes those of a call that does not match for its own.
+
+    The numbers are the count, and how the message is cut where ranks might do so differently.
+    """
+    return zlib.crc32(struct.pack(f"<{1 + len(numbers)}q", signature, *numbers)) & ((1 << STAMP_BITS) - 1)
 
 
 def describe_signature(number: int, count: int) -> str:

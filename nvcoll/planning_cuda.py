@@ -147,14 +147,15 @@ class DevicePlanner(Chooser):
         shape = self.shape(count, datatype)
         if (size or shape.size) == 1:  # one rank's reduction is its contribution, AVG of it too
             return DevicePlan(self.state, 0, {"count": told.nbytes}, 1, 1, None, told)
-        signature = pack_signature(told, datatype, op)
-        call = {"count": count, "ranks": size or shape.size, "stamp": pack_stamp(signature, count)}
+        call = {"count": count, "ranks": size or shape.size}
         call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
         deep = self.deep(told.nbytes)
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
         blocks, threads = self.grid(told.nbytes, function)
         unit = PACK // datatype.itemsize
         call["part"] = -(-count // (blocks * unit)) * unit
+        cut = (call["part"], call["capacity"], call["stride"])
+        call["stamp"] = pack_stamp(pack_signature(told, datatype, op), count, *cut)
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
 
 

@@ -1,6 +1,7 @@
 """What stands behind a communicator on GPUs; the counterpart of `nvcoll.world`, whose `World` it resembles."""
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nvcoll import _topology
@@ -12,6 +13,7 @@ from nvcoll.backends.group import agree
 from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
 from nvcoll.errors import BootstrapError, Error
+from nvcoll.jit_cuda import toolchain
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
 
@@ -117,6 +119,8 @@ def open_gpus(
     """Set up a world of processes with a GPU each. Collective."""
     memory = SymmetricMemory(exchange, topology, settings)
     try:
+        facts = {"the architecture of the GPU": memory.device.arch, "NVCOLL_SCRATCH": settings.scratch, "rules": rules}
+        _same(exchange, facts | toolchain())
         here, far, remote = _reach(exchange, identities, memory, settings)
         shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
         sharers = max(int.from_bytes(share, "little") for share in shares)
@@ -125,6 +129,20 @@ def open_gpus(
     except BaseException:
         memory.close()
         raise
+
+
+def _same(exchange: Any, facts: Mapping[str, Any]) -> None:
+    """Refuse ranks whose kernels would cut messages differently, which data on their way do not tell. Collective."""
+    everyone = [json.loads(answer) for answer in exchange.allgather(json.dumps(facts).encode())]
+    for name in facts:
+        for rank, told in enumerate(everyone):
+            mine, its = everyone[0].get(name), told.get(name)
+            if mine != its:
+                values = "" if name == "rules" else f": {mine or 'none'} and {its or 'none'}"
+                raise BootstrapError(
+                    f"Init: {name} must be the same on all ranks, and differs on ranks 0 and {rank}{values}; make it "
+                    "so, or set NVCOLL_BACKEND=shm"
+                )
 
 
 def _reach(

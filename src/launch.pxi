@@ -19,7 +19,9 @@ cdef extern from *:
     typedef int (*nv_copy_t)(uintptr_t, uintptr_t, size_t, void *);
     typedef int (*nv_error_t)(int, const char **);
     static nv_launch_t nv_launch_kernel;
+    typedef int (*nv_none_t)(void);
     static nv_one_t nv_get_context, nv_push_context, nv_pop_context;
+    static nv_none_t nv_synchronize;
     static nv_two_t nv_record_event;
     static nv_wait_event_t nv_wait_event;
     static nv_capturing_t nv_is_capturing;
@@ -31,6 +33,7 @@ cdef extern from *:
         nv_get_context = (nv_one_t)dlsym(driver, "cuCtxGetCurrent");
         nv_push_context = (nv_one_t)dlsym(driver, "cuCtxPushCurrent_v2");
         nv_pop_context = (nv_one_t)dlsym(driver, "cuCtxPopCurrent_v2");
+        nv_synchronize = (nv_none_t)dlsym(driver, "cuCtxSynchronize");
         nv_record_event = (nv_two_t)dlsym(driver, "cuEventRecord");
         nv_wait_event = (nv_wait_event_t)dlsym(driver, "cuStreamWaitEvent");
         nv_is_capturing = (nv_capturing_t)dlsym(driver, "cuStreamIsCapturing");
@@ -54,6 +57,7 @@ cdef extern from *:
     int nv_get_context(void*) noexcept nogil
     int nv_push_context(void*) noexcept nogil
     int nv_pop_context(void*) noexcept nogil
+    int nv_synchronize() noexcept nogil
     int nv_record_event(void*, void*) noexcept nogil
     int nv_wait_event(void*, void*, unsigned int) noexcept nogil
     int nv_is_capturing(void*, int*) noexcept nogil
@@ -85,6 +89,8 @@ DEVICE_FIELDS = (
 cdef enum:
     FIELDS = 41
     PROGRAMMATIC = 6        # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    PER_THREAD = 2          # CU_STREAM_PER_THREAD: means another stream in each thread
+    CAPTURING = 900         # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
 if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
 
@@ -109,7 +115,10 @@ cdef class DeviceState:
     cdef void* context
     cdef void* event
     cdef int64_t* report
-    cdef uintptr_t last_stream
+    cdef uintptr_t last_stream      # of the latest call that was not captured
+    cdef object last_owner          # what has that stream, which must not be destroyed yet
+    cdef bint started               # whether there was such a call
+    cdef bint recorded              # whether the event stands behind it already
     cdef readonly int64_t sequence
     cdef int64_t ended
     cdef readonly object keep
@@ -131,11 +140,9 @@ cdef class DeviceState:
         self.keep = keep
 
     @property
-    def reported(self):
-        """(tag, block) of the first wait that was over its deadline, or None."""
-        if self.ended or nv_load(self.report) == 0:
-            return None
-        return self.report[1], self.report[2]
+    def failed(self):
+        """Whether a wait was over its deadline."""
+        return not self.ended and nv_load(self.report) != 0
 
     def end(self):
         """Refuse all further calls."""
@@ -152,13 +159,31 @@ cdef class DeviceState:
             raise StateError("this communicator was finalized; take a new one, or call Init")
         return nv_load(self.report) != 0
 
-    cdef int order(self, uintptr_t stream) noexcept nogil:
-        """Let work on a stream begin after this communicator's latest on another one."""
-        cdef int mine = 0, its = 0, error
-        if nv_is_capturing(<void*>stream, &mine) or nv_is_capturing(<void*>self.last_stream, &its) or mine or its:
-            return 0  # a graph has an order of its own; what it needs of other streams is for who captures to say
-        error = nv_record_event(self.event, <void*>self.last_stream)
-        return error or nv_wait_event(<void*>stream, self.event, 0)
+    cdef int order(self, uintptr_t stream, int* captured) noexcept nogil:
+        """Let work on a stream begin after this communicator's latest on another one; tell whether it is captured."""
+        cdef int its = 0, error
+        if self.started and stream == self.last_stream and stream != PER_THREAD:
+            return 0  # where it is captured now, its latest work still is what it was
+        error = nv_is_capturing(<void*>stream, captured)
+        if error or captured[0] or not self.started:
+            return error  # a graph has an order of its own; what it needs of other streams is for who captures to say
+        if not self.recorded:
+            error = nv_is_capturing(<void*>self.last_stream, &its)
+            if not error and its:
+                return CAPTURING  # an event would become part of that graph
+            if error or nv_record_event(self.event, <void*>self.last_stream):
+                return nv_synchronize()  # the stream is gone, perhaps not what was queued there
+            self.recorded = True
+        return nv_wait_event(<void*>stream, self.event, 0)
+
+    cdef int launched(self, uintptr_t stream) noexcept nogil:
+        """Remember where the latest call is that was not captured."""
+        cdef int error = 0
+        self.started, self.last_stream, self.recorded = True, stream, False
+        if stream == PER_THREAD:  # only this thread can speak of it
+            error = nv_record_event(self.event, <void*>stream)
+            self.recorded = not error
+        return error
 
 
 cdef extern from *:
@@ -219,7 +244,7 @@ cdef class DevicePlan:
         cdef nv_launch_config shape = self.shape
         cdef void* current = NULL
         cdef void* popped
-        cdef int k, error = 0
+        cdef int k, error = 0, captured = 0
         cdef bint pushed = False
         memcpy(values, self.values, sizeof(values))
         values[0], values[1] = <int64_t>send, <int64_t>recv
@@ -230,26 +255,26 @@ cdef class DevicePlan:
         if current != self.state.context:
             error = nv_push_context(self.state.context)
             pushed = not error
-        if not error and stream != self.state.last_stream:
-            if self.state.sequence:
-                error = self.state.order(stream)
-            self.state.last_stream = stream
+        if not error:
+            error = self.state.order(stream, &captured)
         if not error and self.function:
             error = nv_launch_kernel(&shape, self.function, arguments, NULL)
         elif not error and send != recv:
             error = nv_copy_async(recv, send, <size_t>self.values[2], <void*>stream)
+        if not error and not captured:
+            error = self.state.launched(stream)
         if pushed:
             nv_pop_context(&popped)
         self.state.sequence += 1
         return error
 
-    def run(self, uintptr_t send, uintptr_t recv, uintptr_t stream):
-        """Launch on two addresses; they are equal for a call in place.
+    def run(self, uintptr_t send, uintptr_t recv, uintptr_t stream, owner=None):
+        """Launch on two addresses; they are equal for a call in place. `owner` is what has the stream, if known.
 
         Returns
         -------
         bool
-            False if an earlier call has failed: `DeviceState.reported` says what is known.
+            False if an earlier call has failed.
         """
         cdef int error
         cdef const char* text = NULL
@@ -262,6 +287,8 @@ cdef class DevicePlan:
 
             nv_error_string(error, &text)
             raise StateError(f"the CUDA driver refuses the launch: {text.decode() if text else error}")
+        if self.state.last_stream == stream:
+            self.state.last_owner = owner
         return True
 
 
@@ -316,14 +343,15 @@ cdef class DevicePlans:
                                      and to < from_ + send.count * send.itemsize)):
             return None
         if stream is not None:
-            if type(stream) is not int:
-                stream = getattr(stream, "cuda_stream", None)  # torch's
-                if type(stream) is not int:
+            number = stream
+            if type(number) is not int:
+                number = getattr(stream, "cuda_stream", None)  # torch's
+                if type(number) is not int:
                     return None
-            if stream < 0:
+            if number < 0:
                 return None
-            queue = stream
+            queue = number
         kept = self.table.get((recv.code, recv.count * recv.itemsize, <uintptr_t><void*>op))
         if kept is None or not from_ or not to:
             return None
-        return (<DevicePlan>(<tuple>kept)[0]).run(from_, to, queue)
+        return (<DevicePlan>(<tuple>kept)[0]).run(from_, to, queue, stream)

@@ -1,6 +1,7 @@
 """A `cuda.bindings.driver` without a GPU: contexts by thread, memory of the host, and errors on demand."""
 
 import ctypes
+import enum
 import sys
 import threading
 import types
@@ -55,12 +56,17 @@ class FakeDriver(types.ModuleType):
         Events recorded, with their streams.
     looks
         Looks at an event before it is done.
+    capturing
+        Streams that are being captured.
     """
 
     CUresult = Result
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CUstreamCaptureStatus = enum.Enum(
+        "CUstreamCaptureStatus", {"CU_STREAM_CAPTURE_STATUS_NONE": 0, "CU_STREAM_CAPTURE_STATUS_ACTIVE": 1}
+    )
     CUdevice_attribute = types.SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=9,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=0,
@@ -72,7 +78,7 @@ class FakeDriver(types.ModuleType):
         super().__init__("cuda.bindings.driver")
         self.gpus, self.version = gpus, version
         self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
-        self.recorded, self.looks = [], 0
+        self.recorded, self.looks, self.capturing = [], 0, set()
         self._threads = threading.local()
 
     @property
@@ -207,6 +213,9 @@ class FakeDriver(types.ModuleType):
 
     def cuStreamSynchronize(self, stream):
         return Result(0) if stream in {0, STREAM} else Result.CUDA_ERROR_INVALID_VALUE
+
+    def cuStreamIsCapturing(self, stream):
+        return Result(0), self.CUstreamCaptureStatus(stream in self.capturing)
 
     def cuModuleLoadData(self, image):
         return Result(0), MODULE

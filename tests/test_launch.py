@@ -15,8 +15,8 @@ typedef struct { unsigned grid[3], block[3], shared; void *stream; int *attribut
 char calls[4096];               /* what was called, and with which handles */
 long long arguments[256], fields;
 unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
-void *current, *capturing;
-int fail;
+void *current, *capturing, *gone;
+int fail, confused;
 #include <stdio.h>
 static void note(const char *name, void *one, void *two) {
     sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
@@ -24,9 +24,16 @@ static void note(const char *name, void *one, void *two) {
 int cuCtxGetCurrent(void **context) { *context = current; return 0; }
 int cuCtxPushCurrent_v2(void *context) { note("push", context, 0); current = context; return 0; }
 int cuCtxPopCurrent_v2(void **context) { note("pop", current, 0); *context = current; current = 0; return 0; }
-int cuEventRecord(void *event, void *stream) { note("record", event, stream); return 0; }
+int cuEventRecord(void *event, void *stream) {
+    note("record", event, stream);
+    return stream && stream == gone ? 400 : 0;
+}
+int cuCtxSynchronize(void) { note("synchronize", 0, 0); return 0; }
 int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { note("wait", stream, event); return 0; }
-int cuStreamIsCapturing(void *stream, int *answer) { *answer = capturing && stream == capturing; return 0; }
+int cuStreamIsCapturing(void *stream, int *answer) {
+    *answer = capturing && stream == capturing;
+    return stream ? 0 : confused;
+}
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long source, size_t nbytes, void *stream) {
     note("copy", (void *)to, (void *)source);
     note("bytes", (void *)nbytes, stream);
@@ -138,13 +145,77 @@ plan.run(1, 2, 0x60); other = calls()
 plan.run(1, 2, 0x60); same = calls()
 pointer("capturing").value = 0x70
 plan.run(1, 2, 0x70); captured = calls()
+pointer("capturing").value = 0
+plan.run(1, 2, 0x80); after = calls()
 """
-    told = see(program, "{'first': first, 'other': other, 'same': same, 'captured': captured, 'n': state.sequence}")
+    told = see(
+        program,
+        "{'first': first, 'other': other, 'same': same, 'captured': captured, 'after': after, 'n': state.sequence}",
+    )
     assert told["first"] == ["launch(f0,50)"]
     assert told["other"] == ["record(e0,50)", "wait(60,e0)", "launch(f0,60)"]
     assert told["same"] == ["launch(f0,60)"]
     assert told["captured"] == ["launch(f0,70)"]  # a graph has an order of its own
-    assert told["n"] == 4
+    assert told["after"] == ["record(e0,60)", "wait(80,e0)", "launch(f0,80)"]  # that it was captured moves nothing
+    assert told["n"] == 5
+
+
+def test_a_stream_that_is_captured_has_the_latest_call(see):
+    program = """
+pointer("current").value = 0xC0
+plan.run(1, 2, 0x50)
+pointer("capturing").value = 0x50
+plan.run(1, 2, 0x50); captured = calls()
+refused = refusal(plan.run, 1, 2, 0x60)
+pointer("capturing").value = 0
+plan.run(1, 2, 0x60)
+"""
+    told = see(program, "[captured, refused, calls()]")
+    assert told[0] == ["launch(f0,50)"] * 2
+    assert told[1] == "the CUDA driver refuses the launch: 900"  # an event would become part of the graph
+    assert told[2] == ["record(e0,50)", "wait(60,e0)", "launch(f0,60)"]
+
+
+def test_a_capture_that_the_driver_does_not_tell_of(see):
+    program = """
+pointer("current").value = 0xC0
+number("confused").value = 906
+refused = refusal(plan.run, 1, 2, 0)
+number("confused").value = 0
+"""
+    assert see(program, "[refused, calls()]") == ["the CUDA driver refuses the launch: 906", []]
+
+
+def test_the_stream_of_a_thread_is_another_in_each(see):
+    told = see("pointer('current').value = 0xC0\nfor stream in (2, 2, 0x50): plan.run(1, 2, stream)", "calls()")
+    assert told[:2] == ["launch(f0,2)", "record(e0,2)"]  # at once: nobody else can
+    assert told[2:5] == ["wait(2,e0)", "launch(f0,2)", "record(e0,2)"]
+    assert told[5:] == ["wait(50,e0)", "launch(f0,50)"]
+
+
+def test_a_stream_that_is_gone(see):
+    program = """
+pointer("current").value = 0xC0
+plan.run(1, 2, 0x50); calls()
+pointer("gone").value = 0x50
+plan.run(1, 2, 0x60)
+"""
+    assert see(program, "calls()") == ["record(e0,50)", "synchronize(0,0)", "launch(f0,60)"]
+
+
+def test_who_has_the_latest_stream_is_kept(see):
+    program = """
+import sys
+class Stream: pass
+first, second = Stream(), Stream()
+counts = lambda: [sys.getrefcount(first), sys.getrefcount(second)]
+none = counts()
+plan.run(1, 2, 0x50, first); one = counts()
+plan.run(1, 2, 0x60, second)
+"""
+    none, one, other = see(program, "[none, one, counts()]")
+    assert one == [none[0] + 1, none[1]]
+    assert other == [none[0], none[1] + 1]
 
 
 def test_one_rank_copies_where_places_differ(see):
@@ -221,11 +292,11 @@ number("fail").value = 12345
 
 def test_what_a_kernel_reported_is_seen_before_the_next_launch(see):
     program = """
-plan.run(1, 2, 3); calls(); before = state.reported
-report[1], report[2], report[0] = 77, 5, 1
+plan.run(1, 2, 3); calls(); before = state.failed
+report[0] = -(1 << 63)
 """
-    told = see(program, "[before, plan.run(1, 2, 3), calls(), state.reported]")
-    assert told == [None, False, [], [77, 5]]
+    told = see(program, "[before, plan.run(1, 2, 3), calls(), state.failed]")
+    assert told == [False, False, [], True]
 
 
 def test_after_the_end_nothing_is_launched(see):

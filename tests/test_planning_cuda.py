@@ -204,6 +204,11 @@ class TestPlan:
             self.plan(one, *args)
         assert len({args[2]["stamp"] for args in made}) == len(made)
 
+    def test_stamps_differ_where_messages_are_cut_differently(self, made):
+        for one in (planner((3,)), planner((3,), multiprocessors=2), planner((3,), scratch=2 * SCRATCH)):
+            self.plan(one, 1 << 20)
+        assert len({args[2]["stamp"] for args in made}) == 3
+
     def test_threads_have_several_packs_under_way_where_there_are_many(self, made):
         one = planner((2,))
         for nbytes in (1 << 24, (1 << 24) + 4):

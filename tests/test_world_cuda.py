@@ -66,6 +66,35 @@ def test_other_nodes_count_as_far_on_demand():
     assert reach({}, [b"a"] * 4, ranks_per_node=4)[0][0] == (((0, 1, 2, 3),), set(), False)
 
 
+def same(*facts):
+    """Let every rank compare what it holds of facts; return what was raised."""
+    hub, raised = Hub(len(facts), 10), []
+
+    def one(rank):
+        try:
+            world_cuda._same(LocalExchange(hub, rank), facts[rank])
+        except BootstrapError as exc:
+            raised.append(str(exc))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(facts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def test_ranks_that_would_cut_messages_differently_are_refused_on_all_ranks():
+    facts = {"numba": "0.61", "rules": {"launch": [1]}}
+    assert same(facts, dict(facts), facts) == []
+    raised = same(facts, facts, facts | {"numba": ""})
+    told = "Init: numba must be the same on all ranks, and differs on ranks 0 and 2: 0.61 and none"
+    assert raised == [f"{told}; make it so, or set NVCOLL_BACKEND=shm"] * 3
+    [first, second] = same(facts, facts | {"rules": {}})
+    assert first == second
+    assert "rules must be the same on all ranks, and differs on ranks 0 and 1; make" in first
+
+
 def test_a_transport_that_kernels_cannot_use_is_refused_on_all_ranks_if_it_is_needed(monkeypatch):
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
     assert reach({})[1] == []

@@ -160,7 +160,7 @@ def cuda_text(v: Any) -> Any:
     offset, heap_of, part_at, reduce_direct = v.offset, v.heap_of, v.part_at, v.reduce_direct
     # Through scratch memory a thread has a pack under way: with several, both ways together need too many registers.
     put, wait_reduce_finish, wait_copy = v.shallow.put, v.shallow.wait_reduce_finish, v.shallow.wait_copy
-    table, note, sync, renew, jit = v.private, v.note, v.sync, v.renew, v.jit
+    table, note, sync, meet, renew, jit = v.private, v.note, v.sync, v.meet, v.renew, v.jit
 
     @jit
     def agree(c, e, send, recv, count):
@@ -190,7 +190,7 @@ def cuda_text(v: Any) -> Any:
             put(c, e, p, me, send + lo * at, (hi - lo) * at)
         lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
         wait_reduce_finish(c, e, n, me, 0, send + lo * at, recv + lo * at, hi - lo)
-        sync()
+        meet(e)
         for k in range(1, n):
             put(c, e, around(me + k, n), n + me, recv + lo * at, (hi - lo) * at)
         for k in range(1, n):

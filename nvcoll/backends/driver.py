@@ -225,6 +225,12 @@ def stream_synchronize(stream: int) -> None:
     _call("cuStreamSynchronize", stream)
 
 
+def stream_capturing(stream: int) -> bool:
+    """Tell whether what is queued on a stream becomes part of a graph."""
+    status = _call("cuStreamIsCapturing", stream)
+    return bool(status == _driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE)
+
+
 def synchronize() -> None:
     """Wait until all work of the current context is done."""
     _call("cuCtxSynchronize")

@@ -188,6 +188,9 @@ def test_streams(fake):
     stream = driver.stream_create()
     driver.stream_synchronize(stream)
     driver.stream_synchronize(0)
+    assert not driver.stream_capturing(stream)
+    fake.capturing.add(stream)
+    assert driver.stream_capturing(stream)
     driver.stream_destroy(stream)
     assert stream == STREAM
 

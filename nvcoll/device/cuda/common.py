@@ -5,8 +5,9 @@ slots of its own, and counts epochs of its own. Epochs lie in device memory, so 
 counts on when it is replayed. As on the host, two halves of every slot take turns by the parity of the epoch, and
 the same argument (see `nvcoll.device.common`) shows that a half is written again only after it was read.
 
-A thread whose wait is over its deadline ends, and its block sends nothing from the next epoch on: what was not received
-is not passed on, lest a peer takes it for what it awaits. Barriers do not wait for threads that have ended.
+What was not received must not be passed on, lest a peer takes it for what it awaits. A thread whose wait is over its
+deadline ends. The barriers after waits, and those before signals, count the threads (`meet`), and a block that has lost
+one ends. And once any block of a rank has failed, the tags of all its calls are negative, with which nothing is sent.
 """
 
 from types import SimpleNamespace
@@ -24,10 +25,8 @@ from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
 """Polls between looks at the clock and at what other blocks met."""
-FAILED = 1
-"""What the first word of the state says once a wait was over its deadline."""
-SPENT = -(1 << 38)
-"""Epoch of a block that takes no more part. Its tags are negative, even when it has counted on."""
+FAILED = -(1 << 63)
+"""The first word of the state once a wait was over its deadline, else 0: what makes tags negative."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:
@@ -49,7 +48,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     store_relaxed, store_release, fence, sync, clock = (
         ptx.store_relaxed, ptx.store_release, ptx.fence, ptx.sync, ptx.clock,
     )  # fmt: skip
-    thread, threads, block, any_of, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.leave
+    thread, threads, block, any_of, meet, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.meet, ptx.leave
     load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
     peers, rank, state, report, timeout, board = f.peers, f.rank, f.state, f.report, f.timeout, f.board
     stamp, flags, flags_half, flags_block = f.stamp, f.flags, f.flags_half, f.flags_block
@@ -74,8 +73,12 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def begin(c):
-        """Return the tag of this block's next epoch."""
-        return ((load(state(c) + EPOCHS + 8 * block()) + 1) << STAMP_BITS) | stamp(c)
+        """Return the tag of this block's next epoch, negative if this rank has failed.
+
+        Threads may come to know of it one by one.
+        """
+        epoch, failed = load(state(c) + EPOCHS + 8 * block()), load_relaxed(state(c))
+        return ((epoch + 1) << STAMP_BITS) | stamp(c) | failed
 
     @jit
     def advance(c):
@@ -83,9 +86,9 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         sync()  # all threads have read the epoch
         if thread() == 0:
             at = state(c) + EPOCHS + 8 * block()
-            now = load(at) + 1
+            now, failed = load(at) + 1, load_relaxed(state(c))
             store(at, now)
-            if block() == 0:
+            if block() == 0 and failed == 0:
                 store_relaxed(board(c), (now << STAMP_BITS) | stamp(c))  # for those who wonder why nothing comes
 
     @jit
@@ -103,18 +106,13 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     @jit
     def given_up(c, e, waited):
         """Tell whether to wait no more: the deadline is over, or another wait of this rank's was over its deadline."""
-        if block() == 0:
+        if block() == 0 and e >= 0:
             store_relaxed(board(c), e)  # whoever else gives up sees that this rank has come
-        if waited >= timeout(c):
-            store_relaxed(report(c) + 8, e)
-            store_relaxed(report(c) + 16, block())
-            fence()
-            store_relaxed(report(c), FAILED)
-            store_relaxed(state(c), FAILED)
-        elif load_relaxed(state(c)) != FAILED:
-            return False
-        store(state(c) + EPOCHS + 8 * block(), SPENT)
+        if waited < timeout(c):
+            return load_relaxed(state(c)) != 0
         fence()
+        store_relaxed(report(c), FAILED)
+        store_relaxed(state(c), FAILED)
         return True
 
     @jit
@@ -162,15 +160,15 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def outward(c, e, at):
-        """Return where to write what is for a peer: from a block that is spent, to none. No branch: loads go on."""
+        """Return where to write what is for a peer: with a negative tag, to none. No branch: loads go on."""
         return private(c) if e < 0 else at
 
     @jit
     def signal(c, e, p, slot, first, second):
         """Tell rank p that I am here, with two values. All that this block has stored is visible to it then."""
-        sync()
+        meet(e)
         if thread() == 0:
-            at = outward(c, e, flag(c, e, p, slot))
+            at = flag(c, e, p, slot)
             store_relaxed(at + 8, first)
             store_relaxed(at + 16, second)
             fence()

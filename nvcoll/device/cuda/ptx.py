@@ -17,10 +17,10 @@ PACK = types.UniTuple(types.int64, 2)
 
 
 def assembly(builder: Any, text: str, constraints: str, result: Any, args: Any) -> Any:
-    """Emit one PTX instruction, or a few, that stay where they are."""
+    """Emit one PTX instruction, or a few, that stay where they are: barriers must not be moved behind branches."""
     signature = ir.FunctionType(result, [a.type for a in args])
     clobbers = f"{constraints},~{{memory}}".lstrip(",")
-    return builder.call(ir.InlineAsm(signature, text, clobbers, side_effect=True), args)
+    return builder.call(ir.InlineAsm(signature, text, clobbers, side_effect=True), args, attrs=("convergent",))
 
 
 def _loader(text: str, doc: str) -> Any:
@@ -139,6 +139,21 @@ def any_of(typing: Any, flag: Any) -> Any:
         return builder.icmp_unsigned("!=", found, ir.Constant(word, 0))
 
     return types.boolean(types.boolean), emit
+
+
+@intrinsic
+def meet(typing: Any, e: Any) -> Any:
+    """Wait for all threads of the block, like `sync`; end, if any of them has ended, or any tag is negative."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        text = (
+            "{.reg .pred here, full; .reg .u32 n, most; setp.ge.s64 here, $0, 0; bar.red.popc.u32 n, 0, here;"
+            " mov.u32 most, %ntid.x; setp.eq.u32 full, n, most; @!full exit;}"
+        )
+        assembly(builder, text, "l", VOID, args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
 
 
 leave = _action("exit;", "End this thread; barriers of the block do not wait for it.")

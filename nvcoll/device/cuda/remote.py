@@ -91,7 +91,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any
     area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
     slot_at, store_part, spread, signals = w.slot_at, w.store_part, w.spread, w.signals
-    sync, fence, thread, block = ptx.sync, ptx.fence, ptx.thread, ptx.block
+    sync, meet, fence, thread, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.block
 
     @jit
     def stage_at(c, e, slot):
@@ -100,7 +100,8 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any
 
     @jit
     def put_far(c, e, p, slot, source, nbytes):
-        """Stage bytes and begin to put them."""
+        """Stage bytes and begin to put them. With a negative tag, none: earlier puts may still read the stage."""
+        meet(e)
         staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
         near = mapped(to, p)  # asked for before it is needed: the answer takes as long as to stage
         store_part(e, staged, source, nbytes)
@@ -117,7 +118,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any
     def put(c, e, p, slot, source, nbytes):
         if area(c, p) != 0:
             put_near(c, e, p, slot, source, nbytes)
-        elif nbytes > 0 and e >= 0:  # a block that is spent sends nothing: earlier puts may still read the stage
+        elif nbytes > 0:
             put_far(c, e, p, slot, source, nbytes)
 
     return put

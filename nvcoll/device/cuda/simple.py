@@ -11,8 +11,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
     area, half, rank, flag, wait, copy, outward = v.area, v.half, v.rank, v.flag, v.wait, v.copy, v.outward
     stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
-    sync, thread, block, fence, store_release, load_pack = (
-        ptx.sync, ptx.thread, ptx.block, ptx.fence, ptx.store_release, ptx.load_pack,
+    sync, meet, thread, block, fence, store_release, load_pack = (
+        ptx.sync, ptx.meet, ptx.thread, ptx.block, ptx.fence, ptx.store_release, ptx.load_pack,
     )  # fmt: skip
     landed = far.landed
 
@@ -33,10 +33,10 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     @jit
     def put_end(c, e, p, slot):
         """Tell rank p that its slot is full: what all threads have stored before the barrier goes before the flag."""
-        sync()
+        meet(e)
         if thread() == 0:
             fence()
-            store_release(outward(c, e, flag(c, e, p, slot)), e)
+            store_release(flag(c, e, p, slot), e)
 
     @jit
     def arrival(c, e, slot, nbytes):

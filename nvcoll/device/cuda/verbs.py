@@ -40,7 +40,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
     itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
-    thread, threads, load_pack, store_pack, sync = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.sync
+    thread, threads, load_pack, store_pack, meet = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.meet
     _, store_wide = common.wide(jit, accumulates)
 
     @jit
@@ -74,7 +74,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         while i < nbytes:
             put_back(to + i, settle(c, e, at, i, peek(at, i)), nbytes - i)
             i += step
-        sync()
+        meet(e)
 
     @jit
     def wait_reduce(c, e, p, slot, acc, n):
@@ -86,7 +86,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         while i < nbytes:
             keep(c, e, acc + i, settle(c, e, at, i, peek(at, i)), nbytes - i, lower)
             i += threads() * BYTES
-        sync()
+        meet(e)
 
     def gathering(lift, reduce):
         """Make what reduces pack i of all contributions, in order; `lift` makes accumulators of what they are."""
@@ -124,7 +124,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             else:
                 store_wide(acc + i * accumulates, total)
             i += threads() * BYTES
-        sync()
+        meet(e)
 
     @jit
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
@@ -138,7 +138,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         while i < nbytes:
             put_back(acc + i, gather_partials(c, e, k, me, at, acc, i, nbytes), nbytes - i)
             i += threads() * BYTES
-        sync()
+        meet(e)
 
     @jit
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
@@ -217,7 +217,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
-    found = SimpleNamespace(**{**vars(v), **own}, sync=sync)
+    found = SimpleNamespace(**{**vars(v), **own}, sync=ptx.sync, meet=meet)
     found.shallow = vocabulary(jit, a, protocol, False, remote) if deep else found
     return found
 
@@ -250,11 +250,11 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         first = block() * part
         last = min(first + part, count)
         if overlap:
-            let_successor()
             if first + thread() * unit < last:
                 prefetch(send + first * itemsize + thread() * BYTES)
                 prefetch(state + EPOCHS + 8 * block())
             await_predecessor()
+            let_successor()  # now, not before: of a stream's kernels two at most take room on the GPU
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel(c, send + first * itemsize, recv + first * itemsize, piece)
