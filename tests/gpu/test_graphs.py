@@ -125,7 +125,7 @@ print("right")
 """
 
 
-def test_graphs_of_torch(run_ranks, two_gpus):
+def test_graphs_of_torch(run_ranks):
     pytest.importorskip("torch")
     ranks = run_ranks(PROGRAM, 2, timeout=110, env={"NVCOLL_BACKEND": "nvshmem"})
     assert [text.split()[-1] for text in ranks.stdout] == ["right"] * 2

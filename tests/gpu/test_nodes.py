@@ -6,7 +6,7 @@ import pytest
 
 from tests.crew import Crew
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled_far", "two_gpus")]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled_far")]
 ROOT = str(Path(__file__).parents[2])
 ENV = {"NVCOLL_BACKEND": "nvshmem", "NVCOLL_HEAP": "512M", "PYTHONPATH": ROOT}
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.crew import Crew
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled", "two_gpus")]
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 ROOT = str(Path(__file__).parents[2])
 ENV = {"NVCOLL_BACKEND": "nvshmem", "NVCOLL_HEAP": "512M"}
 
@@ -40,7 +40,7 @@ for name in comm.algorithms():
 print("right", calls, digest.hexdigest())
 """
 
-# Where more ranks than one share a GPU, their kernels take turns: a call takes milliseconds.
+# Where ranks share a GPU, their kernels take turns: a call takes milliseconds.
 SHARING = [
     pytest.param(2, 4, (1, 5, 1021, 65537, 1_000_003), id="2"),
     pytest.param(4, 2, (5, 1021, 65537), id="4"),
@@ -56,7 +56,7 @@ def test_every_algorithm(run_ranks, ranks, pairs, counts):
     assert len(set(told.stdout)) == 1, f"ranks have different results; {told}"
 
 
-def test_gpus_with_different_numbers_of_ranks_are_refused(run_ranks):
+def test_gpus_with_different_numbers_of_ranks_are_refused(run_ranks, two_gpus):
     ranks = run_ranks("from nvcoll import COMM_WORLD; COMM_WORLD.Barrier()", 3, timeout=60, env=ENV, check=False)
     assert "same number of ranks on every GPU of a host, got 2, 1; start as many on each" in ranks.stderr
 

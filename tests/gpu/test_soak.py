@@ -103,7 +103,6 @@ def test_processes_of_a_host(run_ranks):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_gpus")
 def test_a_short_soak_on_gpus(run_ranks):
     pytest.importorskip("torch", reason="torch, with which graphs are made here, is not installed")
     arguments = ("--graph-calls", "4000", "--calls", "300", "--seconds", "20", "--algorithms", "ring,nvrar,two_shot")
