@@ -119,12 +119,13 @@ def open_gpus(
     """Set up a world of processes with a GPU each. Collective."""
     memory = SymmetricMemory(exchange, topology, settings)
     try:
-        facts = {"the architecture of the GPU": memory.device.arch, "NVCOLL_SCRATCH": settings.scratch, "rules": rules}
+        device: Any = memory.device
+        facts = {"the architecture of the GPU": device.arch, "NVCOLL_SCRATCH": settings.scratch, "rules": rules}
         _same(exchange, facts | toolchain())
         here, far, remote = _reach(exchange, identities, memory, settings)
         shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
         sharers = max(int.from_bytes(share, "little") for share in shares)
-        kernels = Kernels(memory.device, settings.cache_dir, remote)
+        kernels = Kernels(device, settings.cache_dir, remote)
         return build_world(exchange, here, memory, settings, rules, kernels, sharers, "nvshmem", far)
     except BaseException:
         memory.close()

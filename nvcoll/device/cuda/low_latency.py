@@ -1,9 +1,10 @@
 """The low-latency protocol on GPUs: every word shows by itself whether it has arrived, so data need no signal.
 
-Two forms. Floats travel as they are, in memory that otherwise holds a sentinel: all ones, a NaN whose payload means
-nothing; that very NaN is sent as another one. Integers have no value to spare: half of every 8 bytes is a flag made of
-the epoch and the data. Between GPUs, loads and stores of 8 bytes are whole, and that is all that is relied upon. A
-network may write in any order and grain, and the form with flags bears that: a flag fits its own data only.
+Two forms. Where all ranks are near, floats travel as they are, in memory that otherwise holds a sentinel: all ones, a
+NaN whose payload means nothing; that very NaN is sent as another one. Integers have no value to spare: half of every 8
+bytes is a flag made of the tag and the data. Between GPUs, loads and stores of 8 bytes are whole, and that is all that
+is relied upon. A network may write in any order and grain, and the form with flags bears that: a flag fits its own data
+only.
 
 Who has read a pack clears it, so between calls all this memory is empty: of sentinels, or of zeros. A half is written
 again after its reader has ended the epoch, hence after it was cleared.

@@ -254,7 +254,7 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
                 prefetch(send + first * itemsize + thread() * BYTES)
                 prefetch(state + EPOCHS + 8 * block())
             await_predecessor()
-            let_successor()  # now, not before: of a stream's kernels two at most take room on the GPU
+            let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel(c, send + first * itemsize, recv + first * itemsize, piece)
