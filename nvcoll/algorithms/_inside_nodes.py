@@ -57,10 +57,11 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
             mine = recv + lo * at
             acc = accumulators(c, mine)
             source = send + lo * at
-            if largest > 1:
-                wait_reduce_all(c, e, members, local, 0, source, acc, hi - lo)
-                source = 0
-            between_nodes(c, e, source, acc, hi - lo, mine, between)
+            if largest == 1:
+                between_nodes(c, e, source, acc, hi - lo, mine, between)
+                return
+            wait_reduce_all(c, e, members, local, 0, source, acc, hi - lo)
+            between_nodes(c, e, 0, acc, hi - lo, mine, between)
             for k in range(members):  # gather
                 if k != local:
                     put(c, e, member(c, here, k), gather + local, mine, (hi - lo) * at)

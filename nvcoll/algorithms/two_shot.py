@@ -211,8 +211,9 @@ def cuda_text(v: Any) -> Any:
             first = 0
             while first < count:
                 shift = first * itemsize(c)
-                renew(c)
-                one_round(c, begin(c), send + shift, recv + shift, min(capacity(c), count - first))
+                renew(c, e)
+                e = begin(c)
+                one_round(c, e, send + shift, recv + shift, min(capacity(c), count - first))
                 first += capacity(c)
 
     return kernel

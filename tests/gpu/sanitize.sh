@@ -85,6 +85,16 @@ try() { # try NAME FORM ARGUMENTS... [@ TOOL]: run it and say whether it passed
     return 1
 }
 
+control() { # whether memcheck sees a call of this form that writes to memory that was given back
+    local log=$work/control.log before=$SECONDS
+    if start "$form" --spoil @ memcheck </dev/null >"$log" 2>&1 || ! grep -q 'Invalid __global__ write' "$log"; then
+        echo "FAILED   $form, memcheck: it does not see a write to memory that was given back; see $log, which ends"
+        tail -n 25 "$log" | sed 's/^/    /'
+        return 1
+    fi
+    echo "passed   $form, memcheck sees a write to memory that was given back, $((SECONDS - before)) s"
+}
+
 if [[ $form == auto ]]; then
     form=threads
     try "threads, no tool" threads --algorithms one_shot/simple --limit 1 || exit 2
@@ -95,6 +105,7 @@ if [[ $form == auto ]]; then
     fi
 fi
 try "$form, no tool" "$form" --kinds "$kinds" "${chosen[@]}" || exit 2
+[[ ,$tools, != *,memcheck,* ]] || control || failed=1
 for tool in ${tools//,/ }; do
     if [[ $tool == racecheck ]]; then
         try "$form, one call, $tool" "$form" --algorithms one_shot/simple --limit 1 @ "$tool" || failed=1

@@ -3,7 +3,8 @@
     python3 -m tests.gpu.sanitized threads --ranks 3        # ranks that are threads of this process and share a GPU
     nvcoll run -n 2 -- python3 -m tests.gpu.sanitized processes
 
-The last line is "sanitized: all right", and the number of calls; exit status 1 if a result is wrong.
+The last line is "sanitized: all right", and the number of calls; exit status 1 if a result is wrong. With --spoil, one
+call writes to memory that was given back, which shows whether a tool looks at all.
 """
 
 import argparse
@@ -65,6 +66,19 @@ def processes(calls, compile_first):
     return comm.size
 
 
+def spoil(comm):
+    """Let a call write its result to memory that was given back."""
+    x = comm.zeros(1024, "float32")
+    comm.Allreduce(x, algorithm="one_shot/simple")
+    comm.Barrier()
+    [plan] = comm._calls._kept.values()
+    with comm._world.device:
+        gone = driver.allocate(1 << 20)
+        driver.free(gone)
+        plan.run(x.address, gone, comm.stream)
+        driver.stream_synchronize(comm.stream)
+
+
 def main(arguments):
     parser = argparse.ArgumentParser("tests.gpu.sanitized", description=__doc__.partition("\n")[0])
     parser.add_argument("form", choices=("threads", "processes"))
@@ -73,7 +87,14 @@ def main(arguments):
     parser.add_argument("--kinds", type=int, default=NUMBER, help=f"kinds of data, of {len(KINDS)} ({NUMBER})")
     parser.add_argument("--limit", type=int, help="calls at most")
     parser.add_argument("--compile", action="store_true", help="compile what is not in the cache on all cores, before")
+    parser.add_argument("--spoil", action="store_true", help="only a call that writes where it must not")
     options = parser.parse_args(arguments)
+    if options.spoil:
+        if options.form == "threads":
+            nvcoll.emulate(options.ranks, device=0).run(spoil)
+        else:
+            spoil(nvcoll.COMM_WORLD)
+        return
     calls, ranks = calls_of(options.algorithms, options.kinds, options.limit), options.ranks
     if options.form == "threads":
         threads(calls, options.compile, ranks)

@@ -81,20 +81,18 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return ((epoch + 1) << STAMP_BITS) | stamp(c) | failed
 
     @jit
-    def advance(c):
-        """End this block's epoch, as the last act of a launch."""
+    def advance(c, e):
+        """End this block's epoch, as the last act of a launch; its tag is at hand, so nothing need be loaded."""
         sync()  # all threads have read the epoch
         if thread() == 0:
-            at = state(c) + EPOCHS + 8 * block()
-            now, failed = load(at) + 1, load_relaxed(state(c))
-            store(at, now)
-            if block() == 0 and failed == 0:
-                store_relaxed(board(c), (now << STAMP_BITS) | stamp(c))  # for those who wonder why nothing comes
+            store(state(c) + EPOCHS + 8 * block(), (e & ~FAILED) >> STAMP_BITS)
+            if block() == 0 and e >= 0:
+                store_relaxed(board(c), e)  # for those who wonder why nothing comes
 
     @jit
-    def renew(c):
+    def renew(c, e):
         """End this block's epoch in the middle of a launch: what was cleared is so for peers before they hear more."""
-        advance(c)
+        advance(c, e)
         if thread() == 0:
             fence()
         sync()

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import EPOCHS
@@ -225,15 +226,16 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool, overlap: bool) -> Any:
     """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
 
-    A piece is a complete reduction with an epoch of its own. Schedules that cut messages themselves (not `rounds`) get
-    the whole part. Where GPUs can (`overlap`), the next kernel of the stream is brought in while this one runs, and
+    A piece is a complete reduction with an epoch of its own, whose tag `begin` gives to the schedule. Schedules that cut
+    messages themselves (not `rounds`) get the whole part, and may begin and end epochs. Where GPUs can (`overlap`), the next kernel of the stream is brought in while this one runs, and
     waits for its end before it touches memory. Parameters are the fields of a call, in their order.
     """
-    kernel = jit(text(v))
     block, thread, await_predecessor, let_successor, prefetch = (
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
     )  # fmt: skip
-    itemsize, unit, advance, renew = a.itemsize, BYTES // a.itemsize, v.advance, v.renew
+    itemsize, unit, begin, advance, renew = a.itemsize, BYTES // a.itemsize, v.begin, v.advance, v.renew
+    given = ptx.field(len(DEVICE_FIELDS))  # a piece's tag, which follows the fields of the call
+    kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
 
     def whole(
         send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices,
@@ -255,13 +257,15 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
                 prefetch(state + EPOCHS + 8 * block())
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
+        e = begin(c)
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
-            kernel(c, send + first * itemsize, recv + first * itemsize, piece)
+            kernel((*c, e), send + first * itemsize, recv + first * itemsize, piece)
             first += piece
             if first < last:
-                renew(c)
+                renew(c, e)
+                e = begin(c)
             else:
-                advance(c)
+                advance(c, e if rounds else begin(c))
 
     return whole
