@@ -226,9 +226,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool, overlap: bool) -> Any:
     """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
 
-    A piece is a complete reduction with an epoch of its own, whose tag `begin` gives to the schedule. Schedules that cut
-    messages themselves (not `rounds`) get the whole part, and may begin and end epochs. Where GPUs can (`overlap`), the next kernel of the stream is brought in while this one runs, and
-    waits for its end before it touches memory. Parameters are the fields of a call, in their order.
+    A piece is a complete reduction with an epoch of its own, whose tag `begin` gives to the schedule. Schedules that
+    cut messages themselves (not `rounds`) get the whole part, and may begin and end epochs. Where GPUs can (`overlap`),
+    the next kernel of the stream is brought in while this one runs, and waits for its end before it touches memory.
+    Parameters are the fields of a call, in their order.
     """
     block, thread, await_predecessor, let_successor, prefetch = (
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
