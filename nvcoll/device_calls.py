@@ -12,7 +12,7 @@ from typing import Any
 from nvcoll._plan import DevicePlan, DevicePlans
 from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
-from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, parse_device
+from nvcoll.buffers import IN_PLACE, LEGACY, DeviceBuffer, Spec, as_stream, current_stream, parse_device
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
@@ -51,10 +51,11 @@ class DeviceCalls:
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
         self._world.planner.state.demand()
+        self._check("Barrier")
         if self._arrive is None:
             self._arrive = self._arrival()
         token, plan = self._arrive
-        stream = self._stream(None, None)
+        stream = self._world.stream or LEGACY
         if not plan.run(token.address, token.address, stream):
             raise self._failure("Barrier")
         with self._world.device:
@@ -64,10 +65,10 @@ class DeviceCalls:
     def _arrival(self) -> tuple[DeviceBuffer, DevicePlan]:
         """Return what a barrier reduces, and its plan, which no other call matches."""
         planner, kind = self._world.planner, DATATYPES["int32"]
-        token = self.empty((1,), kind)
         told = replace(planner.explain("allreduce", 1, kind, SUM), verb="barrier")
         self._world.settle()
-        return token, planner.plan(told, kind, SUM)
+        plan = planner.plan(told, kind, SUM)
+        return self.empty((1,), kind), plan  # collective, so last: a rank that fails before is missed here
 
     def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
         """Queue an all-reduce."""
@@ -75,11 +76,11 @@ class DeviceCalls:
         fast = self._fast.get(algorithm)
         done = None if fast is None else fast.run(sendbuf, recvbuf, op, stream)
         if done is None:
-            send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+            send, recv, handle, queue, owner = self._judge(verb, sendbuf, recvbuf, op, stream)
             if recv.count == 0:
                 return
             plan = self._plan(recv, op, handle, algorithm)
-            done = plan.run(send.address, recv.address, queue, stream)
+            done = plan.run(send.address, recv.address, queue, owner)
         if not done:
             raise self._failure(verb)
 
@@ -87,7 +88,7 @@ class DeviceCalls:
         self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
     ) -> Callable[[], Pending]:
         """Judge the arguments of a nonblocking all-reduce; return what begins it."""
-        send, recv, handle, queue = self._judge(verb, sendbuf, recvbuf, op, stream)
+        send, recv, handle, queue, owner = self._judge(verb, sendbuf, recvbuf, op, stream)
         if recv.count == 0:
             return Ended
         plan = self._plan(recv, op, handle, algorithm)
@@ -102,7 +103,7 @@ class DeviceCalls:
                         f"{verb}: the stream is being captured, and a request tells nothing of the calls of a graph; "
                         "call Allreduce"
                     )
-            if not plan.run(send.address, recv.address, queue, stream):
+            if not plan.run(send.address, recv.address, queue, owner):
                 raise self._failure(verb)
             return OnStream(self._world.device, queue, lambda: self._check(verb), (send.owner, recv.owner))
 
@@ -113,12 +114,18 @@ class DeviceCalls:
         if self._world.planner.state.failed:
             raise self._failure(verb)
 
-    def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int]:
-        """Check the arguments of an all-reduce; return the buffers, in place the same twice, operator and stream."""
+    def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int, Any]:
+        """Check the arguments of an all-reduce.
+
+        Returns the buffers, in place the same twice, the operator, the stream's handle and what has it.
+        """
         world = self._world
         world.planner.state.demand()
         sendbuf, recvbuf = in_place(verb, sendbuf, recvbuf)
-        queue = self._stream(stream, recvbuf)
+        owner = stream
+        if stream is None:
+            owner = self._world.stream or current_stream(recvbuf)  # emulated ranks have one each
+        queue = as_stream(owner, None, verb)
         send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, op, partial(parse_device, stream=queue or 1))
         for name, spec in (("sendbuf", send), ("recvbuf", recv)):
             if spec.device not in (None, world.device.ordinal):
@@ -132,7 +139,7 @@ class DeviceCalls:
                     f"{verb}: {name} begins at {spec.address:#x}, expected a multiple of {unit} bytes, for GPUs load "
                     f"{spec.datatype.name} whole; pass a copy"
                 )
-        return send, recv, handle, queue
+        return send, recv, handle, queue, owner
 
     def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> DevicePlan:
         """Return the plan of an all-reduce, made if there is none, and keep it for the fast route with this `op`."""
@@ -150,12 +157,6 @@ class DeviceCalls:
         fast.add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 
-    def _stream(self, stream: Any, owner: Any) -> int:
-        """Return the stream of a call: emulated ranks have one each, since one waits for the other."""
-        if stream is None and self._world.stream:
-            return self._world.stream
-        return as_stream(stream, owner, "Allreduce")
-
     def _failure(self, verb: str) -> Exception:
         """Return the error of the call that failed on the GPU; once, for the communicator is of no use from then on."""
         if self._raised:
@@ -171,7 +172,7 @@ class DeviceCalls:
         if odd:
             return MismatchError(
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "
-                "algorithm); make the calls agree"
+                "algorithm, or Barrier); make the calls agree"
             )
         unseen = [rank for rank, its in enumerate(boards) if its is None]
         late = f"did not arrive: rank {', rank '.join(map(str, missing))}" if missing else "all have arrived by now"

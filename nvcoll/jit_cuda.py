@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 
 from nvcoll.codecache import PACKAGE, CodeCache, digest_of
@@ -106,11 +107,16 @@ class CubinCache:
         return self._files.get(f"shim-{arch}-{digest_of(_far_platform(), SHIM)}.ltoir", lambda: compile_shim(arch))
 
 
+def text_digest() -> str:
+    """Return a number that changes with the text of any kernel."""
+    from nvcoll.algorithms import ALGORITHMS
+
+    return digest_of("", *SOURCES, *chain.from_iterable(one.sources for one in ALGORITHMS.values()))
+
+
 def toolchain() -> dict[str, str]:
-    """Return the versions of the text and of what makes machine code of it, by name; empty if not installed."""
-    packages = (
-        "nvcoll", "numba-cuda", "numba", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc", "nvidia-nvvm",
-    )  # fmt: skip
+    """Return the versions of what makes machine code of text, by name; empty for what is not installed."""
+    packages = ("numba-cuda", "numba", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc", "nvidia-nvvm")
     return {"Python": platform.python_version()} | {package: _version(package) for package in packages}
 
 

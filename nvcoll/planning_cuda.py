@@ -9,7 +9,8 @@ from nvcoll import _selection
 from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends import driver, nvshmem
-from nvcoll.backends.device_area import BLOCKS, DeviceArea
+from nvcoll.backends.device_area import DeviceArea
+from nvcoll.device.cuda.layout import BLOCKS
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import CubinCache

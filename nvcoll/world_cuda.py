@@ -13,7 +13,7 @@ from nvcoll.backends.group import agree
 from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
 from nvcoll.errors import BootstrapError, Error
-from nvcoll.jit_cuda import toolchain
+from nvcoll.jit_cuda import text_digest, toolchain
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
 
@@ -120,8 +120,9 @@ def open_gpus(
     memory = SymmetricMemory(exchange, topology, settings)
     try:
         device: Any = memory.device
-        facts = {"the architecture of the GPU": device.arch, "NVCOLL_SCRATCH": settings.scratch, "rules": rules}
-        _same(exchange, facts | toolchain())
+        _same(
+            exchange, {"the architecture of the GPU": device.arch, "the text of kernels": text_digest()} | toolchain()
+        )
         here, far, remote = _reach(exchange, identities, memory, settings)
         shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
         sharers = max(int.from_bytes(share, "little") for share in shares)
@@ -132,17 +133,16 @@ def open_gpus(
         raise
 
 
-def _same(exchange: Any, facts: Mapping[str, Any]) -> None:
+def _same(exchange: Any, facts: Mapping[str, str]) -> None:
     """Refuse ranks whose kernels would cut messages differently, which data on their way do not tell. Collective."""
     everyone = [json.loads(answer) for answer in exchange.allgather(json.dumps(facts).encode())]
     for name in facts:
         for rank, told in enumerate(everyone):
             mine, its = everyone[0].get(name), told.get(name)
             if mine != its:
-                values = "" if name == "rules" else f": {mine or 'none'} and {its or 'none'}"
                 raise BootstrapError(
-                    f"Init: {name} must be the same on all ranks, and differs on ranks 0 and {rank}{values}; make it "
-                    "so, or set NVCOLL_BACKEND=shm"
+                    f"Init: {name} must be the same on all ranks, and differs on ranks 0 and {rank}: {mine or 'none'} "
+                    f"and {its or 'none'}; make it so, or set NVCOLL_BACKEND=shm"
                 )
 
 

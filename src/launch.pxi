@@ -77,7 +77,7 @@ DEVICE_FIELDS = (
     "node_ranks", "node_starts",        # tables, as in World
     "peers",                            # table of size addresses: where each rank's area lies
     "state",                            # a word that says whether a wait failed, and the blocks' epochs
-    "report",                           # memory of the host: what failed
+    "report",                           # a word of the host: whether a wait failed
     "timeout",                          # nanoseconds
     "board",                            # a word of my area: the tag of the latest call
     "flags", "flags_half", "flags_block",                   # offset in an area, bytes of a parity, of a block
@@ -91,6 +91,7 @@ cdef enum:
     PROGRAMMATIC = 6        # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     PER_THREAD = 2          # CU_STREAM_PER_THREAD: means another stream in each thread
     CAPTURING = 900         # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    GONE = 400              # CUDA_ERROR_INVALID_HANDLE
 if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
 
@@ -107,7 +108,7 @@ cdef class DeviceState:
     event
         Handle of an event, with which calls on different streams are put in order.
     report
-        Address, on the host, of the memory where kernels say what failed.
+        Address, on the host, of the word in which kernels say that a wait failed.
     keep
         Objects whose memory the addresses point to.
     """
@@ -162,8 +163,8 @@ cdef class DeviceState:
     cdef int order(self, uintptr_t stream, int* captured) noexcept nogil:
         """Let work on a stream begin after this communicator's latest on another one; tell whether it is captured."""
         cdef int its = 0, error
-        if self.started and stream == self.last_stream and stream != PER_THREAD:
-            return 0  # where it is captured now, its latest work still is what it was
+        if self.started and stream == self.last_stream and stream != PER_THREAD and not self.recorded:
+            return 0  # if it is captured now, the latest work outside graphs still is on it
         error = nv_is_capturing(<void*>stream, captured)
         if error or captured[0] or not self.started:
             return error  # a graph has an order of its own; what it needs of other streams is for who captures to say
@@ -171,8 +172,12 @@ cdef class DeviceState:
             error = nv_is_capturing(<void*>self.last_stream, &its)
             if not error and its:
                 return CAPTURING  # an event would become part of that graph
-            if error or nv_record_event(self.event, <void*>self.last_stream):
-                return nv_synchronize()  # the stream is gone, perhaps not what was queued there
+            if not error:
+                error = nv_record_event(self.event, <void*>self.last_stream)
+            if error == GONE:
+                return nv_synchronize()  # the stream was destroyed, which does not end what was queued there
+            if error:
+                return error
             self.recorded = True
         return nv_wait_event(<void*>stream, self.event, 0)
 
@@ -278,6 +283,7 @@ cdef class DevicePlan:
         """
         cdef int error
         cdef const char* text = NULL
+        cdef bint moved = stream != self.state.last_stream
         if self.state.check():
             return False
         with nogil:
@@ -287,8 +293,8 @@ cdef class DevicePlan:
 
             nv_error_string(error, &text)
             raise StateError(f"the CUDA driver refuses the launch: {text.decode() if text else error}")
-        if self.state.last_stream == stream:
-            self.state.last_owner = owner
+        if stream == self.state.last_stream and (moved or not (owner is None or type(owner) is int)):
+            self.state.last_owner = owner  # a number keeps nothing alive
         return True
 
 

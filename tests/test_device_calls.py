@@ -225,6 +225,13 @@ class TestBarrier:
         assert plan.told == Told("barrier", 1, "int32", "SUM", None)  # which no reduction is taken for
         assert world.synchronized == [99, 99]
 
+    def test_after_a_failure_it_meets_nobody(self, world, calls):
+        world.planner.state.failed = True
+        world.planner.tags = [5 << STAMP_BITS, 6 << STAMP_BITS, None, 6 << STAMP_BITS]
+        world.heap = None
+        with pytest.raises(nvcoll.TimeoutError, match=r"^Barrier: .*did not arrive: rank 0\. "):
+            calls.barrier()
+
     def test_it_tells_what_went_wrong(self, world, calls):
         world.planner.tags = [5 << STAMP_BITS, 6 << STAMP_BITS, None, 6 << STAMP_BITS]
 
@@ -276,7 +283,7 @@ class TestFailures:
         error = self.error(world, calls, [self.tag(20, 8), self.tag(20), self.tag(19), self.tag(20)])
         assert isinstance(error, nvcoll.MismatchError)
         assert str(error).endswith(
-            ": rank 0 calls something else (count, datatype, operator or algorithm); make the calls agree"
+            ": rank 0 calls something else (count, datatype, operator or algorithm, or Barrier); make the calls agree"
         )
 
     def test_the_next_call_is_refused(self, world, calls):

@@ -186,6 +186,32 @@ number("confused").value = 0
     assert see(program, "[refused, calls()]") == ["the CUDA driver refuses the launch: 906", []]
 
 
+def test_a_capture_elsewhere_that_keeps_the_latest_stream_from_being_looked_at(see):
+    program = """
+pointer("current").value = 0xC0
+plan.run(1, 2, 0); calls()
+number("confused").value = 906
+refused = refusal(plan.run, 1, 2, 0x60)
+"""
+    told = see(program, "[refused, calls()]")
+    assert told == ["the CUDA driver refuses the launch: 906", []]  # to wait for all would spoil the capture
+
+
+def test_a_launch_that_fails_after_its_stream_was_put_in_order(see):
+    program = """
+pointer("current").value = 0xC0
+plan.run(1, 2, 0x50); calls()
+number("fail").value = 700
+refusal(plan.run, 1, 2, 0x60); failed = calls()
+number("fail").value = 0
+pointer("capturing").value = 0x50
+plan.run(1, 2, 0x50); calls()
+plan.run(1, 2, 0x60)
+"""
+    told = see(program, "[failed, calls()]")
+    assert told == [["record(e0,50)", "wait(60,e0)", "launch(f0,60)"], ["wait(60,e0)", "launch(f0,60)"]]
+
+
 def test_the_stream_of_a_thread_is_another_in_each(see):
     told = see("pointer('current').value = 0xC0\nfor stream in (2, 2, 0x50): plan.run(1, 2, stream)", "calls()")
     assert told[:2] == ["launch(f0,2)", "record(e0,2)"]  # at once: nobody else can
@@ -211,10 +237,11 @@ first, second = Stream(), Stream()
 counts = lambda: [sys.getrefcount(first), sys.getrefcount(second)]
 none = counts()
 plan.run(1, 2, 0x50, first); one = counts()
+plan.run(1, 2, 0x50); plan.run(1, 2, 0x50, 0x50); still = counts()
 plan.run(1, 2, 0x60, second)
 """
-    none, one, other = see(program, "[none, one, counts()]")
-    assert one == [none[0] + 1, none[1]]
+    none, one, still, other = see(program, "[none, one, still, counts()]")
+    assert one == still == [none[0] + 1, none[1]]
     assert other == [none[0], none[1] + 1]
 
 

@@ -9,7 +9,8 @@ import nvcoll
 from nvcoll import planning_cuda
 from nvcoll._selection import BLOCK_SIZES
 from nvcoll.algorithms import ALGORITHMS, Shape
-from nvcoll.backends.device_area import BLOCKS, SCRATCH, DeviceLayout
+from nvcoll.backends.device_area import SCRATCH, DeviceLayout
+from nvcoll.device.cuda.layout import BLOCKS
 from nvcoll.jit_cuda import THREADS as MOST_THREADS
 from nvcoll.ops import AVG, DATATYPES, FLOAT, SUM
 from nvcoll.planning import LAUNCH, candidates

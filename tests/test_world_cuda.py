@@ -85,14 +85,14 @@ def same(*facts):
 
 
 def test_ranks_that_would_cut_messages_differently_are_refused_on_all_ranks():
-    facts = {"numba": "0.61", "rules": {"launch": [1]}}
+    facts = {"numba": "0.61", "text": "abc"}
     assert same(facts, dict(facts), facts) == []
     raised = same(facts, facts, facts | {"numba": ""})
     told = "Init: numba must be the same on all ranks, and differs on ranks 0 and 2: 0.61 and none"
     assert raised == [f"{told}; make it so, or set NVCOLL_BACKEND=shm"] * 3
-    [first, second] = same(facts, facts | {"rules": {}})
+    [first, second] = same(facts, facts | {"text": "abd"})
     assert first == second
-    assert "rules must be the same on all ranks, and differs on ranks 0 and 1; make" in first
+    assert "text must be the same on all ranks, and differs on ranks 0 and 1: abc and abd;" in first
 
 
 def test_a_transport_that_kernels_cannot_use_is_refused_on_all_ranks_if_it_is_needed(monkeypatch):

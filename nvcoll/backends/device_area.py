@@ -16,13 +16,11 @@ from typing import Any
 from nvcoll._plan import DeviceState
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
-from nvcoll.device.cuda.layout import EPOCHS, LINE, NEAR
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
 from nvcoll.errors import ArgumentError
 
 BOARD = 0
 FLAGS = 4096
-BLOCKS = 320
-"""Most blocks of a launch: two on each multiprocessor of the largest GPU there is."""
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
 LEAST_SLOTS = 4096
@@ -125,7 +123,7 @@ class DeviceArea:
             driver.memset(piece.address, 0, layout.nbytes)
             driver.memset(piece.address + layout.cells, 0xFF, 2 * layout.slots_half)
             tables = _tables(memory, piece, here, far)
-            places, total = _places([8 * len(table) for table in tables] + [EPOCHS + 8 * BLOCKS])
+            places, total = _places([8 * len(table) for table in tables] + [EPOCHS + EPOCH * BLOCKS])
             self._private = driver.allocate(total + BLOCKS * layout.slots_block)
             driver.memset(self._private, 0, total)
             for table, place in zip(tables, places, strict=False):

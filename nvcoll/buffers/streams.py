@@ -42,7 +42,7 @@ def as_stream(stream: Any, owner: Any = None, verb: str = "as_stream") -> int:
         For what is no stream, and for streams that were closed.
     """
     if stream is None:
-        return _current(owner)
+        stream = current_stream(owner)
     if isinstance(stream, int | np.integer) and not isinstance(stream, bool):
         return _checked(int(stream), "an integer", verb)
     kind = f"a {type(stream).__module__}.{type(stream).__qualname__}"
@@ -94,17 +94,17 @@ def _number(handle: Any) -> int:
     return int(handle)
 
 
-def _current(owner: Any) -> int:
-    """Return the stream on which the library of an array works now."""
+def current_stream(owner: Any) -> Any:
+    """Return the stream on which the library of an array works now: its object where the library has one."""
     if isinstance(owner, list | tuple) and owner:
         owner = owner[0]
     if owner is None or isinstance(owner, DeviceSpan):
         return LEGACY
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(owner, torch.Tensor):
-        return int(torch.cuda.current_stream(owner.device).cuda_stream)
+        return torch.cuda.current_stream(owner.device)
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(owner, cupy.ndarray):
-        return int(cupy.cuda.get_current_stream().ptr)
+        return cupy.cuda.get_current_stream()
     interface = getattr(owner, "__cuda_array_interface__", None)
     return int(interface.get("stream") or LEGACY) if isinstance(interface, dict) else LEGACY

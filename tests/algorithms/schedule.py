@@ -57,7 +57,7 @@ class Epochs:
         self.number += self.target == "host"
         return self.number + (self.target == "cuda")
 
-    def advance(self, c):
+    def advance(self, c, e):
         self.number += 1
 
 

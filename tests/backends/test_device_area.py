@@ -10,8 +10,9 @@ from nvcoll import _topology
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends import device_area
-from nvcoll.backends.device_area import BLOCKS, BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
+from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.driver import Device
+from nvcoll.device.cuda.layout import BLOCKS
 from nvcoll.errors import AllocationError, ArgumentError
 from tests.fake_cuda import CONTEXT, EVENT, FakeDriver, Result, install
 

@@ -20,13 +20,13 @@ from numba.cuda.extending import intrinsic
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, around, fold, log2, unfold
 from nvcoll.device.cuda import ptx
-from nvcoll.device.cuda.layout import EPOCHS, LINE, NEAR
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
 """Polls between looks at the clock and at what other blocks met."""
 FAILED = -(1 << 63)
-"""The first word of the state once a wait was over its deadline, else 0: what makes tags negative."""
+"""What says in the state that a wait was over its deadline, else 0: it makes tags negative."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:
@@ -72,12 +72,16 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return near(c, p) if p < NEAR else load(peers(c) + 8 * p)
 
     @jit
+    def epoch_at(c, b):
+        return state(c) + EPOCHS + EPOCH * b
+
+    @jit
     def begin(c):
         """Return the tag of this block's next epoch, negative if this rank has failed.
 
         Threads may come to know of it one by one.
         """
-        epoch, failed = load(state(c) + EPOCHS + 8 * block()), load_relaxed(state(c))
+        epoch, failed = load_pack(epoch_at(c, block()))
         return ((epoch + 1) << STAMP_BITS) | stamp(c) | failed
 
     @jit
@@ -85,7 +89,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         """End this block's epoch, as the last act of a launch; its tag is at hand, so nothing need be loaded."""
         sync()  # all threads have read the epoch
         if thread() == 0:
-            store(state(c) + EPOCHS + 8 * block(), (e & ~FAILED) >> STAMP_BITS)
+            store(epoch_at(c, block()), (e & ~FAILED) >> STAMP_BITS)
             if block() == 0 and e >= 0:
                 store_relaxed(board(c), e)  # for those who wonder why nothing comes
 
@@ -111,6 +115,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         fence()
         store_relaxed(report(c), FAILED)
         store_relaxed(state(c), FAILED)
+        for b in range(BLOCKS):
+            store_relaxed(epoch_at(c, b) + 8, FAILED)
         return True
 
     @jit

@@ -4,7 +4,11 @@ from nvcoll._plan import DEVICE_FIELDS
 
 LINE = 64
 """Bytes of a flag with its two values: flags of neighbours do not share a line."""
+BLOCKS = 320
+"""Most blocks of a launch: two on each multiprocessor of the largest GPU there is."""
 EPOCHS = 64
 """Where in a rank's state the epochs of the blocks begin; its first word says whether a wait has failed."""
+EPOCH = 16
+"""Bytes of a block's epoch, and of the same word again: whoever begins loads both at once."""
 NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
 """Ranks whose areas are arguments, so that their addresses need not be loaded."""

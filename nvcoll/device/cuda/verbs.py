@@ -6,7 +6,7 @@ from typing import Any
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
-from nvcoll.device.cuda.layout import EPOCHS
+from nvcoll.device.cuda.layout import EPOCH, EPOCHS
 from nvcoll.device.cuda.packs import BYTES
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
@@ -143,7 +143,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     @jit
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
-        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to the result."""
+        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to the result.
+
+        No barrier ends it: nothing may be sent after it before `meet`.
+        """
         nbytes = n * itemsize
         at = arrivals(c, e, k, me, slot, nbytes)
         i = thread() * BYTES
@@ -255,7 +258,7 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         if overlap:
             if first + thread() * unit < last:
                 prefetch(send + first * itemsize + thread() * BYTES)
-                prefetch(state + EPOCHS + 8 * block())
+                prefetch(state + EPOCHS + EPOCH * block())
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
         e = begin(c)
