@@ -99,7 +99,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         advance(c, e)
         if thread() == 0:
             fence()
-        sync()
+        meet(e)
 
     @jit
     def half(e):
