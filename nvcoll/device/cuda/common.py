@@ -45,8 +45,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     """
     f = SimpleNamespace(**{name: ptx.field(index) for index, name in enumerate(DEVICE_FIELDS)})
     load, store, load_acquire, load_relaxed = ptx.load, ptx.store, ptx.load_acquire, ptx.load_relaxed
-    store_relaxed, store_release, fence, sync, clock = (
-        ptx.store_relaxed, ptx.store_release, ptx.fence, ptx.sync, ptx.clock,
+    store_relaxed, store_release, store_all, fence, sync, clock = (
+        ptx.store_relaxed, ptx.store_release, ptx.store_all, ptx.fence, ptx.sync, ptx.clock,
     )  # fmt: skip
     thread, threads, block, any_of, meet, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.meet, ptx.leave
     load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
@@ -115,8 +115,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         fence()
         store_relaxed(report(c), FAILED)
         store_relaxed(state(c), FAILED)
-        for b in range(BLOCKS):
-            store_relaxed(epoch_at(c, b) + 8, FAILED)
+        store_all(epoch_at(c, 0) + 8, epoch_at(c, BLOCKS), EPOCH, FAILED)
         return True
 
     @jit

@@ -97,6 +97,21 @@ store_release = _word_storer("st.release.sys.global.u64", "Store 8 bytes after e
 
 
 @intrinsic
+def store_all(typing: Any, address: Any, end: Any, step: Any, value: Any) -> Any:
+    """Store 8 bytes at every so many bytes until an end. A loop that no compiler unrolls: it is for what is rare."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        text = (
+            "{.reg .pred more; .reg .u64 at; mov.u64 at, $0; .pragma \\22nounroll\\22; next: st.relaxed.sys.global.u64 [at],"
+            " $3; add.u64 at, at, $2; setp.lt.u64 more, at, $1; @more bra next;}"
+        )
+        assembly(builder, text, "l,l,l,l", VOID, args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
+
+
+@intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Bring a line into the cache of the GPU, and its page into the tables of the multiprocessor."""
 

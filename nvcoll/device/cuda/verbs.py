@@ -94,13 +94,14 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
         @jit
         def gather(c, e, k, me, at, mine, i, nbytes):
-            acc = lift(get(mine + i, nbytes - i) if me == 0 else settle(c, e, at, i, peek(at, i)))
+            own = get(mine + i, nbytes - i)
+            acc = lift(own if me == 0 else settle(c, e, at, i, peek(at, i)))
             for j in range(1, k):
-                if j == me:
-                    acc = reduce(acc, lift(get(mine + i, nbytes - i)))
-                else:
+                other = own
+                if j != me:
                     there = at + j * stride(c)
-                    acc = reduce(acc, lift(settle(c, e, there, i, peek(there, i))))
+                    other = settle(c, e, there, i, peek(there, i))
+                acc = reduce(acc, lift(other))
             return acc
 
         return gather
