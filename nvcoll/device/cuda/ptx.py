@@ -102,8 +102,8 @@ def store_all(typing: Any, address: Any, end: Any, step: Any, value: Any) -> Any
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         text = (
-            "{.reg .pred more; .reg .u64 at; mov.u64 at, $0; .pragma \\22nounroll\\22; next: st.relaxed.sys.global.u64 [at],"
-            " $3; add.u64 at, at, $2; setp.lt.u64 more, at, $1; @more bra next;}"
+            "{.reg .pred more; .reg .u64 at; mov.u64 at, $0; .pragma \\22nounroll\\22;"
+            " next: st.relaxed.sys.global.u64 [at], $3; add.u64 at, at, $2; setp.lt.u64 more, at, $1; @more bra next;}"
         )
         assembly(builder, text, "l,l,l,l", VOID, args)
         return context.get_dummy_value()
