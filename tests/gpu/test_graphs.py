@@ -92,6 +92,31 @@ def test_calls_on_several_streams_follow_each_other():
         np.testing.assert_array_equal(result, tripled(start(), 61))
 
 
+def test_a_request_is_refused_where_a_graph_is_made():
+    def main(comm):
+        x, refused = comm.array(start()), []
+        request = comm.Allreduce_init(x)
+        comm.Allreduce(x)
+        comm.Barrier()
+
+        def work():
+            for call in (lambda: comm.Iallreduce(x), request.Start):
+                with pytest.raises(nvcoll.StateError, match="is being captured") as caught:
+                    call()
+                refused.append(str(caught.value).partition(":")[0])
+            comm.Allreduce(x)
+
+        with comm._world.device:
+            graph = Graph(comm.stream, work)
+            graph.replay()
+            driver.stream_synchronize(comm.stream)
+        return refused, x.copy_to()
+
+    for refused, x in nvcoll.emulate(RANKS, device=0).run(main):
+        assert refused == ["Iallreduce", "Allreduce_init"]
+        np.testing.assert_array_equal(x, tripled(start(), 2))
+
+
 PROGRAM = """
 import torch, nvcoll
 from nvcoll import COMM_WORLD as comm
