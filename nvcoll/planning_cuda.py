@@ -104,15 +104,18 @@ class DevicePlanner(Chooser):
 
     def deep(self, nbytes: int) -> bool:
         """Tell whether threads have several packs of a message under way at a time."""
-        return bool(self._shape(nbytes)[2])
+        return bool(self._shape(self._whole(nbytes))[2])
+
+    def _whole(self, nbytes: int) -> int:
+        """Return how much of a message a launch puts in one: through a network, what a node sends goes in slices."""
+        return -(-nbytes // self.slices) if self.remote else nbytes
 
     def _shape(self, nbytes: int) -> tuple[int, int | None, bool]:
         return _selection.shape_launch(self.launches, nbytes, self.remote)
 
     def grid(self, nbytes: int, function: int) -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
-        if self.remote:
-            nbytes = -(-nbytes // self.slices)  # what a node sends goes through the network in slices, a put a block
+        nbytes = self._whole(nbytes)
         threads, limit, _ = self._shape(nbytes)
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
         if resident < self.sharers:

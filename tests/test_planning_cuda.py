@@ -81,6 +81,13 @@ class TestGrid:
         assert one.grid(BLOCKS * 64 * PACK + 1, 0) == (BLOCKS // 2 + 1, 64)
         assert one.grid(8 << 20, 0) == (256, 512)  # of 2 * H200 that fit
 
+    def test_through_a_network_a_slice_of_the_message_counts(self):
+        one = planner((4, 4), remote=True)
+        assert one.grid(4 << 20, 0) == planner((2,), remote=True).grid(1 << 20, 0)
+        assert not one.deep(1 << 26)
+        assert one.deep((1 << 26) + 4)
+        assert planner((4, 4)).deep((1 << 24) + 4)
+
     def test_rules_may_limit_the_blocks(self):
         assert planner((2,), remote=True).grid(8 << 20, 0) == (8, 512)
         assert planner((2,), remote=True).grid(1 << 20, 0) == planner((2,)).grid(1 << 20, 0)

@@ -54,6 +54,25 @@ def unfold(place: int, extra: int) -> int:
     return 2 * place if place < extra else place + extra
 
 
+def heaps(jit: Any, area: Any, rank: Any, heap: Any, heap_size: Any) -> tuple[Any, Any]:
+    """Return ``heap_of`` and ``offset``, of a target's own fields."""
+
+    @jit
+    def heap_of(c, p):
+        """Return where rank p's symmetric heap begins: heaps and areas lie at the same distance on all ranks."""
+        return area(c, p) - area(c, rank(c)) + heap(c)
+
+    @jit
+    def offset(c, address, nbytes):
+        """Return where in my symmetric heap an array lies, or -1 if it does not."""
+        at = address - heap(c)
+        if at < 0 or at + nbytes > heap_size(c):
+            return -1
+        return at
+
+    return heap_of, offset
+
+
 def verbs(t: Any) -> SimpleNamespace:
     """Return the verbs, built on the primitives of target `t`."""
     f, jit = t.field, t.jit
@@ -121,18 +140,7 @@ def verbs(t: Any) -> SimpleNamespace:
         wait(c, at, e)
         return load(at + 8), load(at + 16)
 
-    @jit
-    def heap_of(c, p):
-        """Return where rank p's symmetric heap begins: heaps and areas lie at the same distance on all ranks."""
-        return area(c, p) - area(c, rank(c)) + heap(c)
-
-    @jit
-    def offset(c, address, nbytes):
-        """Return where in my symmetric heap an array lies, or -1 if it does not."""
-        at = address - heap(c)
-        if at < 0 or at + nbytes > heap_size(c):
-            return -1
-        return at
+    heap_of, offset = heaps(jit, area, rank, heap, heap_size)
 
     @jit
     def accumulators(c, recv):

@@ -18,7 +18,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS, around, fold, log2, unfold
+from nvcoll.device.common import STAMP_BITS, around, fold, heaps, log2, unfold
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
@@ -184,18 +184,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         wait(c, e, at)
         return load_relaxed(at + 8), load_relaxed(at + 16)
 
-    @jit
-    def heap_of(c, p):
-        """Return where rank p's symmetric heap begins: heaps and areas lie at the same distance on all ranks."""
-        return area(c, p) - area(c, rank(c)) + heap(c)
-
-    @jit
-    def offset(c, address, nbytes):
-        """Return where in my symmetric heap an array lies, or -1 if it does not."""
-        at = address - heap(c)
-        if at < 0 or at + nbytes > heap_size(c):
-            return -1
-        return at
+    heap_of, offset = heaps(jit, area, rank, heap, heap_size)
 
     @jit
     def accumulators(c, recv):
@@ -302,12 +291,14 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of, offset,
-        accumulators, private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
+        itemsize, width, area, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, accumulators,
+        private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
     return SimpleNamespace(
-        **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}
+        **vars(f) | {verb.py_func.__name__: verb for verb in (*named, heap_of, offset)} | shared,
+        load=load,
+        store=store,
     )
 
 
