@@ -139,6 +139,32 @@ def test_a_rank_that_does_not_come(monkeypatch, algorithm):
         assert 1 < seconds < 6
 
 
+@pytest.mark.parametrize("algorithm", ["one_shot/low_latency", "one_shot/simple", "ring/low_latency"])
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_calls_that_a_rank_has_queued_when_it_fails_send_nothing(monkeypatch, algorithm, dtype):
+    monkeypatch.setenv("NVCOLL_TIMEOUT", "1.5")
+    failed = threading.Event()
+
+    def main(comm):
+        small, large = comm.array(np.ones(1, dtype)), comm.array(np.ones(100_000, dtype))
+        for x in (small, large):
+            comm.Allreduce(x, algorithm=algorithm)
+        comm.Barrier()
+        if comm.rank == 1:
+            failed.wait(15)
+        for x in (small, large):  # the first is one block, whose failure is that of all blocks of the second
+            comm.Allreduce(x, algorithm=algorithm)
+        with comm._world.device:
+            driver.stream_synchronize(comm.stream)
+        failed.set()
+        return small.copy_to()[0], set(large.copy_to().tolist()), end_of(comm.Allreduce, small, algorithm=algorithm)
+
+    (_, others, told), (sent, late, told_late) = nvcoll.emulate(2, device=0).run(main)
+    assert sent == 4  # what was sent before the deadline is good
+    assert late == others == {2}, "a result was made of what a failed rank has sent"
+    assert told[0] == told_late[0] == "TimeoutError"
+
+
 def test_counts_that_do_not_match(monkeypatch):
     monkeypatch.setenv("NVCOLL_TIMEOUT", "1.5")
 
