@@ -70,6 +70,38 @@ def test_a_thousand_replays_between_other_calls(algorithm):
         np.testing.assert_array_equal(y, tripled(start(), 101))
 
 
+@pytest.mark.parametrize("algorithm", ["one_shot/low_latency", "nvrar/simple"])
+def test_kernels_that_are_brought_in_before_the_one_before_has_ended(algorithm):
+    """Where ranks share a GPU none is; two ranks of a few blocks leave room for it, so that one GPU suffices here."""
+    ready = threading.Barrier(2)
+
+    def main(comm):
+        comm._world.planner.overlap = True
+        x = comm.array((start() + comm.rank).astype(np.float32))
+        y, z = comm.zeros(300, "float32"), comm.zeros(300, "float32")
+
+        def work():
+            for _ in range(50):
+                comm.Allreduce(x, y, algorithm=algorithm)
+                comm.Allreduce(y, z, algorithm=algorithm)
+
+        comm.Allreduce(x, y, algorithm=algorithm)
+        comm.Barrier()
+        results = []
+        with comm._world.device:
+            graph = Graph(comm.stream, work)
+            for _ in range(20):
+                ready.wait(20)
+                graph.replay()
+                driver.stream_synchronize(comm.stream)
+                results += [y.copy_to(), z.copy_to() / 2]
+        return results
+
+    for results in nvcoll.emulate(2, device=0).run(main):
+        for one in results:
+            np.testing.assert_array_equal(one, 2 * start() + 1)
+
+
 def test_calls_on_several_streams_follow_each_other():
     def main(comm):
         x = comm.array(start())

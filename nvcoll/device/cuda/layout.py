@@ -9,6 +9,6 @@ BLOCKS = 320
 EPOCHS = 64
 """Where in a rank's state the epochs of the blocks begin; its first word says whether a wait has failed."""
 EPOCH = 16
-"""Bytes of a block's epoch, and of the same word again: whoever begins loads both at once."""
+"""Bytes for a block: its epoch, and that word again, so that whoever begins loads both at once."""
 NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
 """Ranks whose areas are arguments, so that their addresses need not be loaded."""
