@@ -73,6 +73,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def epoch_at(c, b):
+        """Return the address of block b's epoch, and of what says beside it whether this rank has failed."""
         return state(c) + EPOCHS + EPOCH * b
 
     @jit
@@ -291,14 +292,12 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, accumulators,
-        private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
+        itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of,
+        offset, accumulators, private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
     return SimpleNamespace(
-        **vars(f) | {verb.py_func.__name__: verb for verb in (*named, heap_of, offset)} | shared,
-        load=load,
-        store=store,
+        **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}
     )
 
 

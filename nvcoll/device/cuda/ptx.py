@@ -23,6 +23,16 @@ def assembly(builder: Any, text: str, constraints: str, result: Any, args: Any) 
     return builder.call(ir.InlineAsm(signature, text, clobbers, side_effect=True), args, attrs=("convergent",))
 
 
+def _effect(text: str) -> Any:
+    """Return what emits PTX that gives nothing back; its operands are the words that the primitive takes."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        assembly(builder, text, ",".join("l" * len(args)), VOID, args)
+        return context.get_dummy_value()
+
+    return emit
+
+
 def _loader(text: str, doc: str) -> Any:
     """Make a primitive that loads a pack."""
 
@@ -74,13 +84,9 @@ def _word_loader(text: str, doc: str) -> Any:
 
 
 def _word_storer(text: str, doc: str) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        assembly(builder, f"{text} [$0], $1;", "l,l", VOID, args)
-        return context.get_dummy_value()
-
     @intrinsic
     def store(typing: Any, address: Any, value: Any) -> Any:
-        return types.void(types.int64, types.int64), emit
+        return types.void(types.int64, types.int64), _effect(f"{text} [$0], $1;")
 
     store.__doc__ = doc
     return store
@@ -99,37 +105,22 @@ store_release = _word_storer("st.release.sys.global.u64", "Store 8 bytes after e
 @intrinsic
 def store_all(typing: Any, address: Any, end: Any, step: Any, value: Any) -> Any:
     """Store 8 bytes at every so many bytes until an end. A loop that no compiler unrolls: it is for what is rare."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        text = (
-            "{.reg .pred more; .reg .u64 at; mov.u64 at, $0; .pragma \\22nounroll\\22;"
-            " next: st.relaxed.sys.global.u64 [at], $3; add.u64 at, at, $2; setp.lt.u64 more, at, $1; @more bra next;}"
-        )
-        assembly(builder, text, "l,l,l,l", VOID, args)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), emit
+    return types.void(*[types.int64] * 4), _effect(
+        "{.reg .pred more; .reg .u64 at; mov.u64 at, $0; .pragma \\22nounroll\\22;"
+        " next: st.relaxed.sys.global.u64 [at], $3; add.u64 at, at, $2; setp.lt.u64 more, at, $1; @more bra next;}"
+    )
 
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Bring a line into the cache of the GPU, and its page into the tables of the multiprocessor."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        assembly(builder, "prefetch.global.L2 [$0];", "l", VOID, args)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), emit
+    return types.void(types.int64), _effect("prefetch.global.L2 [$0];")
 
 
 def _action(text: str, doc: str) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        assembly(builder, text, "", VOID, [])
-        return context.get_dummy_value()
-
     @intrinsic
     def act(typing: Any) -> Any:
-        return types.void(), emit
+        return types.void(), _effect(text)
 
     act.__doc__ = doc
     return act
@@ -159,16 +150,10 @@ def any_of(typing: Any, flag: Any) -> Any:
 @intrinsic
 def meet(typing: Any, e: Any) -> Any:
     """Wait for all threads of the block, like `sync`; end, if any of them has ended, or any tag is negative."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        text = (
-            "{.reg .pred here, full; .reg .u32 n, most; setp.ge.s64 here, $0, 0; bar.red.popc.u32 n, 0, here;"
-            " mov.u32 most, %ntid.x; setp.eq.u32 full, n, most; @!full exit;}"
-        )
-        assembly(builder, text, "l", VOID, args)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), emit
+    return types.void(types.int64), _effect(
+        "{.reg .pred here, full; .reg .u32 n, most; setp.ge.s64 here, $0, 0; bar.red.popc.u32 n, 0, here;"
+        " mov.u32 most, %ntid.x; setp.eq.u32 full, n, most; @!full exit;}"
+    )
 
 
 leave = _action("exit;", "End this thread; barriers of the block do not wait for it.")

@@ -6,7 +6,6 @@ from typing import Any
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
-from nvcoll.device.cuda.layout import EPOCH, EPOCHS
 from nvcoll.device.cuda.packs import BYTES
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
@@ -238,7 +237,8 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     block, thread, await_predecessor, let_successor, prefetch = (
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
     )  # fmt: skip
-    itemsize, unit, begin, advance, renew = a.itemsize, BYTES // a.itemsize, v.begin, v.advance, v.renew
+    itemsize, unit = a.itemsize, BYTES // a.itemsize
+    epoch_at, begin, advance, renew = v.epoch_at, v.begin, v.advance, v.renew
     given = ptx.field(len(DEVICE_FIELDS))  # a piece's tag, which follows the fields of the call
     kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
 
@@ -259,7 +259,7 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         if overlap:
             if first + thread() * unit < last:
                 prefetch(send + first * itemsize + thread() * BYTES)
-                prefetch(state + EPOCHS + EPOCH * block())
+                prefetch(epoch_at(c, block()))
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
         e = begin(c)
