@@ -12,7 +12,7 @@ from typing import Any
 from nvcoll._plan import DevicePlan, DevicePlans
 from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
-from nvcoll.buffers import IN_PLACE, LEGACY, DeviceBuffer, Spec, as_stream, current_stream, parse_device
+from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, current_stream, parse_device
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
@@ -50,12 +50,10 @@ class DeviceCalls:
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
-        self._world.planner.state.demand()
-        self._check("Barrier")
         if self._arrive is None:
             self._arrive = self._arrival()
         token, plan = self._arrive
-        stream = self._world.stream or LEGACY
+        stream = self._world.stream  # 0 is the legacy default
         if not plan.run(token.address, token.address, stream):
             raise self._failure("Barrier")
         with self._world.device:
@@ -63,12 +61,14 @@ class DeviceCalls:
         self._check("Barrier")
 
     def _arrival(self) -> tuple[DeviceBuffer, DevicePlan]:
-        """Return what a barrier reduces, and its plan, which no other call matches."""
+        """Return what a barrier reduces, and its plan, which no other call matches. Collective."""
+        self._world.planner.state.demand()
+        self._check("Barrier")
         planner, kind = self._world.planner, DATATYPES["int32"]
         told = replace(planner.explain("allreduce", 1, kind, SUM), verb="barrier")
         self._world.settle()
         plan = planner.plan(told, kind, SUM)
-        return self.empty((1,), kind), plan  # collective, so last: a rank that fails before is missed here
+        return self.empty((1,), kind), plan  # last, for others wait for a rank that fails before
 
     def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
         """Queue an all-reduce."""
@@ -174,9 +174,11 @@ class DeviceCalls:
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "
                 "algorithm, or Barrier); make the calls agree"
             )
-        unseen = [rank for rank, its in enumerate(boards) if its is None]
-        late = f"did not arrive: rank {', rank '.join(map(str, missing))}" if missing else "all have arrived by now"
-        if unseen and not missing:
+        if missing:
+            late = f"did not arrive: rank {', rank '.join(map(str, missing))}"
+        elif None not in boards:
+            late = "all have arrived by now"
+        else:
             late = "those that can be seen from here have arrived by now" if others else "none can be seen from here"
         return TimeoutError(
             f"{where}: no answer within NVCOLL_TIMEOUT; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if "

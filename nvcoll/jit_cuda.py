@@ -14,6 +14,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nvcoll.codecache import PACKAGE, CodeCache, digest_of
 from nvcoll.errors import BootstrapError
@@ -191,9 +192,7 @@ def kernel_ptx(
 ) -> str:
     """Return the PTX of an algorithm's kernel, whose entry point is `ENTRY`."""
     from numba import cuda
-    from numba.cuda import types
 
-    from nvcoll._plan import DEVICE_FIELDS
     from nvcoll.algorithms import ALGORITHMS
     from nvcoll.device.cuda import packs, verbs
 
@@ -205,16 +204,26 @@ def kernel_ptx(
         schedule = ALGORITHMS[algorithm]
         v = verbs.vocabulary(jit, a, protocol, deep and kind.itemsize > 1, remote=shim is not None)
         text = verbs.entry(jit, v, a, schedule.text_for("cuda"), schedule.rounds, capability >= OVERLAPS)
-        signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
-        code, _ = cuda.compile(
-            text, signature, device=False, abi="numba", cc=capability, output="ltoir" if shim else "ptx",
-            launch_bounds=THREADS,
-        )  # fmt: skip
+        return ptx_of(f"{algorithm}/{protocol}", text, arch, shim)
+
+
+def ptx_of(name: str, text: Any, arch: str, shim: bytes | None = None) -> str:
+    """Return the PTX of a kernel whose parameters are the fields of a call; its entry point is `ENTRY`."""
+    from numba import cuda
+    from numba.cuda import types
+
+    from nvcoll._plan import DEVICE_FIELDS
+
+    signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
+    code, _ = cuda.compile(
+        text, signature, device=False, abi="numba", cc=_capability(arch), output="ltoir" if shim else "ptx",
+        launch_bounds=THREADS,
+    )  # fmt: skip
     ptx = str(code) if shim is None else _merge(code, shim, arch)
-    name = re.search(r"\.visible \.entry (\w+)\(", ptx)
-    if name is None:
-        raise RuntimeError(f"Numba made no kernel of {algorithm}/{protocol}")
-    return ptx.replace(name[1], ENTRY)
+    entry = re.search(r"\.visible \.entry (\w+)\(", ptx)
+    if entry is None:
+        raise RuntimeError(f"Numba made no kernel of {name}")
+    return ptx.replace(entry[1], ENTRY)
 
 
 def _merge(kernel: bytes, shim: bytes, arch: str) -> str:
@@ -226,15 +235,17 @@ def _merge(kernel: bytes, shim: bytes, arch: str) -> str:
     return bytes(linked.code).decode().rstrip("\0")
 
 
+def _capability(arch: str) -> tuple[int, int]:
+    return divmod(int(re.sub(r"\D", "", arch)), 10)
+
+
 @contextmanager
 def _architecture(arch: str) -> Iterator[tuple[int, int]]:
     """Let Numba compile for an architecture: it would ask the current device, of which there may be none."""
     from numba.cuda import compiler, dispatcher
 
-    number = int(re.sub(r"\D", "", arch))
-
     class Device:
-        compute_capability = divmod(number, 10)
+        compute_capability = _capability(arch)
 
     kept = {module: module.get_current_device for module in (compiler, dispatcher)}
     for module in kept:

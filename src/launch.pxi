@@ -18,8 +18,8 @@ cdef extern from *:
     typedef int (*nv_capturing_t)(void *, int *);
     typedef int (*nv_copy_t)(uintptr_t, uintptr_t, size_t, void *);
     typedef int (*nv_error_t)(int, const char **);
-    static nv_launch_t nv_launch_kernel;
     typedef int (*nv_none_t)(void);
+    static nv_launch_t nv_launch_kernel;
     static nv_one_t nv_get_context, nv_push_context, nv_pop_context;
     static nv_none_t nv_synchronize;
     static nv_two_t nv_record_event;

@@ -4,11 +4,10 @@ from .array import Allocation, Buffer, invalidate
 from .device import DeviceBuffer
 from .device_specs import parse_device
 from .specs import IN_PLACE, InPlace, Spec, check_pair, is_in_place, parse, while_alive
-from .streams import LEGACY, as_stream, current_stream
+from .streams import as_stream, current_stream
 
 __all__ = [
     "IN_PLACE",
-    "LEGACY",
     "Allocation",
     "Buffer",
     "DeviceBuffer",

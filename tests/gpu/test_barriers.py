@@ -1,7 +1,5 @@
 """The barrier that counts its threads: what the verbs rely on once a thread has given up."""
 
-import re
-
 import numpy as np
 import pytest
 
@@ -10,7 +8,7 @@ from nvcoll._plan import DEVICE_FIELDS, DevicePlan
 from nvcoll.backends import driver
 from nvcoll.device.cuda import ptx
 from nvcoll.jit import ENTRY
-from nvcoll.jit_cuda import assemble
+from nvcoll.jit_cuda import assemble, ptx_of
 from nvcoll.ops import DATATYPES
 
 pytestmark = pytest.mark.gpu
@@ -20,6 +18,8 @@ LATE = 200_000
 
 ENDS = ["False", "t // 32 == 3", "t == 5", "t != 0", "t % 2 == 1", "False"]
 """Which threads of each block end before the barrier."""
+
+LATECOMERS = ["nobody", "who ends", "who stays"]
 
 TEXT = """
 def kernel({fields}):
@@ -38,20 +38,14 @@ def kernel({fields}):
 
 def kernel(arch):
     """A cubin whose threads store 1 after the barrier, in blocks that lose the threads of `ENDS` before it."""
-    from numba import cuda
-    from numba.cuda import types
-
     ends = " or ".join(f"(b == {number} and {which})" for number, which in enumerate(ENDS))
     names = {name: getattr(ptx, name) for name in ("block", "thread", "clock", "leave", "meet", "store")}
     names |= {"THREADS": THREADS, "LATE": LATE}
     exec(TEXT.format(fields=", ".join(DEVICE_FIELDS), ends=ends, last=len(ENDS) - 1), names)
-    signature = types.void(*[types.int64] * len(DEVICE_FIELDS))
-    capability = divmod(int(arch.removeprefix("sm_")), 10)
-    code, _ = cuda.compile(names["kernel"], signature, device=False, abi="numba", cc=capability, output="ptx")
-    return assemble(code.replace(re.search(r"\.visible \.entry (\w+)\(", code)[1], ENTRY), arch).cubin
+    return assemble(ptx_of("barriers", names["kernel"], arch), arch).cubin
 
 
-@pytest.mark.parametrize("late", ["nobody", "who ends", "who stays"])
+@pytest.mark.parametrize("late", LATECOMERS)
 def test_a_block_that_has_lost_threads_ends_at_the_barrier(gpu, late):
     def main(comm):
         world = comm._world
@@ -59,7 +53,7 @@ def test_a_block_that_has_lost_threads_ends_at_the_barrier(gpu, late):
         x.copy_from(np.zeros(x.shape, np.int64))
         with world.device:
             module = driver.load_module(kernel(gpu.arch))
-            count = ["nobody", "who ends", "who stays"].index(late)
+            count = LATECOMERS.index(late)
             plan = DevicePlan(world.planner.state, module.function(ENTRY), {"count": count}, len(ENDS), THREADS, module)
             assert plan.run(x.address, x.address, comm.stream)
             driver.stream_synchronize(comm.stream)
