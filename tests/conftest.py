@@ -41,6 +41,15 @@ runpy.run_path(program, run_name="__main__")
 """
 
 
+# What mpiexec needs of Open MPI: tests run as root, on fewer cores than ranks, and where there is no ssh (version 4).
+OPEN_MPI = {
+    "OMPI_MCA_plm_rsh_agent": "",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
 def pytest_configure(config):
     """Give the run an environment without launchers, the usual signals, and a kernel cache of its own."""
     # Background jobs of a shell, and nohup, ignore these, and every process of the run would inherit that.
@@ -205,6 +214,8 @@ def run_ranks(tmp_path):
         if not isinstance(program, Path):
             (folder / "program.py").write_text(textwrap.dedent(program))
             program = folder / "program.py"
+        if launcher == "mpiexec":
+            env = {**OPEN_MPI, **(env or {})}
         command = [*launch_command(launcher, n, options), str(folder / "rank_main.py"), str(folder), str(program)]
         code, text = run_group([*command, *map(str, args)], timeout, env)
         outputs = [folder / f"stdout.{rank}" for rank in range(n)]

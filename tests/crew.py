@@ -53,14 +53,6 @@ def total():
 """
 """The start of every program. A program says what it saw by ``tell``, one line of JSON a time."""
 
-# Where Open MPI is the library: tests run as root, on fewer cores than ranks, and where there is no ssh (version 4).
-OPEN_MPI = {
-    "OMPI_MCA_plm_rsh_agent": "",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
-
 PATIENCE = 40  # seconds that a rank may take to say something, on a machine that is busy with other things
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import segments, wait_until_empty
-from tests.crew import OPEN_MPI, PRELUDE
+from tests.crew import PRELUDE
 
 pytestmark = pytest.mark.mpi
 
@@ -21,7 +21,7 @@ def on_nodes(run_ranks):
     """Run a program on `n` ranks, `per_node` on a node; return what each told."""
 
     def run(program, n, per_node, check=True, **env):
-        env = {**OPEN_MPI, "NVCOLL_RANKS_PER_NODE": str(per_node), **env}
+        env = {"NVCOLL_RANKS_PER_NODE": str(per_node), **env}
         ranks = run_ranks(START + program, n, launcher="mpiexec", env=env, check=check)
         return [[json.loads(line) for line in text.splitlines()] for text in ranks.stdout]
 

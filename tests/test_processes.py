@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nvcoll.planning import read_rules
-from tests.crew import OPEN_MPI, PRELUDE
+from tests.crew import PRELUDE
 
 KINDS = """
 # What a rank may pass: where its data lie, and where the result goes. Guards around both show stray writes.
@@ -139,6 +139,6 @@ tell(wrong=wrong[:5], seconds=time.monotonic() - began)
 def test_soak(run_ranks, launcher):
     """Ten thousand calls of all types, operators, algorithms, sizes and kinds of memory, each result checked."""
     calls = 10_000 if launcher == "nvcoll" else 2_000
-    env = {**OPEN_MPI, "NVCOLL_SCRATCH": "1M", "OMP_NUM_THREADS": "1"}
+    env = {"NVCOLL_SCRATCH": "1M", "OMP_NUM_THREADS": "1"}
     found = told(run_ranks(PRELUDE + KINDS + SOAK, 4, calls, launcher=launcher, timeout=110, env=env))
     assert [rank[0]["wrong"] for rank in found] == [[]] * 4

@@ -13,28 +13,38 @@ from nvcoll.errors import BootstrapError
 HOSTS = [b"a", b"a", b"b", b"b"]
 
 
-def reach(unreachable, identities=HOSTS, problem=None, **changes):
-    """Let every rank find out whom it reaches; return what each found: its nodes, who is far, and whether any is."""
-    size = len(identities)
-    hub = Hub(size, 10)
-    values = dataclasses.replace(settings.read({}), **changes)
-    found, raised = [None] * size, []
+def on_ranks(size, one):
+    """Let `one(exchange)` run on every rank; return what was raised."""
+    hub, raised = Hub(size, 10), []
 
-    def one(rank):
-        addresses = [0 if other in unreachable.get(rank, ()) else 1 << 20 for other in range(size)]
-        memory = SimpleNamespace(addresses=addresses, gpus=[f"GPU {k}" for k in range(size)])
+    def run(rank):
         try:
-            here, far, remote = world_cuda._reach(LocalExchange(hub, rank), identities, memory, values)
-            found[rank] = (here.nodes, set(far), remote)
+            one(LocalExchange(hub, rank))
         except BootstrapError as exc:
             raised.append(str(exc))
 
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found, raised
+    return raised
+
+
+def reach(unreachable, identities=HOSTS, problem=None, **changes):
+    """Let every rank find out whom it reaches; return what each found: its nodes, who is far, and whether any is."""
+    size = len(identities)
+    values = dataclasses.replace(settings.read({}), **changes)
+    found = [None] * size
+
+    def one(exchange):
+        rank = exchange.rank
+        addresses = [0 if other in unreachable.get(rank, ()) else 1 << 20 for other in range(size)]
+        memory = SimpleNamespace(addresses=addresses, gpus=[f"GPU {k}" for k in range(size)])
+        here, far, remote = world_cuda._reach(exchange, identities, memory, values)
+        found[rank] = (here.nodes, set(far), remote)
+
+    return found, on_ranks(size, one)
 
 
 @pytest.fixture(autouse=True)
@@ -68,20 +78,7 @@ def test_other_nodes_count_as_far_on_demand():
 
 def same(*facts):
     """Let every rank compare what it holds of facts; return what was raised."""
-    hub, raised = Hub(len(facts), 10), []
-
-    def one(rank):
-        try:
-            world_cuda._same(LocalExchange(hub, rank), facts[rank])
-        except BootstrapError as exc:
-            raised.append(str(exc))
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(len(facts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return raised
+    return on_ranks(len(facts), lambda exchange: world_cuda._same(exchange, facts[exchange.rank]))
 
 
 def test_ranks_that_would_cut_messages_differently_are_refused_on_all_ranks():

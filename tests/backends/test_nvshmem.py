@@ -12,7 +12,6 @@ from nvcoll.backends import nvshmem
 from nvcoll.backends.emulated import Hub, LocalExchange
 from nvcoll.backends.heap import Heap
 from nvcoll.errors import AllocationError, BootstrapError, PeerLostError, TimeoutError
-from tests.crew import OPEN_MPI
 from tests.fake_cuda import FakeDriver, install
 from tests.fake_nvshmem import FAR, FakeNvshmem, NVSHMEMError
 
@@ -361,7 +360,7 @@ class TestReal:
 
     @pytest.mark.mpi
     def test_under_mpi(self, run_ranks):
-        run_ranks(REAL, 2, 1, timeout=100, env={**OPEN_MPI, "NVCOLL_HEAP": "64M"}, launcher="mpiexec")
+        run_ranks(REAL, 2, 1, timeout=100, env={"NVCOLL_HEAP": "64M"}, launcher="mpiexec")
 
     def test_a_quarter_by_default(self, run_ranks):
         from nvcoll.backends import driver
