@@ -226,23 +226,24 @@ class Planner(Chooser):
 
     def _slot_bytes(self, base: str, protocol: str, shape: Shape) -> int:
         """Return the largest slot that the area has for an algorithm."""
-        slots, _ = ALGORITHMS[base].slots(shape)
+        number = ALGORITHMS[base].slots(shape).number
         half: int = self.layout.lines_half if protocol == "low_latency" else self.layout.data_half
-        return half // max(slots, 1) // SLOT_ALIGN * SLOT_ALIGN
+        return half // max(number, 1) // SLOT_ALIGN * SLOT_ALIGN
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
         """Return the elements of a round: what the slots hold, less a cache line that slices may be rounded up by."""
-        _, parts = ALGORITHMS[base].slots(shape)
+        slots = ALGORITHMS[base].slots(shape)
         slot = self._slot_bytes(base, protocol, shape)
-        held = (slot // LINE * PAYLOAD if protocol == "low_latency" else slot) // shape.width
-        return min(max(0, held - LINE // shape.itemsize) * parts, ROUND // shape.itemsize)
+        held = (slot // LINE * PAYLOAD if protocol == "low_latency" else slot) // slots.width
+        kept = self.layout.data_half // shape.width  # of accumulators, in the workspace
+        return min(max(0, held - LINE // shape.itemsize) * slots.parts, ROUND // shape.itemsize, kept)
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
         """Return the elements of a round and the bytes between slots, as close together as the message allows."""
-        _, parts = ALGORITHMS[base].slots(shape)
+        slots = ALGORITHMS[base].slots(shape)
         capacity = self.capacity(base, protocol, shape)
-        part = -(-min(shape.count, capacity) // parts) + LINE // shape.itemsize
-        nbytes = part * shape.width
+        part = -(-min(shape.count, capacity) // slots.parts) + LINE // shape.itemsize
+        nbytes = part * slots.width
         if protocol == "low_latency":
             nbytes = -(-nbytes // PAYLOAD) * LINE
         return capacity, -(-nbytes // SLOT_ALIGN) * SLOT_ALIGN

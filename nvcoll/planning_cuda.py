@@ -128,22 +128,18 @@ class DevicePlanner(Chooser):
         each = -(-packs // (threads * most))  # of a thread: the same number in all blocks, but for the last
         return -(-packs // (threads * each)), threads
 
-    def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:
-        """Return the elements of a block in one piece, and the bytes between its slots."""
-        return self.capacity(base, protocol, shape), self._stride(base, shape)
-
     def _stride(self, base: str, shape: Shape) -> int:
-        slots, _ = ALGORITHMS[base].slots(shape)
-        return int(self.layout.slots_block // max(1, slots) // PACK * PACK)
+        """Return the bytes between the slots of a block."""
+        return int(self.layout.slots_block // max(1, ALGORITHMS[base].slots(shape).number) // PACK * PACK)
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
-        """Return the elements of a block in one piece: what its slots hold of accumulators, in whole packs."""
-        _, parts = ALGORITHMS[base].slots(shape)
+        """Return the elements of a block that fit its slots, and its workspace as accumulators, in whole packs."""
+        slots = ALGORITHMS[base].slots(shape)
         flagged = self.remote or not _has_sentinel(shape.datatype)
         spread = 2 if protocol == "low_latency" and flagged else 1
         unit = PACK // shape.itemsize
-        part = self._stride(base, shape) // spread // shape.width // unit * unit
-        return int(min(max(0, part - unit) * parts, self.layout.slots_block // shape.width // unit * unit))
+        part = self._stride(base, shape) // spread // slots.width // unit * unit
+        return int(min(part * slots.parts, self.layout.slots_block // shape.width // unit * unit))
 
     def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> DevicePlan:
         """Make the plan of a call that was explained."""
@@ -151,16 +147,27 @@ class DevicePlanner(Chooser):
         shape = self.shape(count, datatype)
         if (size or shape.size) == 1:  # one rank's reduction is its contribution, AVG of it too
             return DevicePlan(self.state, 0, {"count": told.nbytes}, 1, 1, None, told)
-        call = {"count": count, "ranks": size or shape.size}
-        call["capacity"], call["stride"] = self._geometry(told.algorithm, told.protocol, shape)
+        call = {"count": count, "ranks": size or shape.size, "stride": self._stride(told.algorithm, shape)}
         deep = self.deep(told.nbytes)
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
         blocks, threads = self.grid(told.nbytes, function)
         unit = PACK // datatype.itemsize
         call["part"] = -(-count // (blocks * unit)) * unit
+        row = threads * unit * (4 if deep else 1)
+        call["capacity"] = _piece(call["part"], self.capacity(told.algorithm, told.protocol, shape), row)
         cut = (call["part"], call["capacity"], call["stride"])
         call["stamp"] = pack_stamp(pack_signature(told, datatype, op), count, *cut)
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
+
+
+def _piece(part: int, capacity: int, row: int) -> int:
+    """Return the elements of a block in one piece: as few pieces as there can be, as alike as whole rows make them.
+
+    A piece of some packs left over takes nearly as long as a full one. A row is what the threads have under way at a
+    time, and what is left of one goes through them a pack at a time.
+    """
+    pieces = max(1, -(-part // capacity))
+    return min(capacity, max(1, -(-part // (pieces * row))) * row)
 
 
 def _has_sentinel(datatype: str) -> bool:

@@ -122,19 +122,19 @@ def test_slots_fit_scratch_memory_and_pieces_fit_slots(scratch):
         assert shape.width == (4 if datatype == "bfloat16" else shape.itemsize)
         for one in it.explain("allreduce", count, DATATYPES[datatype], SUM).candidates:
             base, protocol = one.name.split("/")
-            slots, parts = ALGORITHMS[base].slots(shape)
+            slots = ALGORITHMS[base].slots(shape)
             capacity, stride = it._geometry(base, protocol, shape)
             if one.reason is not None:
                 assert protocol == "low_latency"
                 assert capacity == 0
                 continue
             half = it.layout.lines_half if protocol == "low_latency" else it.layout.data_half
-            assert slots * stride <= half
-            assert slots * LINE <= it.layout.flags_half
+            assert slots.number * stride <= half
+            assert slots.number * LINE <= it.layout.flags_half
             assert stride % (2 * LINE) == 0
             piece = min(count, capacity)
             # A slice is a part of the piece, rounded up by less than a line of elements.
-            slice_bytes = min(piece, -(-piece // parts) + LINE // shape.itemsize - 1) * shape.width
+            slice_bytes = min(piece, -(-piece // slots.parts) + LINE // shape.itemsize - 1) * slots.width
             needed = -(-slice_bytes // PAYLOAD) * LINE if protocol == "low_latency" else slice_bytes
             assert needed <= stride
             if shape.width != shape.itemsize:  # whole pieces of accumulators lie in the workspace

@@ -10,13 +10,14 @@ from nvcoll.algorithms import (
     ring,
     two_shot,
 )
-from nvcoll.algorithms._registry import ALGORITHMS, Algorithm, Link, Shape
+from nvcoll.algorithms._registry import ALGORITHMS, Algorithm, Link, Shape, Slots
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "Link",
     "Shape",
+    "Slots",
     "halving_doubling",
     "node_slices",
     "nvrar",

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 SHARED = ("algorithms/_registry.py", "algorithms/_doubling.py", "algorithms/_inside_nodes.py")
 """Files that texts may be made of besides their own."""
@@ -47,6 +47,24 @@ class Shape:
     def nbytes(self) -> int:
         """Bytes of the message."""
         return self.count * self.itemsize
+
+
+class Slots(NamedTuple):
+    """What an algorithm needs of a rank's scratch memory.
+
+    Attributes
+    ----------
+    number : int
+        How many slots there are.
+    parts : int
+        Into how many parts a message is cut to fill one.
+    width : int
+        Bytes of what fills one, for each element: those of accumulators, unless only elements travel.
+    """
+
+    number: int
+    parts: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -127,10 +145,10 @@ class Algorithm:
         """Return the seconds that a call is expected to take."""
         return float(self._module.cost(shape, link))
 
-    def slots(self, shape: Shape) -> tuple[int, int]:
-        """Return how many slots a rank needs, and into how many parts a message is cut to fill one."""
-        slots, parts = self._module.slots(shape)
-        return slots, parts
+    def slots(self, shape: Shape) -> Slots:
+        """Return what slots a rank needs."""
+        slots: Slots = self._module.slots(shape)
+        return slots
 
 
 ALGORITHMS: dict[str, Algorithm] = {}

@@ -14,7 +14,7 @@ Any number of ranks and elements. Partners put the lower rank's operand on the l
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, algorithm, power_below, steps
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm, power_below, steps
 
 
 def supports(shape: Shape) -> str | None:
@@ -33,10 +33,10 @@ def cost(shape: Shape, link: Link) -> float:
     return seconds
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """Slots for folding, halving and doubling. A whole message fits in one where there is folding, else half of one."""
     folds = shape.size != power_below(shape.size)
-    return 2 + 2 * steps(shape.size), 1 if folds else 2
+    return Slots(2 + 2 * steps(shape.size), 1 if folds else 2, shape.width)
 
 
 @algorithm("halving_doubling", verb="allreduce", source="Rabenseifner 2004", order="binary tree over ranks")

@@ -13,7 +13,7 @@ have read all that their node sent them. `slices` may be less than the ranks of 
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -26,9 +26,9 @@ def cost(shape: Shape, link: Link) -> float:
     return link.latency + (shape.size - 1) * shape.nbytes / max(1, shape.slices) * link.per_byte
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """A slot for every rank of the node in either direction, each of a slice."""
-    return shape.size, shape.slices
+    return Slots(shape.size, shape.slices, shape.itemsize)
 
 
 @algorithm(

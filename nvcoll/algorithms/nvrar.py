@@ -16,7 +16,7 @@ from typing import Any
 
 from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps
 from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -28,14 +28,15 @@ def cost(shape: Shape, link: Link) -> float:
     """Direct exchange inside the nodes, whole slices at every step between them."""
     nodes = len(shape.node_sizes)
     part = shape.nbytes / shape.slices
-    part_seconds = link.far_latency + part * shape.width / shape.itemsize * link.far_per_byte
+    part_seconds = link.far_latency + part * slots(shape).width / shape.itemsize * link.far_per_byte
     return near_cost(shape, link) + doubling_steps(nodes) * part_seconds
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """Slots for scatter, folding, doubling and gather, each of a slice."""
-    largest, slices = max(shape.node_sizes), shape.slices
-    return largest + doubling_slots(len(shape.node_sizes)) + slices, slices
+    largest, slices, nodes = max(shape.node_sizes), shape.slices, len(shape.node_sizes)
+    width = shape.itemsize if largest == 1 and nodes == 2 else shape.width
+    return Slots(largest + doubling_slots(nodes) + slices, slices, width)
 
 
 @algorithm(

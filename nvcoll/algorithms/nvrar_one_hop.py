@@ -14,7 +14,7 @@ of nodes, of any and of different sizes.
 from typing import Any
 
 from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -26,13 +26,15 @@ def cost(shape: Shape, link: Link) -> float:
     """Direct exchange inside the nodes, and of whole slices between them."""
     others = len(shape.node_sizes) - 1
     part = shape.nbytes / shape.slices
-    far = link.far_latency + others * (part * shape.width / shape.itemsize * link.far_per_byte)
+    far = link.far_latency + others * (part * slots(shape).width / shape.itemsize * link.far_per_byte)
     return near_cost(shape, link) + (far if others else 0.0)
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """Slots for scatter, for every node and for gather, each of a slice; that of my own node stays empty."""
-    return max(shape.node_sizes) + len(shape.node_sizes) + shape.slices, shape.slices
+    largest, slices = max(shape.node_sizes), shape.slices
+    width = shape.itemsize if largest == 1 else shape.width
+    return Slots(largest + len(shape.node_sizes) + slices, slices, width)
 
 
 @algorithm(

@@ -10,7 +10,7 @@ Any number of ranks and elements.
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -25,9 +25,9 @@ def cost(shape: Shape, link: Link) -> float:
     return latency + (shape.size - 1) * shape.nbytes * per_byte
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """A slot for every rank, each of a whole message."""
-    return shape.size, 1
+    return Slots(shape.size, 1, shape.itemsize)
 
 
 @algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")

@@ -13,7 +13,7 @@ Partners put the lower rank's operand on the left, so both compute the same bits
 from typing import Any
 
 from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -28,9 +28,9 @@ def cost(shape: Shape, link: Link) -> float:
     return doubling_steps(shape.size) * (latency + shape.nbytes * shape.width / shape.itemsize * per_byte)
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """A slot for every step and two for folding, each of a whole message."""
-    return doubling_slots(shape.size), 1
+    return Slots(doubling_slots(shape.size), 1, shape.width)
 
 
 @algorithm(

@@ -12,7 +12,7 @@ Any number of ranks and elements.
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -27,9 +27,9 @@ def cost(shape: Shape, link: Link) -> float:
     return 2 * (shape.size - 1) * (latency + shape.nbytes / shape.size * per_byte)
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """A slot for every step, each of a slice."""
-    return 2 * (shape.size - 1), shape.size
+    return Slots(2 * (shape.size - 1), shape.size, shape.width)
 
 
 @algorithm(

@@ -15,7 +15,7 @@ any kind may meet an array of any other kind in one call.
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, algorithm
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
 def supports(shape: Shape) -> str | None:
@@ -30,9 +30,9 @@ def cost(shape: Shape, link: Link) -> float:
     return 2 * latency + 2 * (shape.size - 1) / shape.size * shape.nbytes * per_byte
 
 
-def slots(shape: Shape) -> tuple[int, int]:
+def slots(shape: Shape) -> Slots:
     """A slot for every rank in both steps, each of a slice."""
-    return 2 * shape.size, shape.size
+    return Slots(2 * shape.size, shape.size, shape.itemsize)
 
 
 @algorithm("two_shot", verb="allreduce", source="Rabenseifner 2004, in one step each", order="rank order", rounds=False)

@@ -75,13 +75,13 @@ def test_slices_of_several_blocks(name):
 
 def check_traffic(name, shape, notes):
     """Every slot is filled once a call, with what its owner waits for there, and is large enough for it."""
-    slots, parts = ALGORITHMS[name].slots(shape)
-    most = (-(-shape.count // parts) + LINE // shape.itemsize) * shape.width
+    slots = ALGORITHMS[name].slots(shape)
+    most = (-(-shape.count // slots.parts) + LINE // shape.itemsize) * slots.width
     arriving = {}
     for sender, note in enumerate(notes):
         for epoch, receiver, slot, nbytes in note.sent:
             assert receiver != sender
-            assert 0 <= slot < slots
+            assert 0 <= slot < slots.number
             assert nbytes <= most, f"{nbytes} bytes in a slot of {most}"
             assert (epoch, receiver, slot) not in arriving, f"slot {slot} of rank {receiver} is filled twice"
             arriving[epoch, receiver, slot] = sender, nbytes
@@ -119,9 +119,9 @@ def test_two_shot_goes_in_rounds_of_its_capacity(target):
 def test_there_are_flags_for_all_slots(name):
     for sizes in WORLDS:
         layout = Layout(sum(sizes), 64 << 20)
-        slots, parts = ALGORITHMS[name].slots(schedule.world(sizes))
-        assert slots * LINE <= layout.flags_half
-        assert parts >= 1
+        slots = ALGORITHMS[name].slots(schedule.world(sizes))
+        assert slots.number * LINE <= layout.flags_half
+        assert slots.parts >= 1
     shape = schedule.world((65,))
     signals = {slot for rank in range(65) for *_, slot in schedule.run("two_shot", rank, shape, direct=True).told}
     assert (max(signals) + 1) * LINE <= Layout(65, 64 << 20).flags_half

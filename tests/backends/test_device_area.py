@@ -38,7 +38,7 @@ class TestLayout:
     def test_there_are_flags_for_all_slots_and_signals(self):
         for sizes in [*((n,) for n in range(2, 65)), (1, 3, 4), (8,) * 8, (1, 63)]:
             flags = DeviceLayout(sum(sizes), SCRATCH).flags_block // LINE
-            slots = max(one.slots(Shape(sizes, slices=min(sizes)))[0] for one in ALGORITHMS.values())
+            slots = max(one.slots(Shape(sizes, slices=min(sizes))).number for one in ALGORITHMS.values())
             assert max(slots, 2 * sum(sizes)) <= flags  # two-shot signals with two flags a rank
 
     def test_too_little_is_refused(self):
