@@ -235,7 +235,7 @@ class Planner(Chooser):
         slots = ALGORITHMS[base].slots(shape)
         slot = self._slot_bytes(base, protocol, shape)
         held = (slot // LINE * PAYLOAD if protocol == "low_latency" else slot) // slots.width
-        kept = self.layout.data_half // shape.width  # of accumulators, in the workspace
+        kept: int = self.layout.data_half // shape.width  # accumulators in the workspace
         return min(max(0, held - LINE // shape.itemsize) * slots.parts, ROUND // shape.itemsize, kept)
 
     def _geometry(self, base: str, protocol: str, shape: Shape) -> tuple[int, int]:

@@ -133,13 +133,13 @@ class DevicePlanner(Chooser):
         return int(self.layout.slots_block // max(1, ALGORITHMS[base].slots(shape).number) // PACK * PACK)
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
-        """Return the elements of a block that fit its slots, and its workspace as accumulators, in whole packs."""
+        """Return the elements of a block that fit its slots, in whole packs, and its workspace if that is used."""
         slots = ALGORITHMS[base].slots(shape)
         flagged = self.remote or not _has_sentinel(shape.datatype)
         spread = 2 if protocol == "low_latency" and flagged else 1
         unit = PACK // shape.itemsize
         part = self._stride(base, shape) // spread // slots.width // unit * unit
-        return int(min(part * slots.parts, self.layout.slots_block // shape.width // unit * unit))
+        return int(min(part * slots.parts, self.layout.slots_block // slots.width // unit * unit))
 
     def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> DevicePlan:
         """Make the plan of a call that was explained."""

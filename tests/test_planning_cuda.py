@@ -102,6 +102,40 @@ class TestGrid:
         )
 
 
+class TestPieces:
+    def cut(self, one, nbytes, datatype=FLOAT, algorithm="one_shot/low_latency"):
+        """Return the bytes of a block's part, of a piece, and of a row of packs."""
+        made = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planning_cuda, "DevicePlan", lambda *args: made.append(args))
+            count = nbytes // datatype.itemsize
+            one.plan(one.explain("allreduce", count, datatype, SUM, algorithm), datatype, SUM)
+        [(_, _, call, _, threads, *_)] = made
+        row = threads * PACK * (4 if one.deep(nbytes) else 1)
+        return call["part"] * datatype.itemsize, call["capacity"] * datatype.itemsize, row
+
+    def test_there_are_as_few_as_fit(self):
+        one = planner((2,))
+        for power, datatype in itertools.product(range(3, 31), (FLOAT, DATATYPES["bfloat16"])):
+            part, piece, _ = self.cut(one, 1 << power, datatype)
+            most = one.layout.slots_block // PACK * PACK  # a slot takes all that a block has: there is one peer
+            assert piece <= most
+            assert -(-part // piece) == -(-part // most)
+
+    def test_they_are_alike_or_whole_rows(self):
+        one = planner((2,))
+        for nbytes in (3 << 20, 8 << 20, 16 << 20, 64 << 20, 100_000_000, 256 << 20):
+            part, piece, row = self.cut(one, nbytes)
+            pieces = -(-part // piece)
+            assert piece % row == 0
+            assert piece - row < -(-part // pieces)
+
+    def test_those_that_are_smaller_than_a_row_fit_their_slots(self):
+        one = planner((64,))
+        part, piece, row = self.cut(one, 64 << 20)
+        assert PACK <= piece <= one._stride("one_shot", one.shape(1, FLOAT)) < row < part
+
+
 @pytest.mark.parametrize("name", candidates())
 def test_pieces_are_whole_packs_and_fit_their_slots(name):
     base, protocol = name.split("/")
@@ -118,7 +152,7 @@ def test_pieces_are_whole_packs_and_fit_their_slots(name):
         assert stride % PACK == 0
         assert slots.number * stride <= one.layout.slots_block
         assert part * slots.width * spread <= stride, f"{capacity} {datatype.name} on {node_sizes}"
-        assert capacity * shape.width <= one.layout.slots_block  # so much is there for accumulators
+        assert capacity * slots.width <= one.layout.slots_block  # so much is there for accumulators
 
 
 @pytest.mark.parametrize("name", [name for name in candidates() if not name.startswith("two_shot")])
@@ -165,7 +199,7 @@ def test_ranks_that_are_far_reduce_in_no_memory_of_others():
 @pytest.mark.parametrize("name", candidates())
 def test_what_schedules_send_fits_their_slots(name, datatype):
     base, protocol = name.split("/")
-    for node_sizes in [(2,), (3,), (5,), (8,), (33,), (64,), (1, 3, 4), (2, 2, 3), (5, 11)]:
+    for node_sizes in [(2,), (3,), (5,), (8,), (33,), (64,), (1, 1), (1, 1, 1), (1, 3, 4), (2, 2, 3), (5, 11)]:
         one = planner(node_sizes)
         shape = one.shape(1 << 30, DATATYPES[datatype])
         capacity, stride = one.capacity(base, protocol, shape), one._stride(base, shape)
@@ -173,9 +207,10 @@ def test_what_schedules_send_fits_their_slots(name, datatype):
         for count in (capacity, capacity - 1, 1):
             shape = one.shape(count, DATATYPES[datatype])
             for rank in {0, shape.size // 2, shape.size - 1}:
-                sent = schedule.run(base, rank, shape, capacity, target="cuda").sent
-                assert sent
-                assert max(nbytes for *_, nbytes in sent) * spread <= stride
+                notes = schedule.run(base, rank, shape, capacity, target="cuda")
+                assert notes.sent
+                assert max(nbytes for *_, nbytes in notes.sent) * spread <= stride
+                assert notes.kept <= one.layout.slots_block
 
 
 def test_scratch_memory_for_any_number_of_ranks():

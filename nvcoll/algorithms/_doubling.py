@@ -2,17 +2,22 @@
 
 from typing import Any
 
-from nvcoll.algorithms._registry import power_below, steps
+from nvcoll.algorithms._registry import Shape, folds, steps
 
 
 def doubling_steps(places: int) -> int:
     """Return how many steps it takes, folding included."""
-    return steps(places) + (2 if places != power_below(places) else 0)
+    return steps(places) + (2 if folds(places) else 0)
 
 
 def doubling_slots(places: int) -> int:
-    """Return how many slots it takes."""
-    return steps(places) + 2
+    """Return how many slots it takes: one a step, and one for folding, which each place comes to from one side only."""
+    return steps(places) + folds(places)
+
+
+def doubling_width(places: int, shape: Shape) -> int:
+    """Return the bytes of what fills a slot, for each element, where no place has accumulators to begin with."""
+    return shape.itemsize if places == 2 else shape.width
 
 
 def doubling_of(v: Any, rank_at: Any) -> Any:
@@ -30,39 +35,43 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         ``rank_at(c, place, k)`` returns the rank at a place.
     """
     width, itemsize, put, fill, finish_to = v.width, v.itemsize, v.put, v.fill, v.finish_to
-    log2, fold, unfold, wait_copy, wait_reduce, wait_reduce_all = (
-        v.log2, v.fold, v.unfold, v.wait_copy, v.wait_reduce, v.wait_reduce_all,
+    log2, fold, unfold, wait_copy, wait_reduce, wait_reduce_all, wait_reduce_finish = (
+        v.log2, v.fold, v.unfold, v.wait_copy, v.wait_reduce, v.wait_reduce_all, v.wait_reduce_finish,
     )  # fmt: skip
 
     @v.jit
     def double(c, e, me, total, k, source, acc, n, result, first):
         doublings = log2(total)
         extra = total - (1 << doublings)  # places 0 .. 2 extra - 1 fold in pairs: the odd of each hands over and waits
+        start = first + 1 if extra > 0 else first
         if me < 2 * extra and me % 2 == 1:
             if source != 0:
-                put(c, e, rank_at(c, me - 1, k), first + 1, source, n * itemsize(c))
+                put(c, e, rank_at(c, me - 1, k), first, source, n * itemsize(c))
             else:
-                put(c, e, rank_at(c, me - 1, k), first + 1, acc, n * width(c))
+                put(c, e, rank_at(c, me - 1, k), first, acc, n * width(c))
             wait_copy(c, e, first, result, n * itemsize(c))
             return
         if me < 2 * extra:
             if source != 0:
                 wait_reduce_all(c, e, 2, 0, first, source, acc, n)
             else:
-                wait_reduce(c, e, rank_at(c, me + 1, k), first + 1, acc, n)
+                wait_reduce(c, e, rank_at(c, me + 1, k), first, acc, n)
         elif source != 0 and extra > 0:
             fill(c, acc, source, n)
         mine = fold(me, extra)
         done = 0
         if source != 0 and extra == 0 and doublings > 0:
             upper = mine & 1
-            put(c, e, rank_at(c, mine ^ 1, k), first + upper, source, n * itemsize(c))
-            wait_reduce_all(c, e, 2, upper, first, source, acc, n)
+            put(c, e, rank_at(c, mine ^ 1, k), start, source, n * itemsize(c))
+            if doublings == 1:
+                wait_reduce_finish(c, e, 2, upper, start, source, result, n)
+                return
+            wait_reduce_all(c, e, 2, upper, start, source, acc, n)
             done = 1
         for step in range(done, doublings):
             partner = rank_at(c, unfold(mine ^ (1 << step), extra), k)
-            put(c, e, partner, first + 2 + step, acc, n * width(c))
-            wait_reduce(c, e, partner, first + 2 + step, acc, n)
+            put(c, e, partner, start + step, acc, n * width(c))
+            wait_reduce(c, e, partner, start + step, acc, n)
         finish_to(c, result, acc, n)
         if me < 2 * extra:
             put(c, e, rank_at(c, me + 1, k), first, result, n * itemsize(c))

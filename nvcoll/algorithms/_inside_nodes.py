@@ -11,6 +11,12 @@ def near_cost(shape: Shape, link: Link) -> float:
     return 2 * (link.latency + (largest - 1) * shape.nbytes / shape.slices * link.per_byte) if largest > 1 else 0.0
 
 
+def near_slots(shape: Shape) -> int:
+    """Return the slots that it takes: for scatter, and for gather, which nodes of one rank have not."""
+    largest = max(shape.node_sizes)
+    return largest - 1 + shape.slices if largest > 1 else 0
+
+
 def member_of(v: Any) -> Any:
     """Return ``member(c, b, k)``."""
     load, node_ranks, node_starts = v.load, v.node_ranks, v.node_starts
@@ -39,7 +45,9 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
     """
     itemsize, begin, put, load, part_at = v.itemsize, v.begin, v.put, v.load, v.part_at
     nodes, node, local_rank, slices, node_starts = v.nodes, v.node, v.local_rank, v.slices, v.node_starts
-    wait_copy, wait_reduce_all, accumulators, member = v.wait_copy, v.wait_reduce_all, v.accumulators, member_of(v)
+    wait_copy, wait_reduce_all, accumulators, without, member = (
+        v.wait_copy, v.wait_reduce_all, v.accumulators, v.without, member_of(v),
+    )  # fmt: skip
 
     def kernel(c, send, recv, count):
         e, here, local, at = begin(c), node(c), local_rank(c), itemsize(c)
@@ -47,11 +55,12 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
         largest = 0
         for b in range(nodes(c)):
             largest = max(largest, load(node_starts(c) + 8 * (b + 1)) - load(node_starts(c) + 8 * b))
-        between, gather = largest, largest + slots_between(c)
+        between = largest - 1
+        gather = between + slots_between(c)
         for k in range(slices(c)):  # scatter
             if k != local:
                 lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
-                put(c, e, member(c, here, k), local, send + lo * at, (hi - lo) * at)
+                put(c, e, member(c, here, k), without(k, local), send + lo * at, (hi - lo) * at)
         if local < slices(c):
             lo, hi = part_at(c, count, slices(c), local), part_at(c, count, slices(c), local + 1)
             mine = recv + lo * at

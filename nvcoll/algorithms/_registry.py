@@ -59,7 +59,8 @@ class Slots(NamedTuple):
     parts : int
         Into how many parts a message is cut to fill one.
     width : int
-        Bytes of what fills one, for each element: those of accumulators, unless only elements travel.
+        Bytes of what fills one, for each element: those of an accumulator; or of the element itself, where elements
+        are all that travels, so that whoever waits for them reduces to the result at once.
     """
 
     number: int
@@ -170,6 +171,11 @@ def algorithm(
 def power_below(n: int) -> int:
     """Return the largest power of two that is at most n."""
     return 1 << (n.bit_length() - 1)
+
+
+def folds(n: int) -> bool:
+    """Tell whether ranks have to fold in pairs, so that a power of two of them is left."""
+    return n != power_below(n)
 
 
 def steps(n: int) -> int:

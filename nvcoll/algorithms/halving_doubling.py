@@ -14,7 +14,7 @@ Any number of ranks and elements. Partners put the lower rank's operand on the l
 
 from typing import Any
 
-from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm, power_below, steps
+from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm, folds, power_below, steps
 
 
 def supports(shape: Shape) -> str | None:
@@ -35,8 +35,8 @@ def cost(shape: Shape, link: Link) -> float:
 
 def slots(shape: Shape) -> Slots:
     """Slots for folding, halving and doubling. A whole message fits in one where there is folding, else half of one."""
-    folds = shape.size != power_below(shape.size)
-    return Slots(2 + 2 * steps(shape.size), 1 if folds else 2, shape.width)
+    folded = folds(shape.size)
+    return Slots(folded + 2 * steps(shape.size), 1 if folded else 2, shape.width)
 
 
 @algorithm("halving_doubling", verb="allreduce", source="Rabenseifner 2004", order="binary tree over ranks")
@@ -52,11 +52,12 @@ def text(v: Any) -> Any:
         total = log2(n)
         power = 1 << total
         extra = n - power  # ranks 0 .. 2 extra - 1 fold in pairs: the odd one of each hands over and waits
+        start = 1 if extra > 0 else 0
         acc = accumulators(c, recv)
         fill(c, acc, send, count)
         if me < 2 * extra and me % 2 == 1:
             put(c, e, me - 1, 0, acc, count * width(c))
-            wait_copy(c, e, 1, recv, count * itemsize(c))
+            wait_copy(c, e, 0, recv, count * itemsize(c))
             return
         if me < 2 * extra:
             wait_reduce(c, e, me + 1, 0, acc, count)
@@ -69,14 +70,14 @@ def text(v: Any) -> Any:
             keep_lo, keep_hi, give_lo, give_hi = lo, cut, cut, hi
             if mine & distance:
                 keep_lo, keep_hi, give_lo, give_hi = cut, hi, lo, cut
-            put(c, e, partner, 2 + step, acc + give_lo * width(c), (give_hi - give_lo) * width(c))
-            wait_reduce(c, e, partner, 2 + step, acc + keep_lo * width(c), keep_hi - keep_lo)
+            put(c, e, partner, start + step, acc + give_lo * width(c), (give_hi - give_lo) * width(c))
+            wait_reduce(c, e, partner, start + step, acc + keep_lo * width(c), keep_hi - keep_lo)
             lo, hi = keep_lo, keep_hi
         finish_to(c, recv + lo * itemsize(c), acc + lo * width(c), hi - lo)
         for step in range(total):  # the way back: my part and my partner's make the part of the step before
             distance = 1 << step
             partner = unfold(mine ^ distance, extra)
-            put(c, e, partner, 2 + total + step, recv + lo * itemsize(c), (hi - lo) * itemsize(c))
+            put(c, e, partner, start + total + step, recv + lo * itemsize(c), (hi - lo) * itemsize(c))
             # Find the parent's bounds by walking down to it again: cheaper than keeping them on a stack.
             wide_lo, wide_hi = 0, count
             for above in range(total - 1 - step):
@@ -86,11 +87,11 @@ def text(v: Any) -> Any:
                 else:
                     wide_hi = cut
             if mine & distance:
-                wait_copy(c, e, 2 + total + step, recv + wide_lo * itemsize(c), (lo - wide_lo) * itemsize(c))
+                wait_copy(c, e, start + total + step, recv + wide_lo * itemsize(c), (lo - wide_lo) * itemsize(c))
             else:
-                wait_copy(c, e, 2 + total + step, recv + hi * itemsize(c), (wide_hi - hi) * itemsize(c))
+                wait_copy(c, e, start + total + step, recv + hi * itemsize(c), (wide_hi - hi) * itemsize(c))
             lo, hi = wide_lo, wide_hi
         if me < 2 * extra:
-            put(c, e, me + 1, 1, recv, count * itemsize(c))
+            put(c, e, me + 1, 0, recv, count * itemsize(c))
 
     return kernel

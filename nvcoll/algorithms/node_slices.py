@@ -40,14 +40,14 @@ def slots(shape: Shape) -> Slots:
 )
 def scatter(v: Any) -> Any:
     size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
-    wait_reduce_all, part_at = v.wait_reduce_all, v.part_at
+    wait_reduce_all, part_at, without = v.wait_reduce_all, v.part_at, v.without
 
     def kernel(c, send, acc, count):
         e, me, at = begin(c), local_rank(c), itemsize(c)
         for k in range(slices(c)):
             if k != me:
                 lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
-                put(c, e, k, me, send + lo * at, (hi - lo) * at)
+                put(c, e, k, without(k, me), send + lo * at, (hi - lo) * at)
         if me < slices(c):
             lo, hi = part_at(c, count, slices(c), me), part_at(c, count, slices(c), me + 1)
             wait_reduce_all(c, e, size(c), me, 0, send + lo * at, acc, hi - lo)

@@ -14,8 +14,8 @@ more where N is no power of two. Any number of nodes, of any and of different si
 
 from typing import Any
 
-from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps
-from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost
+from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps, doubling_width
+from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost, near_slots
 from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
@@ -35,8 +35,8 @@ def cost(shape: Shape, link: Link) -> float:
 def slots(shape: Shape) -> Slots:
     """Slots for scatter, folding, doubling and gather, each of a slice."""
     largest, slices, nodes = max(shape.node_sizes), shape.slices, len(shape.node_sizes)
-    width = shape.itemsize if largest == 1 and nodes == 2 else shape.width
-    return Slots(largest + doubling_slots(nodes) + slices, slices, width)
+    width = shape.width if largest > 1 else doubling_width(nodes, shape)
+    return Slots(near_slots(shape) + doubling_slots(nodes), slices, width)
 
 
 @algorithm(
@@ -48,7 +48,8 @@ def text(v: Any) -> Any:
 
     @jit
     def slots_between(c):
-        return 2 + log2(nodes(c))
+        doublings = log2(nodes(c))
+        return doublings + 1 if nodes(c) > 1 << doublings else doublings
 
     @jit
     def between_nodes(c, e, source, acc, n, result, first):

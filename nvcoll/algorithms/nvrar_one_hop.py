@@ -13,7 +13,7 @@ of nodes, of any and of different sizes.
 
 from typing import Any
 
-from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost
+from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost, near_slots
 from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
@@ -31,10 +31,10 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """Slots for scatter, for every node and for gather, each of a slice; that of my own node stays empty."""
+    """Slots for scatter, for every other node and for gather, each of a slice."""
     largest, slices = max(shape.node_sizes), shape.slices
     width = shape.itemsize if largest == 1 else shape.width
-    return Slots(largest + len(shape.node_sizes) + slices, slices, width)
+    return Slots(near_slots(shape) + len(shape.node_sizes) - 1, slices, width)
 
 
 @algorithm(
@@ -45,20 +45,25 @@ def slots(shape: Shape) -> Slots:
 )
 def text(v: Any) -> Any:
     width, itemsize, put, nodes, node, local_rank = v.width, v.itemsize, v.put, v.nodes, v.node, v.local_rank
-    around, wait_reduce_partials, wait_reduce_finish, finish_to, member, jit = (
-        v.around, v.wait_reduce_partials, v.wait_reduce_finish, v.finish_to, member_of(v), v.jit,
+    around, without, wait_reduce_partials, wait_reduce_finish, finish_to, member, jit = (
+        v.around, v.without, v.wait_reduce_partials, v.wait_reduce_finish, v.finish_to, member_of(v), v.jit,
     )  # fmt: skip
+
+    @jit
+    def slots_between(c):
+        return nodes(c) - 1
 
     @jit
     def between_nodes(c, e, source, acc, n, result, first):
         here, local, total = node(c), local_rank(c), nodes(c)
         data, nbytes = (acc, n * width(c)) if source == 0 else (source, n * itemsize(c))
         for step in range(1, total):  # the next node first, so that none is sent to by all at once
-            put(c, e, member(c, around(here + step, total), local), first + here, data, nbytes)
+            b = around(here + step, total)
+            put(c, e, member(c, b, local), first + without(b, here), data, nbytes)
         if source == 0:
             wait_reduce_partials(c, e, total, here, first, acc, n)
             finish_to(c, result, acc, n)
         else:
             wait_reduce_finish(c, e, total, here, first, source, result, n)
 
-    return inside_nodes(v, nodes, between_nodes)
+    return inside_nodes(v, slots_between, between_nodes)

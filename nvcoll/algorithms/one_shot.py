@@ -1,7 +1,7 @@
 """One-shot: everybody sends everything to everybody, and everybody reduces everything.
 
     rank      0     1     2     3     4
-    step 1    every rank puts its message into its own slot of every other rank
+    step 1    every rank puts its message into a slot of its own on every other rank
     result    a0 + a1 + a2 + a3 + a4, computed on each rank in rank order
 
 One step, so the lowest latency; (n - 1) M bytes leave each rank, so for small messages only.
@@ -26,20 +26,21 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """A slot for every rank, each of a whole message."""
-    return Slots(shape.size, 1, shape.itemsize)
+    """A slot for every other rank, each of a whole message."""
+    return Slots(shape.size - 1, 1, shape.itemsize)
 
 
 @algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")
 def text(v: Any) -> Any:
-    rank, size, itemsize, begin, put, wait_reduce_finish, around = (
-        v.rank, v.size, v.itemsize, v.begin, v.put, v.wait_reduce_finish, v.around,
+    rank, size, itemsize, begin, put, wait_reduce_finish, around, without = (
+        v.rank, v.size, v.itemsize, v.begin, v.put, v.wait_reduce_finish, v.around, v.without,
     )  # fmt: skip
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
         for k in range(1, n):
-            put(c, e, around(me + k, n), me, send, count * itemsize(c))
+            p = around(me + k, n)
+            put(c, e, p, without(p, me), send, count * itemsize(c))
         wait_reduce_finish(c, e, n, me, 0, send, recv, count)
 
     return kernel

@@ -12,7 +12,7 @@ Partners put the lower rank's operand on the left, so both compute the same bits
 
 from typing import Any
 
-from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps
+from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps, doubling_width
 from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
@@ -29,8 +29,8 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """A slot for every step and two for folding, each of a whole message."""
-    return Slots(doubling_slots(shape.size), 1, shape.width)
+    """A slot for every step and one for folding, each of a whole message."""
+    return Slots(doubling_slots(shape.size), 1, doubling_width(shape.size, shape))
 
 
 @algorithm(

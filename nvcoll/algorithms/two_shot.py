@@ -157,7 +157,7 @@ def cuda_text(v: Any) -> Any:
     rank, size, itemsize, capacity, around, begin, signal, wait_signal = (
         v.rank, v.size, v.itemsize, v.capacity, v.around, v.begin, v.signal, v.wait_signal,
     )  # fmt: skip
-    offset, heap_of, part_at, reduce_direct = v.offset, v.heap_of, v.part_at, v.reduce_direct
+    offset, heap_of, part_at, reduce_direct, without = v.offset, v.heap_of, v.part_at, v.reduce_direct, v.without
     # Through scratch memory a thread has a pack under way: with several, both ways together need too many registers.
     put, wait_reduce_finish, wait_copy = v.shallow.put, v.shallow.wait_reduce_finish, v.shallow.wait_copy
     table, note, sync, meet, renew, jit = v.private, v.note, v.sync, v.meet, v.renew, v.jit
@@ -187,7 +187,7 @@ def cuda_text(v: Any) -> Any:
         for k in range(1, n):
             p = around(me + k, n)
             lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
-            put(c, e, p, me, send + lo * at, (hi - lo) * at)
+            put(c, e, p, without(p, me), send + lo * at, (hi - lo) * at)
         lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
         wait_reduce_finish(c, e, n, me, 0, send + lo * at, recv + lo * at, hi - lo)
         meet(e)

@@ -31,6 +31,11 @@ def around(place: int, n: int) -> int:
     return place - n if place >= n else place
 
 
+def without(p: int, place: int) -> int:
+    """Return a place as it is counted where place p is left out: nobody needs a slot for what is its own."""
+    return place - 1 if place > p else place
+
+
 def middle(lo: int, hi: int) -> int:
     """Return where the upper half of a range begins; the lower half is the larger."""
     return (lo + hi + 1) // 2
@@ -218,6 +223,7 @@ def verbs(t: Any) -> SimpleNamespace:
         log2=jit(log2),
         fold=jit(fold),
         unfold=jit(unfold),
+        without=jit(without),
         begin=begin,
         half=half,
         area=area,

@@ -25,7 +25,7 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     jit, load, store, copy = t.jit, t.load, t.store, t.copy
     width, itemsize, table = t.field.width, t.field.itemsize, t.field.table
     put_part, put_end, arrive = p.put_part, p.put_end, p.arrive
-    combine, combine_one, combine_partials = v.combine, v.combine_one, v.combine_partials
+    combine, combine_one, combine_partials, without = v.combine, v.combine_one, v.combine_partials, v.without
     asked, answered, accumulators, finish_to = p.asked, p.answered, v.accumulators, v.finish_to
 
     @jit
@@ -46,21 +46,21 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
 
     @jit
     def wait_all(c, e, k, me, slot, mine, n):
-        """Wait for n elements in each of k slots but mine, and list where they are; place `me` contributes `mine`."""
+        """Wait for n elements of each of k places but mine, and list where they are; place `me` contributes `mine`."""
         for j in range(k):
-            store(table(c) + 8 * j, mine if j == me else arrive(c, e, slot + j, n * itemsize(c)))
+            store(table(c) + 8 * j, mine if j == me else arrive(c, e, slot + without(me, j), n * itemsize(c)))
 
     @jit
     def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
-        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to accumulators."""
+        """Wait for n elements of each of k places but mine, and reduce all in their order to accumulators."""
         wait_all(c, e, k, me, slot, mine, n)
         combine(c, table(c), 0, k, acc, acc, n)
 
     @jit
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
-        """Wait for n accumulators in each of k slots but mine, and reduce all in the order of the slots into mine."""
+        """Wait for n accumulators of each of k places but mine, and reduce all in their order into mine."""
         for j in range(k):
-            store(table(c) + 8 * j, acc if j == me else arrive(c, e, slot + j, n * width(c)))
+            store(table(c) + 8 * j, acc if j == me else arrive(c, e, slot + without(me, j), n * width(c)))
         combine_partials(c, table(c), k, acc, n)
 
     @jit

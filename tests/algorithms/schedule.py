@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.device import common
-from nvcoll.device.common import BLOCK, around, fold, log2, unfold
+from nvcoll.device.common import BLOCK, around, fold, log2, unfold, without
 from nvcoll.device.cuda import common as cuda_common
 
 SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
@@ -27,6 +27,8 @@ class Notes:
         Signals it gave and waited for.
     written : list of (first, last) bytes
         Parts of the result that it wrote itself.
+    kept : int
+        Bytes of accumulators that it kept in its workspace.
     """
 
     sent: list = field(default_factory=list)
@@ -34,6 +36,12 @@ class Notes:
     told: list = field(default_factory=list)
     heard: list = field(default_factory=list)
     written: list = field(default_factory=list)
+    kept: int = 0
+
+    def keep(self, acc, nbytes):
+        """Note accumulators, unless they are part of the result."""
+        if WORK <= acc < RANKS:
+            self.kept = max(self.kept, acc - WORK + nbytes)
 
 
 def run(name, rank, shape, capacity=1 << 62, direct=False, target="host"):
@@ -100,13 +108,14 @@ def verbs(rank, shape, capacity, direct, notes, target):
         notes.sent.append((e, p, slot, parts.pop((e, p, slot), 0)))
 
     def wait_all(c, e, k, me, slot, mine, n):
-        notes.awaited.extend((e, None, slot + j, n * shape.itemsize) for j in range(k) if j != me)
+        notes.awaited.extend((e, None, slot + without(me, j), n * shape.itemsize) for j in range(k) if j != me)
+
+    def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
+        wait_all(c, e, k, me, slot, mine, n)
+        notes.keep(acc, n * shape.width)
 
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
-        notes.awaited.extend((e, None, slot + j, n * shape.width) for j in range(k) if j != me)
-
-    def answer_part(c, e, p, offset, source, nbytes):
-        put_part(c, e, p, shape.size + rank, offset, source, nbytes)
+        notes.awaited.extend((e, None, slot + without(me, j), n * shape.width) for j in range(k) if j != me)
 
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
         wait_all(c, e, k, me, slot, mine, n)
@@ -146,6 +155,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "around": around,
         "fold": fold,
         "unfold": unfold,
+        "without": without,
         "jit": lambda function: function,
         "begin": epochs.begin,
         "renew": epochs.advance,
@@ -157,7 +167,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "heap_of": lambda c, p: 0,
         "offset": lambda c, address, nbytes: 0 if direct else -1,
         "accumulators": lambda c, recv: recv if shape.width == shape.itemsize else WORK,
-        "fill": lambda c, acc, source, n: None,
+        "fill": lambda c, acc, source, n: notes.keep(acc, n * shape.width),
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
         "put": lambda c, e, p, slot, source, nbytes: notes.sent.append((e, p, slot, nbytes)),
         "put_part": put_part,
@@ -172,11 +182,13 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "note": lambda at, value: None,
         "sync": lambda: None,
         "meet": lambda e: None,
-        "wait_reduce_all": lambda c, e, k, me, slot, mine, acc, n: wait_all(c, e, k, me, slot, mine, n),
+        "wait_reduce_all": wait_reduce_all,
         "ask": lambda c, e, p, source, nbytes: notes.sent.append((e, p, rank, nbytes)),
-        "wait_asked": lambda c, e, k, me, mine, n: wait_all(c, e, k, me, 0, mine, n),
+        "wait_asked": lambda c, e, k, me, mine, n: notes.awaited.extend(
+            (e, j, j, n * shape.itemsize) for j in range(k) if j != me
+        ),
         "answer_at": lambda c, e, p: 0,
-        "answer_part": answer_part,
+        "answer_part": lambda c, e, p, *part: put_part(c, e, p, shape.size + rank, *part),
         "answer_end": lambda c, e, p: put_end(c, e, p, shape.size + rank),
         "wait_answer": lambda c, e, p, to, nbytes: wait_copy(c, e, shape.size + p, to, nbytes),
         "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from nvcoll.algorithms._registry import power_below, steps
-from nvcoll.device.common import fold, log2, part_at, unfold
+from nvcoll.algorithms._registry import folds, power_below, steps
+from nvcoll.device.common import fold, log2, part_at, unfold, without
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 64])
@@ -25,6 +25,13 @@ def test_doublings_are_what_slots_are_made_for():
 @pytest.mark.parametrize("n", range(1, 34))
 def test_who_is_left_after_folding_has_one_place_each(n):
     extra = n - power_below(n)
+    assert folds(n) == (extra > 0)
     left = [rank for rank in range(n) if rank >= 2 * extra or rank % 2 == 0]
     assert [fold(rank, extra) for rank in left] == list(range(power_below(n)))
     assert [unfold(place, extra) for place in range(power_below(n))] == left
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_places_without_one_s_own_are_counted_from_0_in_their_order(n):
+    for me in range(n):
+        assert [without(me, place) for place in range(n) if place != me] == list(range(n - 1))

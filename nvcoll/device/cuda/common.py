@@ -18,7 +18,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS, around, fold, heaps, log2, unfold
+from nvcoll.device.common import STAMP_BITS, around, fold, heaps, log2, unfold, without
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
@@ -295,7 +295,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of,
         offset, accumulators, private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
     )  # fmt: skip
-    shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold)}
+    shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold, without)}
     return SimpleNamespace(
         **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}
     )

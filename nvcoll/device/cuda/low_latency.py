@@ -180,7 +180,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     @jit
     def arrivals(c, e, k, me, slot, nbytes):
-        """Return where the first of k slots of mine lies."""
+        """Return where the first of my slots from k places but `me` lies."""
         return slot_at(c, e, rank(c), slot)
 
     @jit

@@ -51,10 +51,9 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     @jit
     def arrivals(c, e, k, me, slot, nbytes):
-        """Wait for k slots of mine but the one in place `me`, and return where the first one lies."""
-        for j in range(k):
-            if j != me:
-                arrival(c, e, slot + j, nbytes)
+        """Wait for slots of mine from k places but `me`, and return where the first one lies."""
+        for j in range(k - 1):
+            arrival(c, e, slot + j, nbytes)
         return slot_at(c, e, rank(c), slot)
 
     @jit

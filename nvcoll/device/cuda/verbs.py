@@ -36,7 +36,9 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     put_part, put_end, arrival, arrivals, peek, settle, settle_four = (
         w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, keep, rank, ranks, around = v.get, v.put_back, v.keep, v.rank, v.ranks, v.around
+    get, put_back, keep, rank, ranks, around, without = (
+        v.get, v.put_back, v.keep, v.rank, v.ranks, v.around, v.without,
+    )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
     itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
@@ -98,7 +100,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             for j in range(1, k):
                 other = own
                 if j != me:
-                    there = at + j * stride(c)
+                    there = at + without(me, j) * stride(c)
                     other = settle(c, e, there, i, peek(there, i))
                 acc = reduce(acc, lift(other))
             return acc
@@ -114,7 +116,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     @jit
     def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
-        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to accumulators."""
+        """Wait for n elements of each of k places but mine, and reduce all in their order to accumulators."""
         nbytes = n * itemsize
         at = arrivals(c, e, k, me, slot, nbytes)
         i = thread() * BYTES
@@ -129,7 +131,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     @jit
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
-        """Wait for n accumulators in each of k slots but mine, and reduce all in the order of the slots into mine.
+        """Wait for n accumulators of each of k places but mine, and reduce all in their order into mine.
 
         What becomes pack i of mine is stored by the thread that has read it, here and when it was put into slots.
         """
@@ -143,7 +145,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     @jit
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
-        """Wait for n elements in each of k slots but mine, and reduce all in the order of the slots to the result.
+        """Wait for n elements of each of k places but mine, and reduce all in their order to the result.
 
         No barrier ends it: nothing may be sent after it before `meet`.
         """
@@ -164,7 +166,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 for j in range(1, k):
                     b0, b1, b2, b3 = a0, a1, a2, a3
                     if j != me:
-                        b0, b1, b2, b3 = four(c, e, at + j * stride(c), i, step)
+                        b0, b1, b2, b3 = four(c, e, at + without(me, j) * stride(c), i, step)
                     t0, t1, t2, t3 = (
                         reduce(t0, widen(b0)), reduce(t1, widen(b1)), reduce(t2, widen(b2)), reduce(t3, widen(b3)),
                     )  # fmt: skip

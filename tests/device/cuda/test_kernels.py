@@ -7,7 +7,7 @@ import pytest
 
 from nvcoll import jit_cuda
 from nvcoll.jit import ENTRY
-from nvcoll.planning import candidates
+from nvcoll.planning import LAUNCH, candidates, read_rules
 from tests.conftest import worker_processes
 
 MOST_REGISTERS = 65536 // jit_cuda.THREADS
@@ -26,6 +26,7 @@ SMALL = tuple(f"{name}/low_latency" for name in ("one_shot", "recursive_doubling
 CASES = [(name, *pair, True, "sm_90", ("sm_90", "sm_100")) for name in candidates() for pair in MAIN]
 CASES += [(name, *MAIN[1], True, "sm_80", ("sm_80",)) for name in candidates()]
 CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90",)) for name in SMALL]
+CASES += [(SMALL[0], *MAIN[0], False, "sm_90", ("sm_90",))]
 CASES += [
     (name, *pair, True, "sm_90", ("sm_90",))
     for name in candidates()
@@ -60,6 +61,14 @@ def test_kernels_fit_into_registers(built, case):
         assert registers <= MOST_REGISTERS
         assert (spilled, local, shared) == (0, 0, False)
         assert has_entry
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] == SMALL[0] and case[1:3] in MAIN[:2]], ids=title)
+def test_two_blocks_fit_on_a_multiprocessor_with_as_many_threads_as_launch_rules_say(built, case):
+    """One sends while the other waits."""
+    threads = [rule["threads"] for rule in read_rules(None)[LAUNCH] if rule.get("deep", False) == case[3]]
+    for registers, *_ in built[case].result():
+        assert 2 * max(threads) * -(-registers // 8) * 8 <= 65536
 
 
 def test_every_candidate_and_every_form_of_data_is_compiled():
