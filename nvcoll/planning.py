@@ -231,7 +231,10 @@ class Planner(Chooser):
         return half // max(number, 1) // SLOT_ALIGN * SLOT_ALIGN
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
-        """Return the elements of a round: what the slots hold, less a cache line that slices may be rounded up by."""
+        """Return the elements of a round: as many as slots hold, the workspace as accumulators, and a cache.
+
+        A slot holds a cache line less than its size: slices may be rounded up by that.
+        """
         slots = ALGORITHMS[base].slots(shape)
         slot = self._slot_bytes(base, protocol, shape)
         held = (slot // LINE * PAYLOAD if protocol == "low_latency" else slot) // slots.width

@@ -133,7 +133,7 @@ class DevicePlanner(Chooser):
         return int(self.layout.slots_block // max(1, ALGORITHMS[base].slots(shape).number) // PACK * PACK)
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
-        """Return the elements of a block that fit its slots, in whole packs, and its workspace if that is used."""
+        """Return the elements of a block, in whole packs, that fit its slots and, where there are any, accumulators."""
         slots = ALGORITHMS[base].slots(shape)
         flagged = self.remote or not _has_sentinel(shape.datatype)
         spread = 2 if protocol == "low_latency" and flagged else 1
@@ -153,21 +153,24 @@ class DevicePlanner(Chooser):
         blocks, threads = self.grid(told.nbytes, function)
         unit = PACK // datatype.itemsize
         call["part"] = -(-count // (blocks * unit)) * unit
-        row = threads * unit * (4 if deep else 1)
-        call["capacity"] = _piece(call["part"], self.capacity(told.algorithm, told.protocol, shape), row)
+        row = unit  # of what the threads have under way at a time, where they work on a piece as a whole
+        if ALGORITHMS[told.algorithm].slots(shape).parts == 1:
+            row *= threads * (4 if deep else 1)
+        call["capacity"] = _piece(call["part"], self.capacity(told.algorithm, told.protocol, shape), row, unit)
         cut = (call["part"], call["capacity"], call["stride"])
         call["stamp"] = pack_stamp(pack_signature(told, datatype, op), count, *cut)
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
 
 
-def _piece(part: int, capacity: int, row: int) -> int:
+def _piece(part: int, capacity: int, row: int, unit: int) -> int:
     """Return the elements of a block in one piece: as few pieces as there can be, as alike as whole rows make them.
 
-    A piece of some packs left over takes nearly as long as a full one. A row is what the threads have under way at a
-    time, and what is left of one goes through them a pack at a time.
+    A piece of some packs left over takes nearly as long as a full one, and part of a row nearly as long as a whole one.
+    Where no row fits, pieces are whole packs.
     """
     pieces = max(1, -(-part // capacity))
-    return min(capacity, max(1, -(-part // (pieces * row))) * row)
+    whole = row if row <= capacity else unit
+    return min(capacity, max(1, -(-part // (pieces * whole))) * whole)
 
 
 def _has_sentinel(datatype: str) -> bool:

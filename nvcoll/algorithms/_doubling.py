@@ -11,7 +11,7 @@ def doubling_steps(places: int) -> int:
 
 
 def doubling_slots(places: int) -> int:
-    """Return how many slots it takes: one a step, and one for folding, which each place comes to from one side only."""
+    """Return how many slots it takes: one a step, and one where places fold, which each comes to from one side only."""
     return steps(places) + folds(places)
 
 

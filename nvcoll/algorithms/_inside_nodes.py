@@ -12,7 +12,7 @@ def near_cost(shape: Shape, link: Link) -> float:
 
 
 def near_slots(shape: Shape) -> int:
-    """Return the slots that it takes: for scatter, and for gather, which nodes of one rank have not."""
+    """Return the slots that it takes: for scatter and for gather, and none where all nodes have one rank."""
     largest = max(shape.node_sizes)
     return largest - 1 + shape.slices if largest > 1 else 0
 

@@ -59,8 +59,8 @@ class Slots(NamedTuple):
     parts : int
         Into how many parts a message is cut to fill one.
     width : int
-        Bytes of what fills one, for each element: those of an accumulator; or of the element itself, where elements
-        are all that travels, so that whoever waits for them reduces to the result at once.
+        Bytes of what fills one, for each element: those of an accumulator; or of the element itself, where only
+        elements travel, and GPUs reduce them to the result in registers, without accumulators in memory.
     """
 
     number: int

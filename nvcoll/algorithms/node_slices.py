@@ -27,7 +27,7 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """A slot for every rank of the node in either direction, each of a slice."""
+    """Slots for every other rank of the node, and on the way back for every slice, each of a slice."""
     return Slots(shape.size, shape.slices, shape.itemsize)
 
 

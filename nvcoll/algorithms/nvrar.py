@@ -33,7 +33,7 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """Slots for scatter, folding, doubling and gather, each of a slice."""
+    """Slots for scatter, for folding where nodes do, for doubling and for gather, each of a slice."""
     largest, slices, nodes = max(shape.node_sizes), shape.slices, len(shape.node_sizes)
     width = shape.width if largest > 1 else doubling_width(nodes, shape)
     return Slots(near_slots(shape) + doubling_slots(nodes), slices, width)

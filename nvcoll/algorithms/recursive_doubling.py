@@ -25,11 +25,11 @@ def cost(shape: Shape, link: Link) -> float:
     """Steps inside a node first, then between nodes; folding takes two more."""
     far = len(shape.node_sizes) > 1
     latency, per_byte = (link.far_latency, link.far_per_byte) if far else (link.latency, link.per_byte)
-    return doubling_steps(shape.size) * (latency + shape.nbytes * shape.width / shape.itemsize * per_byte)
+    return doubling_steps(shape.size) * (latency + shape.nbytes * slots(shape).width / shape.itemsize * per_byte)
 
 
 def slots(shape: Shape) -> Slots:
-    """A slot for every step and one for folding, each of a whole message."""
+    """A slot for every step, and one where ranks fold, each of a whole message."""
     return Slots(doubling_slots(shape.size), 1, doubling_width(shape.size, shape))
 
 

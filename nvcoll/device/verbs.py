@@ -57,6 +57,13 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         combine(c, table(c), 0, k, acc, acc, n)
 
     @jit
+    def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
+        """Do the same and store the result, rounded and divided where that is due."""
+        acc = accumulators(c, recv)
+        wait_reduce_all(c, e, k, me, slot, mine, acc, n)
+        finish_to(c, recv, acc, n)
+
+    @jit
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
         """Wait for n accumulators of each of k places but mine, and reduce all in their order into mine."""
         for j in range(k):
@@ -73,13 +80,6 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
     def wait_answer(c, e, p, to, nbytes):
         """Wait for rank p's answer and store it."""
         copy(to, answered(c, e, p, nbytes), nbytes)
-
-    @jit
-    def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
-        """Do the same and store the result, rounded and divided where that is due."""
-        acc = accumulators(c, recv)
-        wait_reduce_all(c, e, k, me, slot, mine, acc, n)
-        finish_to(c, recv, acc, n)
 
     own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}

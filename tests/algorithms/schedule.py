@@ -21,6 +21,8 @@ class Notes:
     ----------
     sent : list of (epoch, receiver, slot, bytes)
         Data it put into slots of others.
+    sources : list of addresses
+        Where what was put at once lay.
     awaited : list of (epoch, sender or None, slot, bytes)
         Data it waited for in slots of its own; None where any sender will do.
     told, heard : list of (epoch, receiver, slot) and of (epoch, slot)
@@ -32,11 +34,17 @@ class Notes:
     """
 
     sent: list = field(default_factory=list)
+    sources: list = field(default_factory=list)
     awaited: list = field(default_factory=list)
     told: list = field(default_factory=list)
     heard: list = field(default_factory=list)
     written: list = field(default_factory=list)
     kept: int = 0
+
+    def put(self, c, e, p, slot, source, nbytes):
+        """Note data that are sent at once."""
+        self.sent.append((e, p, slot, nbytes))
+        self.sources.append(source)
 
     def keep(self, acc, nbytes):
         """Note accumulators, unless they are part of the result."""
@@ -169,7 +177,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "accumulators": lambda c, recv: recv if shape.width == shape.itemsize else WORK,
         "fill": lambda c, acc, source, n: notes.keep(acc, n * shape.width),
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
-        "put": lambda c, e, p, slot, source, nbytes: notes.sent.append((e, p, slot, nbytes)),
+        "put": notes.put,
         "put_part": put_part,
         "put_end": put_end,
         "wait_copy": wait_copy,

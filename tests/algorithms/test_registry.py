@@ -11,6 +11,7 @@ from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.algorithms._registry import power_below, steps
 from nvcoll.backends.area import LINE, Layout
 from nvcoll.device.common import BLOCK
+from nvcoll.device.cuda.packs import BYTES as PACK
 from nvcoll.planning import candidates
 from tests.algorithms import schedule
 
@@ -57,7 +58,7 @@ def test_what_is_sent_is_waited_for_fits_its_slot_and_makes_the_result(name, ite
     for sizes, count in itertools.product(WORLDS, COUNTS):
         shape = schedule.world(sizes, count, *itemsize_and_width)
         notes = [schedule.run(name, rank, shape, target=target) for rank in range(shape.size)]
-        check_traffic(name, shape, notes)
+        check_traffic(name, shape, notes, target)
         for rank, note in enumerate(notes):
             covered = bytearray(shape.nbytes)
             for first, last in note.written:
@@ -73,10 +74,11 @@ def test_slices_of_several_blocks(name):
         check_traffic(name, shape, [schedule.run(name, rank, shape) for rank in range(shape.size)])
 
 
-def check_traffic(name, shape, notes):
+def check_traffic(name, shape, notes, target="host"):
     """Every slot is filled once a call, with what its owner waits for there, and is large enough for it."""
     slots = ALGORITHMS[name].slots(shape)
-    most = (-(-shape.count // slots.parts) + LINE // shape.itemsize) * slots.width
+    rounded = (PACK if target == "cuda" else LINE) // shape.itemsize
+    most = -(-shape.count // slots.parts // rounded) * rounded * slots.width
     arriving = {}
     for sender, note in enumerate(notes):
         for epoch, receiver, slot, nbytes in note.sent:
@@ -102,7 +104,7 @@ def test_two_shot_on_symmetric_buffers_moves_no_data_through_slots(target):
     for sizes, count in itertools.product(WORLDS, COUNTS):
         shape = schedule.world(sizes, count)
         notes = [schedule.run("two_shot", rank, shape, direct=True, target=target) for rank in range(shape.size)]
-        check_traffic("two_shot", shape, notes)
+        check_traffic("two_shot", shape, notes, target)
         assert not any(note.sent or note.awaited for note in notes)
         assert all(len(note.told) == 2 * (shape.size - 1) for note in notes)  # where buffers lie, and that it is done
 
@@ -111,7 +113,7 @@ def test_two_shot_on_symmetric_buffers_moves_no_data_through_slots(target):
 def test_two_shot_goes_in_rounds_of_its_capacity(target):
     shape = schedule.world((3,), 1000)
     notes = [schedule.run("two_shot", rank, shape, capacity=300, target=target) for rank in range(3)]
-    check_traffic("two_shot", schedule.world((3,), 300), notes)
+    check_traffic("two_shot", schedule.world((3,), 300), notes, target)
     assert {epoch for note in notes for epoch, *_ in note.sent} == {2, 3, 4, 5}  # the first epoch is the agreement
 
 
@@ -163,6 +165,14 @@ def test_cost_counts_the_bytes_that_the_busiest_rank_sends(name):
         sent = max(sum(nbytes for *_, nbytes in schedule.run(name, r, shape).sent) for r in range(shape.size))
         cost = ALGORITHMS[name].cost(shape, Link(0, 1, 0, 1))
         assert 0.99 * sent <= cost <= 1.01 * (sent + 2 * shape.nbytes)  # folding is on the way of all
+
+
+@pytest.mark.parametrize("sizes", [(2,), (1, 1)])
+@pytest.mark.parametrize("name", ["nvrar", "nvrar_one_hop", "one_shot", "recursive_doubling"])
+def test_cost_between_two_counts_elements_though_accumulators_are_wider(name, sizes):
+    shape = schedule.world(sizes, 1000, 2, 4)
+    assert sum(nbytes for *_, nbytes in schedule.run(name, 0, shape).sent) == shape.nbytes
+    assert ALGORITHMS[name].cost(shape, Link(0, 1, 0, 1)) == shape.nbytes
 
 
 @pytest.mark.parametrize(("name", "factors"), [("nvrar", (1, 2, 3)), ("nvrar_one_hop", (1, 3, 7))])

@@ -216,19 +216,34 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
             give(at, pack, nbytes)
 
     @jit
+    def beyond(i, step, nbytes):
+        """Return where the third and the fourth pack from i on lie, `step` bytes apart, and what comes after them.
+
+        Where that many are not left, the place is i again: to load a pack twice, or store it twice, takes no longer.
+        """
+        third = i + 2 * step if i + 2 * step + BYTES <= nbytes else i
+        fourth = i + 3 * step if i + 3 * step + BYTES <= nbytes else i
+        return third, fourth, max(i + step, third, fourth) + step
+
+    @jit
     def copy(to, source, nbytes):
         """Copy bytes, by all threads of the block, pack i by thread i modulo their number."""
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and (to | source) & (BYTES - 1) == 0:
-            while i + 3 * step + BYTES <= nbytes:
-                first, second = load_pack(source + i), load_pack(source + i + step)
-                third, fourth = load_pack(source + i + 2 * step), load_pack(source + i + 3 * step)
+            while i + step + BYTES <= nbytes:  # two to four packs under way at a time
+                i1 = i + step
+                i2, i3, after = beyond(i, step, nbytes)
+                first, second, third, fourth = (
+                    load_pack(source + i), load_pack(source + i1), load_pack(source + i2), load_pack(source + i3),
+                )  # fmt: skip
                 store_pack(to + i, first)
-                store_pack(to + i + step, second)
-                store_pack(to + i + 2 * step, third)
-                store_pack(to + i + 3 * step, fourth)
-                i += 4 * step
+                store_pack(to + i1, second)
+                if i2 != i:  # what goes over a link goes once
+                    store_pack(to + i2, third)
+                if i3 != i:
+                    store_pack(to + i3, fourth)
+                i = after
         while i < nbytes:
             put_back(to + i, get(source + i, nbytes - i), nbytes - i)
             i += step
@@ -293,7 +308,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     named = (
         itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of,
-        offset, accumulators, private, outward, note, get, put_back, copy, fill, finish_to, keep, part_at, middle,
+        offset, accumulators, private, outward, note, get, put_back, beyond, copy, fill, finish_to, keep, part_at,
+        middle,
     )  # fmt: skip
     shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold, without)}
     return SimpleNamespace(

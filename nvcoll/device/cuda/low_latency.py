@@ -134,8 +134,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     else:
         form = flags(jit)
         base = v.lines
-    area, half, get, rank, in_vain, outward, stride, slots_half, slots_block = (
-        v.area, v.half, v.get, v.rank, v.in_vain, v.outward, v.stride, v.slots_half, v.slots_block,
+    area, half, get, beyond, rank, in_vain, outward, stride, slots_half, slots_block = (
+        v.area, v.half, v.get, v.beyond, v.rank, v.in_vain, v.outward, v.stride, v.slots_half, v.slots_block,
     )  # fmt: skip
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
@@ -152,14 +152,19 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and source & (BYTES - 1) == 0:
-            while i + 3 * step + BYTES <= nbytes:  # four packs under way at a time
-                first, second = load_pack(source + i), load_pack(source + i + step)
-                third, fourth = load_pack(source + i + 2 * step), load_pack(source + i + 3 * step)
+            while i + step + BYTES <= nbytes:  # two to four packs under way at a time
+                i1 = i + step
+                i2, i3, after = beyond(i, step, nbytes)
+                first, second, third, fourth = (
+                    load_pack(source + i), load_pack(source + i1), load_pack(source + i2), load_pack(source + i3),
+                )  # fmt: skip
                 push(to + i * spread, first, e)
-                push(to + (i + step) * spread, second, e)
-                push(to + (i + 2 * step) * spread, third, e)
-                push(to + (i + 3 * step) * spread, fourth, e)
-                i += 4 * step
+                push(to + i1 * spread, second, e)
+                if i2 != i:  # what goes over a link goes once
+                    push(to + i2 * spread, third, e)
+                if i3 != i:
+                    push(to + i3 * spread, fourth, e)
+                i = after
         while i < nbytes:
             push(to + i * spread, get(source + i, nbytes - i), e)
             i += step
@@ -202,14 +207,12 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return data_of(got)
 
     @jit
-    def settle_four(c, e, at, i, step, a0, a1, a2, a3):
-        """Wait until four packs that were looked at are there, `step` bytes apart; clear them, and return them.
+    def settle_four(c, e, at, i, i1, i2, i3, a0, a1, a2, a3):
+        """Wait until four packs that were looked at are there; clear them, and return them.
 
         One loop for all: code that is seldom run stands once, and packs are looked at together.
         """
-        w0, w1, w2, w3 = (
-            at + i * spread, at + (i + step) * spread, at + (i + 2 * step) * spread, at + (i + 3 * step) * spread,
-        )  # fmt: skip
+        w0, w1, w2, w3 = at + i * spread, at + i1 * spread, at + i2 * spread, at + i3 * spread
         polls, since = 0, 0
         while missing(a0, e) or missing(a1, e) or missing(a2, e) or missing(a3, e):
             polls, since, gone = in_vain(c, e, polls, since)

@@ -67,7 +67,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return got
 
     @jit
-    def settle_four(c, e, at, i, step, a0, a1, a2, a3):
+    def settle_four(c, e, at, i, i1, i2, i3, a0, a1, a2, a3):
         """Return the four packs that were loaded: they are there."""
         return a0, a1, a2, a3
 

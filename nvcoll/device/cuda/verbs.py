@@ -26,7 +26,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     protocol
         A name in `PROTOCOLS`.
     deep
-        Whether a thread has four packs under way at a time. That takes registers and code, so it is for messages
+        Whether a thread has up to four packs under way at a time. That takes registers and code, so it is for messages
         that give each thread as many, and for types whose packs have few elements.
     remote
         Whether some ranks are far: see `nvcoll.device.cuda.remote`. All kernels of a world must agree on it.
@@ -36,8 +36,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     put_part, put_end, arrival, arrivals, peek, settle, settle_four = (
         w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, keep, rank, ranks, around, without = (
-        v.get, v.put_back, v.keep, v.rank, v.ranks, v.around, v.without,
+    get, put_back, beyond, keep, rank, ranks, around, without = (
+        v.get, v.put_back, v.beyond, v.keep, v.rank, v.ranks, v.around, v.without,
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
@@ -52,12 +52,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         put_end(c, e, p, slot)
 
     @jit
-    def four(c, e, at, i, step):
-        """Wait for four packs, `step` bytes apart, and return them."""
-        first, second, third, fourth = (
-            peek(at, i), peek(at, i + step), peek(at, i + 2 * step), peek(at, i + 3 * step),
-        )  # fmt: skip
-        return settle_four(c, e, at, i, step, first, second, third, fourth)
+    def four(c, e, at, i, i1, i2, i3):
+        """Wait for four packs and return them."""
+        first, second, third, fourth = peek(at, i), peek(at, i1), peek(at, i2), peek(at, i3)
+        return settle_four(c, e, at, i, i1, i2, i3, first, second, third, fourth)
 
     @jit
     def wait_copy(c, e, slot, to, nbytes):
@@ -66,13 +64,15 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and to & (BYTES - 1) == 0:
-            while i + 3 * step + BYTES <= nbytes:
-                first, second, third, fourth = four(c, e, at, i, step)
+            while i + step + BYTES <= nbytes:
+                i1 = i + step
+                i2, i3, after = beyond(i, step, nbytes)
+                first, second, third, fourth = four(c, e, at, i, i1, i2, i3)
                 store_pack(to + i, first)
-                store_pack(to + i + step, second)
-                store_pack(to + i + 2 * step, third)
-                store_pack(to + i + 3 * step, fourth)
-                i += 4 * step
+                store_pack(to + i1, second)
+                store_pack(to + i2, third)
+                store_pack(to + i3, fourth)
+                i = after
         while i < nbytes:
             put_back(to + i, settle(c, e, at, i, peek(at, i)), nbytes - i)
             i += step
@@ -154,27 +154,26 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and (mine | recv) & (BYTES - 1) == 0:
-            while i + 3 * step + BYTES <= nbytes:
-                a0, a1, a2, a3 = (
-                    load_pack(mine + i), load_pack(mine + i + step),
-                    load_pack(mine + i + 2 * step), load_pack(mine + i + 3 * step),
-                )  # fmt: skip
+            while i + step + BYTES <= nbytes:
+                i1 = i + step
+                i2, i3, after = beyond(i, step, nbytes)
+                a0, a1, a2, a3 = load_pack(mine + i), load_pack(mine + i1), load_pack(mine + i2), load_pack(mine + i3)
                 b0, b1, b2, b3 = a0, a1, a2, a3
                 if me != 0:
-                    b0, b1, b2, b3 = four(c, e, at, i, step)
+                    b0, b1, b2, b3 = four(c, e, at, i, i1, i2, i3)
                 t0, t1, t2, t3 = widen(b0), widen(b1), widen(b2), widen(b3)
                 for j in range(1, k):
                     b0, b1, b2, b3 = a0, a1, a2, a3
                     if j != me:
-                        b0, b1, b2, b3 = four(c, e, at + without(me, j) * stride(c), i, step)
+                        b0, b1, b2, b3 = four(c, e, at + without(me, j) * stride(c), i, i1, i2, i3)
                     t0, t1, t2, t3 = (
                         reduce(t0, widen(b0)), reduce(t1, widen(b1)), reduce(t2, widen(b2)), reduce(t3, widen(b3)),
                     )  # fmt: skip
                 store_pack(recv + i, finish(t0, ranks(c)))
-                store_pack(recv + i + step, finish(t1, ranks(c)))
-                store_pack(recv + i + 2 * step, finish(t2, ranks(c)))
-                store_pack(recv + i + 3 * step, finish(t3, ranks(c)))
-                i += 4 * step
+                store_pack(recv + i1, finish(t1, ranks(c)))
+                store_pack(recv + i2, finish(t2, ranks(c)))
+                store_pack(recv + i3, finish(t3, ranks(c)))
+                i = after
         while i < nbytes:
             total = gather_one(c, e, k, me, at, mine, i, nbytes)
             put_back(recv + i, finish(total, ranks(c)), nbytes - i)
