@@ -1,6 +1,6 @@
 """Which kernels the tests of this folder use: they are compiled together, for one by one they take minutes.
 
-``from tests.gpu.kernels import FAR_KERNELS, FAR_PAIRS, KERNELS, PAIRS``
+``from tests.gpu.kernels import FAR_KERNELS, FAR_PAIRS, KERNELS, LARGE_PAIRS, PAIRS``
 """
 
 from nvcoll.jit_cuda import CubinCache
@@ -10,9 +10,11 @@ PAIRS = [
     ("float32", "SUM"), ("bfloat16", "AVG"), ("int32", "MAX"), ("float16", "MIN"), ("float64", "PROD"),
     ("uint8", "BXOR"), ("int64", "SUM"), ("complex64", "SUM"), ("float8_e4m3fn", "SUM"),
 ]  # fmt: skip
+LARGE_PAIRS = PAIRS[:3:2]
+"""For messages of which a thread has several packs."""
 KERNELS = [(*name.split("/"), op, datatype, False) for name in candidates() for datatype, op in PAIRS]
 KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # barriers, graphs
-KERNELS += [(*name.split("/"), "SUM", "float32", True) for name in candidates()]  # messages of many bytes
+KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in LARGE_PAIRS]
 
 FAR_PAIRS = [*PAIRS[:3], ("float64", "PROD"), ("complex64", "SUM")]
 REACHING = [name for name in candidates() if not name.startswith("two_shot")]  # ranks that cannot be stored to

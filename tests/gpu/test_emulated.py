@@ -14,7 +14,7 @@ from nvcoll.backends import driver
 from nvcoll.planning import candidates
 from tests.algorithms.calls import PLACES, Call
 from tests.gpu.calls import judge
-from tests.gpu.kernels import PAIRS
+from tests.gpu.kernels import LARGE_PAIRS, PAIRS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
 
@@ -55,7 +55,7 @@ def test_messages_of_several_pieces(gpu, size, count):
         Call(name, *pair, count, next(row))
         for row in [itertools.cycle(places)]
         for name in candidates()
-        for pair in PAIRS[:3:2]
+        for pair in LARGE_PAIRS
     ]
     judge(gpu, calls, size)
 

@@ -180,7 +180,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     @jit
     def arrival(c, e, slot, nbytes):
-        """Return where a slot of mine lies; `peek` and `settle` wait for its packs."""
+        """Return where a slot of mine lies; `settle` waits for its packs."""
         return slot_at(c, e, rank(c), slot)
 
     @jit
@@ -189,14 +189,13 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return slot_at(c, e, rank(c), slot)
 
     @jit
-    def peek(at, i):
-        """Look at pack i (in bytes) of a slot, which may not be there yet."""
-        return look(at + i * spread)
+    def place(at, i):
+        """Return the address of pack i (in bytes) of a slot."""
+        return at + i * spread
 
     @jit
-    def settle(c, e, at, i, got):
-        """Wait until what was looked at is there, clear it, and return it."""
-        where = at + i * spread
+    def settle(c, e, where, got):
+        """Wait until a pack that was looked at is there, clear it, and return it."""
         polls, since = 0, 0
         while missing(got, e):
             polls, since, gone = in_vain(c, e, polls, since)
@@ -207,12 +206,11 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return data_of(got)
 
     @jit
-    def settle_four(c, e, at, i, i1, i2, i3, a0, a1, a2, a3):
+    def settle_four(c, e, w0, w1, w2, w3, a0, a1, a2, a3):
         """Wait until four packs that were looked at are there; clear them, and return them.
 
         One loop for all: code that is seldom run stands once, and packs are looked at together.
         """
-        w0, w1, w2, w3 = at + i * spread, at + i1 * spread, at + i2 * spread, at + i3 * spread
         polls, since = 0, 0
         while missing(a0, e) or missing(a1, e) or missing(a2, e) or missing(a3, e):
             polls, since, gone = in_vain(c, e, polls, since)
@@ -226,7 +224,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return data_of(a0), data_of(a1), data_of(a2), data_of(a3)
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle,
-        settle_four=settle_four,
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, place=place, look=look,
+        settle=settle, settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

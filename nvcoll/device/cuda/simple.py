@@ -57,22 +57,22 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return slot_at(c, e, rank(c), slot)
 
     @jit
-    def peek(at, i):
-        """Load pack i (in bytes) of a slot."""
-        return load_pack(at + i)
+    def place(at, i):
+        """Return the address of pack i (in bytes) of a slot."""
+        return at + i
 
     @jit
-    def settle(c, e, at, i, got):
+    def settle(c, e, where, got):
         """Return what was loaded: it is there."""
         return got
 
     @jit
-    def settle_four(c, e, at, i, i1, i2, i3, a0, a1, a2, a3):
+    def settle_four(c, e, w0, w1, w2, w3, a0, a1, a2, a3):
         """Return the four packs that were loaded: they are there."""
         return a0, a1, a2, a3
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, peek=peek, settle=settle,
-        settle_four=settle_four,
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, place=place,
+        look=load_pack, settle=settle, settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

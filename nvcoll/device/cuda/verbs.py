@@ -33,8 +33,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_part, put_end, arrival, arrivals, peek, settle, settle_four = (
-        w.put_part, w.put_end, w.arrival, w.arrivals, w.peek, w.settle, w.settle_four,
+    put_part, put_end, arrival, arrivals, place, look, settle, settle_four = (
+        w.put_part, w.put_end, w.arrival, w.arrivals, w.place, w.look, w.settle, w.settle_four,
     )  # fmt: skip
     get, put_back, beyond, keep, rank, ranks, around, without = (
         v.get, v.put_back, v.beyond, v.keep, v.rank, v.ranks, v.around, v.without,
@@ -52,10 +52,16 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         put_end(c, e, p, slot)
 
     @jit
+    def one(c, e, at, i):
+        """Wait for a pack of a slot and return it."""
+        where = place(at, i)
+        return settle(c, e, where, look(where))
+
+    @jit
     def four(c, e, at, i, i1, i2, i3):
-        """Wait for four packs and return them."""
-        first, second, third, fourth = peek(at, i), peek(at, i1), peek(at, i2), peek(at, i3)
-        return settle_four(c, e, at, i, i1, i2, i3, first, second, third, fourth)
+        """Wait for four packs of a slot and return them."""
+        w0, w1, w2, w3 = place(at, i), place(at, i1), place(at, i2), place(at, i3)
+        return settle_four(c, e, w0, w1, w2, w3, look(w0), look(w1), look(w2), look(w3))
 
     @jit
     def wait_copy(c, e, slot, to, nbytes):
@@ -74,7 +80,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 store_pack(to + i3, fourth)
                 i = after
         while i < nbytes:
-            put_back(to + i, settle(c, e, at, i, peek(at, i)), nbytes - i)
+            put_back(to + i, one(c, e, at, i), nbytes - i)
             i += step
         meet(e)
 
@@ -86,7 +92,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         i = thread() * BYTES
         lower = p < rank(c)
         while i < nbytes:
-            keep(c, e, acc + i, settle(c, e, at, i, peek(at, i)), nbytes - i, lower)
+            keep(c, e, acc + i, one(c, e, at, i), nbytes - i, lower)
             i += threads() * BYTES
         meet(e)
 
@@ -94,15 +100,40 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         """Make what reduces pack i of all contributions, in order; `lift` makes accumulators of what they are."""
 
         @jit
+        def add(me, acc, own, slot, got):
+            """Reduce what has come in a slot, after my own contribution if that is next."""
+            if slot == 0 and me != 0:
+                return lift(got)
+            if slot == me and me != 0:
+                acc = reduce(acc, lift(own))
+            return reduce(acc, lift(got))
+
+        @jit
         def gather(c, e, k, me, at, mine, i, nbytes):
             own = get(mine + i, nbytes - i)
-            acc = lift(own if me == 0 else settle(c, e, at, i, peek(at, i)))
-            for j in range(1, k):
-                other = own
-                if j != me:
-                    there = at + without(me, j) * stride(c)
-                    other = settle(c, e, there, i, peek(there, i))
-                acc = reduce(acc, lift(other))
+            if k == 2:  # the shortest way for the pair
+                left, right = own, one(c, e, at, i)
+                if me != 0:
+                    left, right = right, left
+                return reduce(lift(left), lift(right))
+            acc = lift(own)
+            slot, last = 0, k - 2
+            while slot < last:  # two to four are looked at together, though they come from different ranks
+                w0 = place(at + slot * stride(c), i)
+                w1 = place(at + (slot + 1) * stride(c), i)
+                w2 = place(at + (slot + 2) * stride(c), i) if slot + 2 <= last else w0
+                w3 = place(at + (slot + 3) * stride(c), i) if slot + 3 <= last else w0
+                a0, a1, a2, a3 = settle_four(c, e, w0, w1, w2, w3, look(w0), look(w1), look(w2), look(w3))
+                acc = add(me, add(me, acc, own, slot, a0), own, slot + 1, a1)
+                if w2 != w0:
+                    acc = add(me, acc, own, slot + 2, a2)
+                if w3 != w0:
+                    acc = add(me, acc, own, slot + 3, a3)
+                slot += 4
+            if slot == last:
+                acc = add(me, acc, own, slot, one(c, e, at + slot * stride(c), i))
+            if me != 0 and me == k - 1:
+                acc = reduce(acc, lift(own))
             return acc
 
         return gather
