@@ -1,0 +1,298 @@
+"""GPUs whose threads are threads of Python: kernels run as the text that they are, on stand-ins for the primitives.
+
+    with machine() as gpus:
+        world = World(gpus, "ring", "simple", (2, 1))
+        results = world.run([(count, capacity), ...], value)
+
+Memory is made of words of 8 bytes, and an element is one, so that two make a pack. What Numba and the GPU's compiler
+make of the text is not looked at here; who sends, waits, clears and reduces is, in whatever order threads come along.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from types import SimpleNamespace
+
+import pytest
+
+from nvcoll._plan import DEVICE_FIELDS
+from nvcoll.algorithms import ALGORITHMS
+from nvcoll.device.cuda import common, packs, ptx, verbs
+from nvcoll.device.cuda.layout import EPOCH, EPOCHS
+
+WORD = 8
+BLOCKS = 2
+SPACE = 1 << 32
+"""Bytes between the memories of ranks, and between what is laid out in one."""
+FIELDS = {"flags": 4096, "cells": 1 << 20, "lines": 1 << 24, "data": 1 << 28}
+"""Where parts of an area begin."""
+
+
+class End(BaseException):
+    """A thread ends by an instruction of its own."""
+
+
+def signed(x):
+    """Return 64 bits as the number that kernels see."""
+    x &= (1 << 64) - 1
+    return x - (1 << 64) if x >> 63 else x
+
+
+class Barrier:
+    """A block's barrier: threads that have ended are not waited for. `wait` gives the sum of what each has brought."""
+
+    def __init__(self, threads):
+        self._changed = threading.Condition()
+        self._threads, self._waiting, self._round = threads, 0, 0
+        self._sum = self._result = 0
+
+    def wait(self, brought=0):
+        with self._changed:
+            self._sum += brought
+            self._waiting += 1
+            mine = self._round
+            self._release_if_complete()
+            while self._round == mine:
+                self._changed.wait()
+            return self._result
+
+    def leave(self):
+        with self._changed:
+            self._threads -= 1
+            self._release_if_complete()
+
+    def _release_if_complete(self):
+        if 0 < self._threads <= self._waiting:
+            self._result, self._sum, self._waiting = self._sum, 0, 0
+            self._round += 1
+            self._changed.notify_all()
+
+
+class Gpus:
+    """The memory that all share, and the primitives on it."""
+
+    def __init__(self, clock):
+        self.memory = {}
+        self.me = threading.local()
+        self.clock = clock
+
+    def load(self, at):
+        assert at % WORD == 0
+        return signed(self.memory.get(at, 0))
+
+    def store(self, at, value):
+        assert at % WORD == 0
+        self._delay()
+        self.memory[at] = signed(value)
+
+    def poll(self, at):
+        time.sleep(2e-5)  # whoever is waited for runs meanwhile
+        return self.load(at)
+
+    def load_pack(self, at):
+        return self.load(at), self.load(at + WORD)
+
+    def store_pack(self, at, pack):
+        self.store(at, pack[0])
+        self.store(at + WORD, pack[1])
+
+    def poll_pack(self, at):
+        return self.poll(at), self.load(at + WORD)
+
+    def store_all(self, at, end, step, value):
+        for place in range(at, end, step):
+            self.store(place, value)
+
+    def meet(self, e):
+        if self.me.barrier.wait(e >= 0) != self.me.threads:
+            raise End
+
+    def leave(self):
+        raise End
+
+    def take(self, at, nbytes):
+        return tuple(self.load(at + WORD * k) if WORD * k < nbytes else 0 for k in range(2))
+
+    def give(self, at, pack, nbytes):
+        for k in range(min(2, nbytes // WORD)):
+            self.store(at + WORD * k, pack[k])
+
+    def _delay(self):
+        if self.me.random.random() < 0.01:
+            time.sleep(self.me.random.random() * self.me.slow)
+
+    def primitives(self):
+        """Return what takes the place of the names in `ptx`."""
+        me = self.me
+        return {
+            "load": self.load, "load_relaxed": self.load, "load_acquire": self.poll, "load_pack": self.load_pack,
+            "load_shared": self.poll_pack, "store": self.store, "store_relaxed": self.store,
+            "store_release": self.store, "store_pack": self.store_pack, "store_shared": self.store_pack,
+            "store_all": self.store_all, "fence": lambda: None, "sync": lambda: me.barrier.wait() and None,
+            "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
+            "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
+            "clock": self.clock, "field": lambda index: lambda c: c[index],
+        }  # fmt: skip
+
+
+@contextmanager
+def machine(clock: Callable[[], int] = time.monotonic_ns) -> Iterator[Gpus]:
+    """Let kernels that are made inside run on threads of Python; the clock counts nanoseconds."""
+    gpus = Gpus(clock)
+    near = DEVICE_FIELDS.index("peer0")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in gpus.primitives().items():
+            patch.setattr(ptx, name, stand_in)
+        patch.setattr(common, "_near", lambda: lambda c, p: c[near + p])
+        patch.setattr(packs, "partial", lambda unit: SimpleNamespace(take=gpus.take, give=gpus.give))
+        yield gpus
+
+
+def jit(function):
+    """Leave a device function as it is."""
+    function.py_func = function
+    return function
+
+
+def arithmetic(combine, *, widens):
+    """Elements of a word, and accumulators of one or two, whose second stays 0."""
+
+    def reduce(left, right):
+        return tuple(0 if widens and k % 2 else combine(*pair) for k, pair in enumerate(zip(left, right, strict=True)))
+
+    return SimpleNamespace(
+        op="SUM", datatype="int64", accumulator="int64", itemsize=WORD, width=2 * WORD if widens else WORD,
+        words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens, reduce=reduce, reduce_pack=reduce,
+        widen=lambda pack: (pack[0], 0, pack[1], 0) if widens else pack,
+        finish=lambda acc, ranks: (acc[0], acc[2]) if widens else acc,
+    )  # fmt: skip
+
+
+class World:
+    """Ranks with a kernel, which they call again and again.
+
+    Parameters
+    ----------
+    gpus
+        What `machine` gives.
+    algorithm, protocol
+        Names.
+    node_sizes
+        Ranks on each node.
+    threads
+        Of a block; a launch has `BLOCKS` blocks.
+    deep, widens
+        Whether threads have several packs under way, and whether accumulators are wider than elements.
+    combine
+        What reduces two words; by default it adds them.
+    timeout
+        Nanoseconds of a wait.
+    """
+
+    def __init__(
+        self, gpus, algorithm, protocol, node_sizes, *, threads=2, deep=False, widens=False,
+        combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
+    ):  # fmt: skip
+        self.gpus, self.threads, self.ranks = gpus, threads, range(sum(node_sizes))
+        one = ALGORITHMS[algorithm]
+        a = arithmetic(combine, widens=widens)
+        v = verbs.vocabulary(jit, a, protocol, deep)
+        self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False)
+        self._fields = [self._lay_out(rank, node_sizes, timeout) for rank in self.ranks]
+        self.ended = set()
+
+    def _lay_out(self, rank, node_sizes, timeout):
+        """Fill a rank's tables and return the fields of its calls that stay the same."""
+        n = len(self.ranks)
+        starts = list(accumulate(node_sizes, initial=0))
+        node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
+        areas = [self._place(0, k) for k in self.ranks]
+        ranks, bounds, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
+        for at, table in ((ranks, self.ranks), (bounds, starts), (peers, areas)):
+            for k, value in enumerate(table):
+                self.gpus.memory[at + WORD * k] = value
+        fields = {
+            "stamp": 5, "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
+            "local_rank": rank - starts[node], "slices": min(node_sizes), "node_ranks": ranks, "node_starts": bounds,
+            "peers": peers, "state": state, "report": report, "timeout": timeout, "board": areas[rank],
+            "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 1 << 20, "slots_block": 1 << 18,
+            "workspace": workspace, "workspace_block": 1 << 18, "heap": self._place(2, rank), "heap_size": 0,
+        }  # fmt: skip
+        near = {f"peer{k}": areas[k] if k < n else 0 for k in range(8)}
+        return FIELDS | fields | near
+
+    @staticmethod
+    def _place(kind, rank):
+        return SPACE * (1 + 100 * kind + rank)
+
+    def fail(self, rank):
+        """Mark a rank as one that has given up, as its kernels do."""
+        for block in range(BLOCKS):
+            self.gpus.memory[self._fields[rank]["state"] + EPOCHS + EPOCH * block + WORD] = common.FAILED
+
+    def arrived(self, rank, first=0, last=SPACE):
+        """Return what is not 0 in a rank's area, between two offsets, by its address."""
+        area = range(self._place(0, rank) + first, self._place(0, rank) + last)
+        return {at: word for at, word in self.gpus.memory.items() if word and at in area}
+
+    def run(self, calls, value, ranks=None, seed=0):
+        """Make calls, one right after the other, and return the result of each on each rank that came to its end.
+
+        Parameters
+        ----------
+        calls
+            Elements, elements of a block in one piece, and bytes between slots of each call.
+        value
+            ``value(call, rank, i)`` gives the elements of contributions.
+        ranks
+            Who takes part; all by default.
+        seed
+            Of the threads' delays.
+        """
+        buffers = {}
+        for call, (count, _, _) in enumerate(calls):
+            for rank in self.ranks:
+                at = self._place(3, rank) + (call << 20)
+                buffers[call, rank] = at, at + (1 << 19)
+                self.gpus.memory |= {at + WORD * i: value(call, rank, i) for i in range(count)}
+        self.ended.clear()
+        crew = []
+        for rank in self.ranks if ranks is None else ranks:
+            for block in range(BLOCKS):
+                barrier = Barrier(self.threads)
+                for thread in range(self.threads):
+                    place = rank, block, thread
+                    job = threading.Thread(target=self._work, args=(calls, buffers, barrier, place, seed), daemon=True)
+                    crew.append(job)
+        for job in crew:
+            job.start()
+        for job in crew:
+            job.join(60)
+            assert not job.is_alive(), "a thread hangs"
+        return {
+            key: [self.gpus.memory.get(to + WORD * i) for i in range(calls[key[0]][0])]
+            for key, (_, to) in buffers.items()
+        }
+
+    def _work(self, calls, buffers, barrier, place, seed):
+        """Be one thread of one rank in all calls."""
+        rank, block, thread = place
+        me = self.gpus.me
+        me.thread, me.threads, me.block, me.barrier = thread, self.threads, block, barrier
+        me.random = random.Random(f"{seed} {place}")
+        me.slow = random.Random(f"{seed} {rank}").choice((1e-4, 1e-3, 3e-3))
+        try:
+            for call, (count, capacity, stride) in enumerate(calls):
+                send, recv = buffers[call, rank]
+                part = -(-count // (2 * BLOCKS)) * 2
+                own = {"send": send, "recv": recv, "count": count, "part": part}
+                fields = self._fields[rank] | own | {"capacity": capacity, "stride": stride}
+                self._kernel(*(fields[name] for name in DEVICE_FIELDS))
+                barrier.wait()  # the next launch of a stream begins when all of this one have ended
+        except End:
+            self.ended.add(place)
+        finally:
+            barrier.leave()

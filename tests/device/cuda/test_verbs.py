@@ -1,0 +1,78 @@
+"""Verbs and schedules of the CUDA target as they stand, run by threads of Python in many orders: no GPU is needed."""
+
+import itertools
+import random
+
+import pytest
+
+from nvcoll.planning import candidates
+from tests.device.cuda.machine import BLOCKS, FIELDS, World, machine, signed
+
+WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
+COUNTS = [1, 2, 3, 7, 12, 23, 40]
+
+
+def calls_for(turn):
+    """Calls of different sizes, pieces and places of slots: rests of packs, of rows, of pieces."""
+    rng = random.Random(turn)
+    return [(rng.choice(COUNTS), rng.choice((2, 4, 10, 100)), rng.choice((1024, 2048))) for _ in range(8)]
+
+
+def value(call, rank, i):
+    return (call + 1) * 7**rank + i * (rank + 1)
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("name", candidates())
+def test_results_are_right_and_slots_are_left_clean(name, deep):
+    for turn, (node_sizes, widens) in enumerate(zip(WORLDS, itertools.cycle((False, True)), strict=False)):
+        with machine() as gpus:
+            world = World(gpus, *name.split("/"), node_sizes, deep=deep, widens=widens, threads=1 + turn % 3)
+            calls = calls_for(f"{name} {turn}")
+            results = world.run(calls, value, seed=turn)
+            for (call, rank), result in results.items():
+                right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
+                assert result == right, f"call {call} on rank {rank} of {node_sizes}"
+            assert not world.ended
+            assert not any(world.arrived(rank, FIELDS["lines"], FIELDS["data"]) for rank in world.ranks)
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("name", ["one_shot/low_latency", "one_shot/simple", "two_shot/low_latency"])
+@pytest.mark.parametrize("ranks", range(2, 10))
+def test_contributions_are_reduced_in_rank_order(name, deep, ranks):
+    def combine(left, right):
+        return signed(left * 1_000_003 + right)
+
+    with machine() as gpus:
+        world = World(gpus, *name.split("/"), (ranks,), deep=deep, combine=combine, threads=1)
+        results = world.run([(13, 100, 1024)], lambda call, rank, i: 10 * rank + i)
+    right = []
+    for i in range(13):
+        acc = i
+        for rank in range(1, ranks):
+            acc = combine(acc, 10 * rank + i)
+        right.append(acc)
+    assert all(result == right for result in results.values())
+
+
+@pytest.mark.parametrize("name", candidates())
+def test_where_a_rank_does_not_come_every_block_loses_threads(name):
+    ticks = itertools.count(0, 10**9)
+    with machine(clock=lambda: next(ticks)) as gpus:
+        world = World(gpus, *name.split("/"), (2, 2), timeout=5 * 10**9)
+        world.run([(8, 100, 1024)], value, ranks=[0, 1, 3])
+        assert {place[:2] for place in world.ended} == set(itertools.product((0, 1, 3), range(BLOCKS)))
+
+
+@pytest.mark.parametrize("name", candidates())
+def test_a_rank_that_has_failed_sends_nothing(name):
+    for failed in (False, True):
+        ticks = itertools.count(0, 10**9)
+        with machine(clock=lambda ticks=ticks: next(ticks)) as gpus:
+            world = World(gpus, *name.split("/"), (2, 2), timeout=5 * 10**9)
+            if failed:
+                world.fail(0)
+            world.run([(8, 100, 1024)], value, ranks=[0])
+            assert any(world.arrived(rank) for rank in (1, 2, 3)) is not failed
+            assert {place[:2] for place in world.ended} == {(0, block) for block in range(BLOCKS)}
