@@ -231,9 +231,9 @@ class Planner(Chooser):
         return half // max(number, 1) // SLOT_ALIGN * SLOT_ALIGN
 
     def capacity(self, base: str, protocol: str, shape: Shape) -> int:
-        """Return the elements of a round: as many as slots hold, the workspace as accumulators, and a cache.
+        """Return the elements of a round: the least of what fits into slots, into the workspace, and into a cache.
 
-        A slot holds a cache line less than its size: slices may be rounded up by that.
+        A slot holds a cache line less than its size, for slices may be rounded up by that; the workspace, accumulators.
         """
         slots = ALGORITHMS[base].slots(shape)
         slot = self._slot_bytes(base, protocol, shape)

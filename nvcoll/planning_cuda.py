@@ -13,7 +13,7 @@ from nvcoll.backends.device_area import DeviceArea
 from nvcoll.device.cuda.layout import BLOCKS
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
-from nvcoll.jit_cuda import CubinCache
+from nvcoll.jit_cuda import THREADS, CubinCache, deepens
 from nvcoll.ops import DATATYPES, Datatype, Op
 from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_stamp
 
@@ -102,21 +102,24 @@ class DevicePlanner(Chooser):
         """Return what algorithms are told of a call."""
         return replace(super().shape(count, datatype), apart=self.remote)
 
-    def deep(self, nbytes: int) -> bool:
+    def deep(self, nbytes: int, datatype: str) -> bool:
         """Tell whether threads have several packs of a message under way at a time."""
-        return bool(self._shape(self._whole(nbytes))[2])
+        return self._shape(nbytes, datatype)[2]
 
     def _whole(self, nbytes: int) -> int:
         """Return how much of a message a launch puts in one: through a network, what a node sends goes in slices."""
         return -(-nbytes // self.slices) if self.remote else nbytes
 
-    def _shape(self, nbytes: int) -> tuple[int, int | None, bool]:
-        return _selection.shape_launch(self.launches, nbytes, self.remote)
+    def _shape(self, nbytes: int, datatype: str) -> tuple[int, int | None, bool]:
+        threads, limit, deep = _selection.shape_launch(self.launches, self._whole(nbytes), self.remote)
+        if deep and not deepens(datatype):
+            return min(2 * threads, THREADS), limit, False  # more threads, where each cannot have more packs
+        return threads, limit, deep
 
-    def grid(self, nbytes: int, function: int) -> tuple[int, int]:
+    def grid(self, nbytes: int, function: int, datatype: str = "float32") -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
+        threads, limit, _ = self._shape(nbytes, datatype)
         nbytes = self._whole(nbytes)
-        threads, limit, _ = self._shape(nbytes)
         resident = self.kernels.occupancy(function, threads) * self.multiprocessors
         if resident < self.sharers:
             raise ArgumentError(
@@ -148,14 +151,13 @@ class DevicePlanner(Chooser):
         if (size or shape.size) == 1:  # one rank's reduction is its contribution, AVG of it too
             return DevicePlan(self.state, 0, {"count": told.nbytes}, 1, 1, None, told)
         call = {"count": count, "ranks": size or shape.size, "stride": self._stride(told.algorithm, shape)}
-        deep = self.deep(told.nbytes)
+        deep = self.deep(told.nbytes, datatype.name)
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
-        blocks, threads = self.grid(told.nbytes, function)
+        blocks, threads = self.grid(told.nbytes, function, datatype.name)
         unit = PACK // datatype.itemsize
         call["part"] = -(-count // (blocks * unit)) * unit
-        row = unit  # of what the threads have under way at a time, where they work on a piece as a whole
-        if ALGORITHMS[told.algorithm].slots(shape).parts == 1:
-            row *= threads * (4 if deep else 1)
+        whole = ALGORITHMS[told.algorithm].slots(shape).parts == 1  # what the threads have under way is of one piece
+        row = unit * threads * (4 if deep else 1) if whole else unit
         call["capacity"] = _piece(call["part"], self.capacity(told.algorithm, told.protocol, shape), row, unit)
         cut = (call["part"], call["capacity"], call["stride"])
         call["stamp"] = pack_stamp(pack_signature(told, datatype, op), count, *cut)

@@ -69,8 +69,8 @@ def shape_launch(list rules, nbytes, far):
     Parameters
     ----------
     rules
-        The first that matches wins. Keys: ``threads``, and perhaps ``blocks`` and ``deep`` (a thread has four packs
-        under way at a time); as limits ``upto`` (bytes, inclusive) and ``far`` (some ranks are reached through the
+        The first that matches wins. Keys: ``threads``, and perhaps ``blocks`` and ``deep`` (a thread has up to four
+        packs under way at a time); as limits ``upto`` (bytes, inclusive) and ``far`` (some ranks are reached through the
         network).
     nbytes, far
         The call.

@@ -84,9 +84,17 @@ class TestGrid:
     def test_through_a_network_a_slice_of_the_message_counts(self):
         one = planner((4, 4), remote=True)
         assert one.grid(4 << 20, 0) == planner((2,), remote=True).grid(1 << 20, 0)
-        assert not one.deep(1 << 26)
-        assert one.deep((1 << 26) + 4)
-        assert planner((4, 4)).deep((1 << 24) + 4)
+        assert not one.deep(1 << 26, "float32")
+        assert one.deep((1 << 26) + 4, "bfloat16")
+        assert planner((4, 4)).deep((1 << 24) + 4, "int32")
+
+    def test_types_of_one_byte_have_more_threads_instead_of_more_packs(self):
+        one = planner((2,))
+        assert one.deep(1 << 25, "int16")
+        assert one.grid(1 << 25, 0, "int16")[1] == 256
+        for datatype in ("int8", "uint8", "float8_e5m2"):
+            assert not one.deep(1 << 25, datatype)
+            assert one.grid(1 << 25, 0, datatype)[1] == MOST_THREADS
 
     def test_rules_may_limit_the_blocks(self):
         assert planner((2,), remote=True).grid(8 << 20, 0) == (8, 512)
@@ -111,7 +119,7 @@ class TestPieces:
             count = nbytes // datatype.itemsize
             one.plan(one.explain("allreduce", count, datatype, SUM, algorithm), datatype, SUM)
         [(_, _, call, _, threads, *_)] = made
-        row = threads * PACK * (4 if one.deep(nbytes) else 1)
+        row = threads * PACK * (4 if one.deep(nbytes, datatype.name) else 1)
         return call["part"] * datatype.itemsize, call["capacity"] * datatype.itemsize, row
 
     def test_there_are_as_few_as_fit(self):
@@ -130,10 +138,15 @@ class TestPieces:
             assert piece % row == 0
             assert piece - row < -(-part // pieces)
 
-    def test_those_that_are_smaller_than_a_row_fit_their_slots(self):
-        one = planner((64,))
-        part, piece, row = self.cut(one, 64 << 20)
-        assert PACK <= piece <= one._stride("one_shot", one.shape(1, FLOAT)) < row < part
+    @pytest.mark.parametrize(
+        ("ranks", "algorithm"), [(64, "recursive_doubling/low_latency"), (8, "ring/simple"), (8, "two_shot/simple")]
+    )
+    def test_they_are_alike_in_packs_where_no_row_fits_and_where_they_are_cut_further(self, ranks, algorithm):
+        for nbytes in (20 << 20, 64 << 20, 100_000_000):
+            part, piece, row = self.cut(planner((ranks,)), nbytes, algorithm=algorithm)
+            assert piece % PACK == 0
+            assert piece - PACK < -(-part // -(-part // piece))
+            assert piece < row or algorithm != "recursive_doubling/low_latency"
 
 
 @pytest.mark.parametrize("name", candidates())

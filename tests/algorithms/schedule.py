@@ -21,16 +21,18 @@ class Notes:
     ----------
     sent : list of (epoch, receiver, slot, bytes)
         Data it put into slots of others.
-    sources : list of addresses
-        Where what was put at once lay.
+    sources : list of (address, changes)
+        Where what was put at once lay, and how often accumulators had been changed by then.
     awaited : list of (epoch, sender or None, slot, bytes)
         Data it waited for in slots of its own; None where any sender will do.
     told, heard : list of (epoch, receiver, slot) and of (epoch, slot)
         Signals it gave and waited for.
     written : list of (first, last) bytes
         Parts of the result that it wrote itself.
-    kept : int
-        Bytes of accumulators that it kept in its workspace.
+    kept, changes : int
+        Bytes of accumulators that it kept in its workspace, and how often it has changed accumulators.
+    parts : dict
+        Bytes put into slots that are not full yet.
     """
 
     sent: list = field(default_factory=list)
@@ -40,14 +42,26 @@ class Notes:
     heard: list = field(default_factory=list)
     written: list = field(default_factory=list)
     kept: int = 0
+    changes: int = 0
+    parts: dict = field(default_factory=dict)
 
     def put(self, c, e, p, slot, source, nbytes):
         """Note data that are sent at once."""
         self.sent.append((e, p, slot, nbytes))
-        self.sources.append(source)
+        self.sources.append((source, self.changes))
+
+    def put_part(self, c, e, p, slot, offset, source, nbytes):
+        """Note a part of what is sent."""
+        assert offset == self.parts.get((e, p, slot), 0), "a part is left out, or sent twice"
+        self.parts[e, p, slot] = offset + nbytes
+
+    def put_end(self, c, e, p, slot):
+        """Note that all parts were sent."""
+        self.sent.append((e, p, slot, self.parts.pop((e, p, slot), 0)))
 
     def keep(self, acc, nbytes):
-        """Note accumulators, unless they are part of the result."""
+        """Note that accumulators are changed, and how many there are, unless they are part of the result."""
+        self.changes += 1
         if WORK <= acc < RANKS:
             self.kept = max(self.kept, acc - WORK + nbytes)
 
@@ -99,7 +113,6 @@ def verbs(rank, shape, capacity, direct, notes, target):
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
     tables = {RANKS: range(shape.size), STARTS: starts}
     epochs = Epochs(target)
-    parts = {}  # bytes put into slots that are not full yet
 
     def load(address):
         return next((values[(address - at) // 8] for at, values in tables.items() if 0 <= address - at < 1 << 40), 0)
@@ -107,13 +120,6 @@ def verbs(rank, shape, capacity, direct, notes, target):
     def write(to, nbytes):
         if RECV <= to < WORK:
             notes.written.append((to - RECV, to - RECV + nbytes))
-
-    def put_part(c, e, p, slot, offset, source, nbytes):
-        assert offset == parts.get((e, p, slot), 0), "a part is left out, or sent twice"
-        parts[e, p, slot] = offset + nbytes
-
-    def put_end(c, e, p, slot):
-        notes.sent.append((e, p, slot, parts.pop((e, p, slot), 0)))
 
     def wait_all(c, e, k, me, slot, mine, n):
         notes.awaited.extend((e, None, slot + without(me, j), n * shape.itemsize) for j in range(k) if j != me)
@@ -124,6 +130,11 @@ def verbs(rank, shape, capacity, direct, notes, target):
 
     def wait_reduce_partials(c, e, k, me, slot, acc, n):
         notes.awaited.extend((e, None, slot + without(me, j), n * shape.width) for j in range(k) if j != me)
+        notes.keep(acc, n * shape.width)
+
+    def wait_reduce(c, e, p, slot, acc, n):
+        notes.awaited.append((e, p, slot, n * shape.width))
+        notes.keep(acc, n * shape.width)
 
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):
         wait_all(c, e, k, me, slot, mine, n)
@@ -178,10 +189,10 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "fill": lambda c, acc, source, n: notes.keep(acc, n * shape.width),
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
         "put": notes.put,
-        "put_part": put_part,
-        "put_end": put_end,
+        "put_part": notes.put_part,
+        "put_end": notes.put_end,
         "wait_copy": wait_copy,
-        "wait_reduce": lambda c, e, p, slot, acc, n: notes.awaited.append((e, p, slot, n * shape.width)),
+        "wait_reduce": wait_reduce,
         "wait_all": wait_all,
         "wait_reduce_partials": wait_reduce_partials,
         "wait_reduce_finish": wait_reduce_finish,
@@ -196,8 +207,8 @@ def verbs(rank, shape, capacity, direct, notes, target):
             (e, j, j, n * shape.itemsize) for j in range(k) if j != me
         ),
         "answer_at": lambda c, e, p: 0,
-        "answer_part": lambda c, e, p, *part: put_part(c, e, p, shape.size + rank, *part),
-        "answer_end": lambda c, e, p: put_end(c, e, p, shape.size + rank),
+        "answer_part": lambda c, e, p, *part: notes.put_part(c, e, p, shape.size + rank, *part),
+        "answer_end": lambda c, e, p: notes.put_end(c, e, p, shape.size + rank),
         "wait_answer": lambda c, e, p, to, nbytes: wait_copy(c, e, shape.size + p, to, nbytes),
         "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),
         "wait_signal": wait_signal,

@@ -41,7 +41,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     p
         What `packs.partial` gives.
     deep
-        Whether a thread has four packs under way at a time.
+        Whether a thread has up to four packs under way at a time.
     """
     f = SimpleNamespace(**{name: ptx.field(index) for index, name in enumerate(DEVICE_FIELDS)})
     load, store, load_acquire, load_relaxed = ptx.load, ptx.store, ptx.load_acquire, ptx.load_relaxed
@@ -219,7 +219,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     def beyond(i, step, nbytes):
         """Return where the third and the fourth pack from i on lie, `step` bytes apart, and what comes after them.
 
-        Where that many are not left, the place is i again: to load a pack twice, or store it twice, takes no longer.
+        The first two must be there. Where another is not, or not whole, its place is i again: loads, and stores to
+        memory of one's own, may be done twice, and take no longer. What goes over a link must look whether it is i.
         """
         third = i + 2 * step if i + 2 * step + BYTES <= nbytes else i
         fourth = i + 3 * step if i + 3 * step + BYTES <= nbytes else i
@@ -239,7 +240,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
                 )  # fmt: skip
                 store_pack(to + i, first)
                 store_pack(to + i1, second)
-                if i2 != i:  # what goes over a link goes once
+                if i2 != i:
                     store_pack(to + i2, third)
                 if i3 != i:
                     store_pack(to + i3, fourth)

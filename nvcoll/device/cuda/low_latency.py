@@ -160,7 +160,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
                 )  # fmt: skip
                 push(to + i * spread, first, e)
                 push(to + i1 * spread, second, e)
-                if i2 != i:  # what goes over a link goes once
+                if i2 != i:
                     push(to + i2 * spread, third, e)
                 if i3 != i:
                     push(to + i3 * spread, fourth, e)
@@ -180,7 +180,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     @jit
     def arrival(c, e, slot, nbytes):
-        """Return where a slot of mine lies; `settle` waits for its packs."""
+        """Return where a slot of mine lies; `settle` and `settle_four` wait for its packs."""
         return slot_at(c, e, rank(c), slot)
 
     @jit
@@ -189,7 +189,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return slot_at(c, e, rank(c), slot)
 
     @jit
-    def place(at, i):
+    def pack_at(at, i):
         """Return the address of pack i (in bytes) of a slot."""
         return at + i * spread
 
@@ -207,7 +207,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     @jit
     def settle_four(c, e, w0, w1, w2, w3, a0, a1, a2, a3):
-        """Wait until four packs that were looked at are there; clear them, and return them.
+        """Wait until four packs that were looked at are there; clear them, and return them. Some may be the same.
 
         One loop for all: code that is seldom run stands once, and packs are looked at together.
         """
@@ -224,7 +224,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return data_of(a0), data_of(a1), data_of(a2), data_of(a3)
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, place=place, look=look,
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
         settle=settle, settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

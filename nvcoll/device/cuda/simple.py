@@ -57,7 +57,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return slot_at(c, e, rank(c), slot)
 
     @jit
-    def place(at, i):
+    def pack_at(at, i):
         """Return the address of pack i (in bytes) of a slot."""
         return at + i
 
@@ -72,7 +72,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return a0, a1, a2, a3
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, place=place,
+        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at,
         look=load_pack, settle=settle, settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

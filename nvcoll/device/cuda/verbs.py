@@ -33,8 +33,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_part, put_end, arrival, arrivals, place, look, settle, settle_four = (
-        w.put_part, w.put_end, w.arrival, w.arrivals, w.place, w.look, w.settle, w.settle_four,
+    put_part, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
+        w.put_part, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
     )  # fmt: skip
     get, put_back, beyond, keep, rank, ranks, around, without = (
         v.get, v.put_back, v.beyond, v.keep, v.rank, v.ranks, v.around, v.without,
@@ -54,13 +54,13 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     @jit
     def one(c, e, at, i):
         """Wait for a pack of a slot and return it."""
-        where = place(at, i)
+        where = pack_at(at, i)
         return settle(c, e, where, look(where))
 
     @jit
     def four(c, e, at, i, i1, i2, i3):
         """Wait for four packs of a slot and return them."""
-        w0, w1, w2, w3 = place(at, i), place(at, i1), place(at, i2), place(at, i3)
+        w0, w1, w2, w3 = pack_at(at, i), pack_at(at, i1), pack_at(at, i2), pack_at(at, i3)
         return settle_four(c, e, w0, w1, w2, w3, look(w0), look(w1), look(w2), look(w3))
 
     @jit
@@ -96,17 +96,18 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             i += threads() * BYTES
         meet(e)
 
-    def gathering(lift, reduce):
+    def gathering(lift, combine):
         """Make what reduces pack i of all contributions, in order; `lift` makes accumulators of what they are."""
 
         @jit
         def add(me, acc, own, slot, got):
-            """Reduce what has come in a slot, after my own contribution if that is next."""
-            if slot == 0 and me != 0:
-                return lift(got)
-            if slot == me and me != 0:
-                acc = reduce(acc, lift(own))
-            return reduce(acc, lift(got))
+            """Reduce what has come in a slot, and before it my own contribution, if that is next."""
+            if me != 0:
+                if slot == 0:
+                    return lift(got)
+                if slot == me:
+                    acc = combine(acc, lift(own))
+            return combine(acc, lift(got))
 
         @jit
         def gather(c, e, k, me, at, mine, i, nbytes):
@@ -115,25 +116,25 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 left, right = own, one(c, e, at, i)
                 if me != 0:
                     left, right = right, left
-                return reduce(lift(left), lift(right))
-            acc = lift(own)
+                return combine(lift(left), lift(right))
+            acc = lift(own)  # which counts only where I am the first
             slot, last = 0, k - 2
             while slot < last:  # two to four are looked at together, though they come from different ranks
-                w0 = place(at + slot * stride(c), i)
-                w1 = place(at + (slot + 1) * stride(c), i)
-                w2 = place(at + (slot + 2) * stride(c), i) if slot + 2 <= last else w0
-                w3 = place(at + (slot + 3) * stride(c), i) if slot + 3 <= last else w0
+                w0 = pack_at(at + slot * stride(c), i)
+                w1 = pack_at(at + (slot + 1) * stride(c), i)
+                w2 = pack_at(at + (slot + 2) * stride(c), i) if slot + 2 <= last else w0
+                w3 = pack_at(at + (slot + 3) * stride(c), i) if slot + 3 <= last else w0
                 a0, a1, a2, a3 = settle_four(c, e, w0, w1, w2, w3, look(w0), look(w1), look(w2), look(w3))
                 acc = add(me, add(me, acc, own, slot, a0), own, slot + 1, a1)
-                if w2 != w0:
+                if slot + 2 <= last:
                     acc = add(me, acc, own, slot + 2, a2)
-                if w3 != w0:
+                if slot + 3 <= last:
                     acc = add(me, acc, own, slot + 3, a3)
                 slot += 4
             if slot == last:
                 acc = add(me, acc, own, slot, one(c, e, at + slot * stride(c), i))
-            if me != 0 and me == k - 1:
-                acc = reduce(acc, lift(own))
+            if me != 0 and me == k - 1:  # after all slots
+                acc = combine(acc, lift(own))
             return acc
 
         return gather
@@ -185,7 +186,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         i = thread() * BYTES
         step = threads() * BYTES
         if deep and (mine | recv) & (BYTES - 1) == 0:
-            while i + step + BYTES <= nbytes:
+            while i + step + BYTES <= nbytes:  # four packs of a rank at a time here, not one of each of four ranks
                 i1 = i + step
                 i2, i3, after = beyond(i, step, nbytes)
                 a0, a1, a2, a3 = load_pack(mine + i), load_pack(mine + i1), load_pack(mine + i2), load_pack(mine + i3)

@@ -2,7 +2,7 @@
 
     with machine() as gpus:
         world = World(gpus, "ring", "simple", (2, 1))
-        results = world.run([(count, capacity), ...], value)
+        results = world.run([(elements, elements of a piece, bytes between slots), ...], value)
 
 Memory is made of words of 8 bytes, and an element is one, so that two make a pack. What Numba and the GPU's compiler
 make of the text is not looked at here; who sends, waits, clears and reduces is, in whatever order threads come along.
@@ -76,6 +76,7 @@ class Gpus:
 
     def __init__(self, clock):
         self.memory = {}
+        self.stored = []  # (rank, address) of every store, in order
         self.me = threading.local()
         self.clock = clock
 
@@ -87,6 +88,7 @@ class Gpus:
         assert at % WORD == 0
         self._delay()
         self.memory[at] = signed(value)
+        self.stored.append((self.me.rank, at))
 
     def poll(self, at):
         time.sleep(2e-5)  # whoever is waited for runs meanwhile
@@ -233,6 +235,11 @@ class World:
         for block in range(BLOCKS):
             self.gpus.memory[self._fields[rank]["state"] + EPOCHS + EPOCH * block + WORD] = common.FAILED
 
+    def sent(self):
+        """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""
+        areas = {rank: range(self._place(0, rank), self._place(0, rank) + SPACE) for rank in self.ranks}
+        return [(who, at) for who, at in self.gpus.stored if any(at in areas[p] for p in self.ranks if p != who)]
+
     def arrived(self, rank, first=0, last=SPACE):
         """Return what is not 0 in a rank's area, between two offsets, by its address."""
         area = range(self._place(0, rank) + first, self._place(0, rank) + last)
@@ -244,7 +251,8 @@ class World:
         Parameters
         ----------
         calls
-            Elements, elements of a block in one piece, and bytes between slots of each call.
+            Elements, elements of a block in one piece, and bytes between slots of each call. Every other call is in
+            place; buffers begin on boundaries of packs, or in the middle of one, by turns.
         value
             ``value(call, rank, i)`` gives the elements of contributions.
         ranks
@@ -255,8 +263,8 @@ class World:
         buffers = {}
         for call, (count, _, _) in enumerate(calls):
             for rank in self.ranks:
-                at = self._place(3, rank) + (call << 20)
-                buffers[call, rank] = at, at + (1 << 19)
+                at = self._place(3, rank) + (call << 20) + WORD * (call // 2 % 2)
+                buffers[call, rank] = at, at if call % 2 else at + (1 << 19) + WORD * (call // 4 % 2)
                 self.gpus.memory |= {at + WORD * i: value(call, rank, i) for i in range(count)}
         self.ended.clear()
         crew = []
@@ -281,7 +289,7 @@ class World:
         """Be one thread of one rank in all calls."""
         rank, block, thread = place
         me = self.gpus.me
-        me.thread, me.threads, me.block, me.barrier = thread, self.threads, block, barrier
+        me.rank, me.thread, me.threads, me.block, me.barrier = rank, thread, self.threads, block, barrier
         me.random = random.Random(f"{seed} {place}")
         me.slow = random.Random(f"{seed} {rank}").choice((1e-4, 1e-3, 3e-3))
         try:

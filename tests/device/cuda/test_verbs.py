@@ -2,6 +2,9 @@
 
 import itertools
 import random
+from collections import Counter
+from functools import reduce
+from itertools import accumulate
 
 import pytest
 
@@ -38,22 +41,34 @@ def test_results_are_right_and_slots_are_left_clean(name, deep):
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
-@pytest.mark.parametrize("name", ["one_shot/low_latency", "one_shot/simple", "two_shot/low_latency"])
-@pytest.mark.parametrize("ranks", range(2, 10))
-def test_contributions_are_reduced_in_rank_order(name, deep, ranks):
+@pytest.mark.parametrize("name", ["one_shot/low_latency", "one_shot/simple", "two_shot/simple", "nvrar_one_hop/simple"])
+@pytest.mark.parametrize("ranks", range(2, 8))
+def test_contributions_are_reduced_in_the_order_of_ranks_and_of_nodes(name, deep, ranks):
     def combine(left, right):
         return signed(left * 1_000_003 + right)
 
-    with machine() as gpus:
-        world = World(gpus, *name.split("/"), (ranks,), deep=deep, combine=combine, threads=1)
-        results = world.run([(13, 100, 1024)], lambda call, rank, i: 10 * rank + i)
-    right = []
-    for i in range(13):
-        acc = i
-        for rank in range(1, ranks):
-            acc = combine(acc, 10 * rank + i)
-        right.append(acc)
-    assert all(result == right for result in results.values())
+    by_nodes = name.startswith("nvrar_one_hop")
+    for node_sizes in [(1,) * ranks, (2,) * ranks] if by_nodes else [(ranks,)]:
+        with machine() as gpus:
+            world = World(gpus, *name.split("/"), node_sizes, deep=deep, combine=combine, threads=1)
+            results = world.run([(13, 100, 1024)] * 2, lambda call, rank, i: 10 * rank + i)
+        starts = accumulate(node_sizes, initial=0)
+        nodes = [range(start, start + size) for start, size in zip(starts, node_sizes, strict=False)]
+        inside = [[reduce(combine, (10 * rank + i for rank in node)) for node in nodes] for i in range(13)]
+        right = [reduce(combine, partials) for partials in inside]
+        assert all(result == right for result in results.values())
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("name", candidates())
+def test_what_goes_over_a_link_goes_once(name, deep):
+    for node_sizes, count in itertools.product([(2,), (2, 2)], (7, 26, 29)):
+        with machine() as gpus:
+            world = World(gpus, *name.split("/"), node_sizes, deep=deep)
+            world.run([(count, 100, 2048)], value)
+            sent = Counter(world.sent())
+            assert sent
+            assert max(sent.values()) == 1
 
 
 @pytest.mark.parametrize("name", candidates())

@@ -76,9 +76,9 @@ def compile_kernels(kernels, arch, remote):
         list(pool.map(work, todo[1:]))
 
 
-def kernels_of(calls, deep=lambda nbytes: False):
-    """Return the kernels of calls; `deep` tells the sizes of which threads have several packs under way at a time."""
-    return {(*call.algorithm.split("/"), call.op, call.datatype, deep(call.nbytes)) for call in calls}
+def kernels_of(calls, deep=lambda nbytes, datatype: False):
+    """Return the kernels of calls; `deep` tells of which threads have several packs under way at a time."""
+    return {(*call.algorithm.split("/"), call.op, call.datatype, deep(call.nbytes, call.datatype)) for call in calls}
 
 
 def prepare(comm, calls):
