@@ -141,11 +141,6 @@ def _version(package: str) -> str:
         return ""
 
 
-def deepens(datatype: str) -> bool:
-    """Tell whether threads can have several packs of a type under way: of types of one byte a pack has too many."""
-    return DATATYPES[datatype].itemsize > 1
-
-
 def compile_kernel(
     algorithm: str, protocol: str, op: str, datatype: str, arch: str, deep: bool = True, shim: bytes | None = None
 ) -> Kernel:
@@ -200,6 +195,7 @@ def kernel_ptx(
 
     from nvcoll.algorithms import ALGORITHMS
     from nvcoll.device.cuda import packs, verbs
+    from nvcoll.device.cuda.layout import deepens
 
     kind = DATATYPES[datatype]
     accumulator = DATATYPES[kind.accumulate]
@@ -207,7 +203,7 @@ def kernel_ptx(
         jit = cuda.jit(device=True)
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
         schedule = ALGORITHMS[algorithm]
-        v = verbs.vocabulary(jit, a, protocol, deep and deepens(datatype), remote=shim is not None)
+        v = verbs.vocabulary(jit, a, protocol, deep and deepens(kind.itemsize), remote=shim is not None)
         text = verbs.entry(jit, v, a, schedule.text_for("cuda"), schedule.rounds, capability >= OVERLAPS)
         return ptx_of(f"{algorithm}/{protocol}", text, arch, shim)
 

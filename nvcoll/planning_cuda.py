@@ -10,10 +10,10 @@ from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
 from nvcoll.backends import driver, nvshmem
 from nvcoll.backends.device_area import DeviceArea
-from nvcoll.device.cuda.layout import BLOCKS
+from nvcoll.device.cuda.layout import BLOCKS, deepens
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import ENTRY
-from nvcoll.jit_cuda import THREADS, CubinCache, deepens
+from nvcoll.jit_cuda import THREADS, CubinCache
 from nvcoll.ops import DATATYPES, Datatype, Op
 from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_stamp
 
@@ -112,7 +112,7 @@ class DevicePlanner(Chooser):
 
     def _shape(self, nbytes: int, datatype: str) -> tuple[int, int | None, bool]:
         threads, limit, deep = _selection.shape_launch(self.launches, self._whole(nbytes), self.remote)
-        if deep and not deepens(datatype):
+        if deep and not deepens(DATATYPES[datatype].itemsize):
             return min(2 * threads, THREADS), limit, False  # more threads, where each cannot have more packs
         return threads, limit, deep
 

@@ -12,3 +12,8 @@ EPOCH = 16
 """Bytes for a block: its epoch, and that word again, so that whoever begins loads both at once."""
 NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
 """Ranks whose areas are arguments, so that their addresses need not be loaded."""
+
+
+def deepens(itemsize: int) -> bool:
+    """Tell whether threads can have several packs of elements of a size under way: of one byte, a pack has too many."""
+    return itemsize > 1

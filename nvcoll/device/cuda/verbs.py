@@ -6,6 +6,7 @@ from typing import Any
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
+from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.packs import BYTES
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
@@ -41,7 +42,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
-    itemsize, width, accumulates = a.itemsize, a.width, a.words // 2
+    itemsize, width, accumulates, several = a.itemsize, a.width, a.words // 2, deepens(a.itemsize)
     thread, threads, load_pack, store_pack, meet = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.meet
     _, store_wide = common.wide(jit, accumulates)
 
@@ -119,20 +120,21 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 return combine(lift(left), lift(right))
             acc = lift(own)  # which counts only where I am the first
             slot, last = 0, k - 2
-            while slot < last:  # two to four are looked at together, though they come from different ranks
+            while several and slot < last:  # two to four are looked at together, though they come from different ranks
                 w0 = pack_at(at + slot * stride(c), i)
                 w1 = pack_at(at + (slot + 1) * stride(c), i)
                 w2 = pack_at(at + (slot + 2) * stride(c), i) if slot + 2 <= last else w0
                 w3 = pack_at(at + (slot + 3) * stride(c), i) if slot + 3 <= last else w0
                 a0, a1, a2, a3 = settle_four(c, e, w0, w1, w2, w3, look(w0), look(w1), look(w2), look(w3))
                 acc = add(me, add(me, acc, own, slot, a0), own, slot + 1, a1)
-                if slot + 2 <= last:
+                if w2 != w0:  # to tell it by addresses takes fewer registers
                     acc = add(me, acc, own, slot + 2, a2)
-                if slot + 3 <= last:
+                if w3 != w0:
                     acc = add(me, acc, own, slot + 3, a3)
                 slot += 4
-            if slot == last:
+            while slot <= last:
                 acc = add(me, acc, own, slot, one(c, e, at + slot * stride(c), i))
+                slot += 1
             if me != 0 and me == k - 1:  # after all slots
                 acc = combine(acc, lift(own))
             return acc
