@@ -70,8 +70,8 @@ def shape_launch(list rules, nbytes, far):
     ----------
     rules
         The first that matches wins. Keys: ``threads``, and perhaps ``blocks`` and ``deep`` (a thread has up to four
-        packs under way at a time); as limits ``upto`` (bytes, inclusive) and ``far`` (some ranks are reached through the
-        network).
+        packs under way at a time); as limits ``upto`` (bytes, inclusive) and ``far`` (some ranks are reached through
+        the network).
     nbytes, far
         The call.
     """
