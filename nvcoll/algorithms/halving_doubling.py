@@ -28,7 +28,7 @@ def cost(shape: Shape, link: Link) -> float:
     latency, per_byte = (link.far_latency, link.far_per_byte) if far else (link.latency, link.per_byte)
     power = power_below(shape.size)
     seconds = 2 * steps(shape.size) * latency + 2 * (power - 1) / power * shape.nbytes * per_byte
-    if power != shape.size:
+    if folds(shape.size):
         seconds += 2 * (latency + shape.nbytes * per_byte)
     return seconds
 
