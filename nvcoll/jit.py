@@ -16,7 +16,7 @@ from nvcoll.codecache import CodeCache, digest_of
 ENTRY = "nvcoll_entry"
 C_FUNCTIONS = {"memcpy", "memmove", "memset"}
 """What compiled code may call besides what it is handed."""
-VERB_SOURCES = tuple(f"device/{name}.py" for name in ("host", "common", "simple", "low_latency", "verbs"))
+VERB_SOURCES = tuple(f"device/{name}.py" for name in ("host", "common", "simple", "low_latency", "groups", "verbs"))
 PACK_SOURCES = ("device/packs.py", "device/reduce.py")
 
 

@@ -22,8 +22,8 @@ from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
 TEXTS = (
-    "common", "reduce", "cuda/layout", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple", "cuda/low_latency",
-    "cuda/remote", "cuda/verbs",
+    "common", "reduce", "groups", "cuda/layout", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple",
+    "cuda/low_latency", "cuda/remote", "cuda/together", "cuda/verbs",
 )  # fmt: skip
 SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
 """Files that every kernel depends on."""

@@ -96,7 +96,7 @@ def open_world() -> Any:
         undo.callback(memory.close)
         here = topology
         if len(topology.nodes) > 1:  # kernels see the ranks of this node only; `nvcoll.hosts` joins the nodes
-            members = topology.nodes[topology.node]
+            members = topology.members
             here = _topology.detect(topology.local_rank, [identities[rank] for rank in members])
         world = _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, backend)
         undo.pop_all()

@@ -156,11 +156,11 @@ def _reach(
 
     here = detect(settings.ranks_per_node)
     unreachable = {rank for rank, address in enumerate(memory.addresses) if not address}
-    if _anywhere(exchange, not unreachable.isdisjoint(here.nodes[here.node])):
+    if _anywhere(exchange, not unreachable.isdisjoint(here.members)):
         here = detect(1)  # ranks of a node reach each other: that is what algorithms take for granted
     far = frozenset(unreachable)
     if settings.ranks_per_node is not None:  # its nodes stand for hosts
-        far |= set(range(exchange.size)) - set(here.nodes[here.node])
+        far |= set(range(exchange.size)) - set(here.members)
     remote = _anywhere(exchange, bool(far))  # both ends of every slot must know in which form it is filled
     problem = unfit_transport() if remote else None
     agree(exchange, b"", problem or "", "other nodes cannot be reached", BootstrapError)

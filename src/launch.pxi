@@ -73,8 +73,8 @@ DEVICE_FIELDS = (
     "stride",                           # bytes between a block's slots
     "stamp",                            # the low 24 bits of every tag of this call
     "ranks",                            # what AVG divides by
-    "rank", "size", "nodes", "node", "local_rank", "slices",
-    "node_ranks", "node_starts",        # tables, as in World
+    "rank", "size", "nodes", "node", "local_rank", "node_size", "slices",
+    "members", "owners",                # tables, as in World
     "peers",                            # table of size addresses: where each rank's area lies
     "state",                            # a word that says whether a wait failed, and the blocks' epochs
     "report",                           # a word of the host: whether a wait failed
@@ -87,7 +87,7 @@ DEVICE_FIELDS = (
     "peer0", "peer1", "peer2", "peer3", "peer4", "peer5", "peer6", "peer7",     # the first entries of `peers`
 )
 cdef enum:
-    FIELDS = 41
+    FIELDS = 42
     PROGRAMMATIC = 6        # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     PER_THREAD = 2          # CU_STREAM_PER_THREAD: means another stream in each thread
     CAPTURING = 900         # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED

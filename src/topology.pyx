@@ -12,7 +12,7 @@ cdef tuple NICS = ("infiniband", "cxi")  # folders of /sys/class
 
 cdef class Topology:
     """The nodes of a communicator, seen from one rank. What depends on the rank: `rank`, `node`, `local_rank`,
-    `host_rank`, `ranks_on_my_gpu`; all else is equal on all ranks.
+    `members`, `owners`, `host_rank`, `ranks_on_my_gpu`; all else is equal on all ranks.
 
     Attributes
     ----------
@@ -22,6 +22,10 @@ cdef class Topology:
         World ranks by node, ordered by the first rank of each node; ranks of a node share memory.
     node, local_rank
         Which of `nodes` holds this rank, and where.
+    members
+        World ranks of this rank's node.
+    owners
+        World ranks at this rank's place in each node; -1 for a node that is too small to have one.
     node_sizes
         How many ranks each node has.
     uniform
@@ -43,7 +47,7 @@ cdef class Topology:
     """
 
     cdef readonly int rank, size, node, local_rank, hosts, host_rank, cores
-    cdef readonly tuple nodes, node_sizes, host_sizes, gpus, ranks_on_my_gpu
+    cdef readonly tuple nodes, members, owners, node_sizes, host_sizes, gpus, ranks_on_my_gpu
     cdef readonly bint uniform, oversubscribed
 
     def __repr__(self):
@@ -96,7 +100,9 @@ def detect(rank, identities, ranks_per_node=None, cores=1, gpus=None):
     self.node_sizes = tuple(len(node) for node in self.nodes)
     self.uniform = len(set(self.node_sizes)) == 1
     self.node = next(number for number, node in enumerate(self.nodes) if rank in node)
-    self.local_rank = self.nodes[self.node].index(rank)
+    self.members = self.nodes[self.node]
+    self.local_rank = self.members.index(rank)
+    self.owners = tuple(node[self.local_rank] if self.local_rank < len(node) else -1 for node in self.nodes)
     self.host_sizes = tuple(len(ranks) for ranks in hosts.values())
     self.host_rank = hosts[identities[rank]].index(rank)
     self.gpus = None if gpus is None else tuple(gpus)

@@ -58,8 +58,8 @@ cdef extern from *:
     int PyErr_CheckSignals() except -1
 
 WORLD_FIELDS = (
-    "rank", "size", "peers", "nodes", "node", "local_rank", "slices", "node_ranks", "node_starts",
-    "epoch", "spin", "wait", "wake", "flags", "flags_half", "lines", "lines_half", "data", "data_half",
+    "rank", "size", "peers", "nodes", "node", "local_rank", "node_size", "slices", "members",
+    "owners", "epoch", "spin", "wait", "wake", "flags", "flags_half", "lines", "lines_half", "data", "data_half",
     "workspace", "unpacked", "blocks", "table", "heap", "heap_size", "bell", "error",
 )
 
@@ -68,10 +68,10 @@ cdef struct World:
     int64_t rank, size
     int64_t peers           # address of size addresses: where each rank's area of this communicator lies
     int64_t nodes, node     # how many nodes, and which one is mine
-    int64_t local_rank      # my place in my node
+    int64_t local_rank, node_size  # my place in my node, and how many ranks it has
     int64_t slices          # ranks of the smallest node: in how many slices nvrar cuts a message
-    int64_t node_ranks      # address of size ranks, sorted by node
-    int64_t node_starts     # address of nodes + 1 indices into node_ranks
+    int64_t members         # address of node_size ranks: those of my node
+    int64_t owners          # address of nodes ranks: those at my place in each node, where there is one
     int64_t epoch           # address of the epoch
     int64_t spin            # polls before the slow path
     int64_t wait, wake      # addresses of wait_slowly and wake_peer

@@ -11,8 +11,14 @@ def doubling_steps(places: int) -> int:
 
 
 def doubling_slots(places: int) -> int:
-    """Return how many slots it takes: one a step, and one where places fold, which each comes to from one side only."""
-    return steps(places) + folds(places)
+    """Return how many slots it takes: one a step, and one where places fold, which each comes to from one side only.
+
+    Kernels count with this very text.
+    """
+    number, power = 0, 1
+    while 2 * power <= places:
+        number, power = number + 1, 2 * power
+    return number + 1 if places > power else number
 
 
 def doubling_width(places: int, shape: Shape) -> int:
@@ -21,18 +27,18 @@ def doubling_width(places: int, shape: Shape) -> int:
 
 
 def doubling_of(v: Any, rank_at: Any) -> Any:
-    """Return ``double(c, e, me, total, k, source, acc, n, result, first)``, run by the ranks at places 0 to total - 1.
+    """Return ``double(c, e, me, total, source, acc, n, result)``, run by the ranks at places 0 to total - 1.
 
     It reduces n elements of each place, in a binary tree over the places, and leaves the result at `result`, by way of
     accumulators at `acc`. Mine are at `source`, or that is 0 and `acc` has their accumulators already: elements are
-    sent where it is so far known to be all that there is, for they may be fewer bytes. Slots are used from `first` on.
+    sent where it is so far known to be all that there is, for they may be fewer bytes. The first slots are used.
 
     Parameters
     ----------
     v
         The verbs.
     rank_at
-        ``rank_at(c, place, k)`` returns the rank at a place.
+        ``rank_at(c, place)`` returns the rank at a place.
     """
     width, itemsize, put, fill, finish_to = v.width, v.itemsize, v.put, v.fill, v.finish_to
     log2, fold, unfold, wait_copy, wait_reduce, wait_reduce_all, wait_reduce_finish = (
@@ -40,40 +46,40 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
     )  # fmt: skip
 
     @v.jit
-    def double(c, e, me, total, k, source, acc, n, result, first):
+    def double(c, e, me, total, source, acc, n, result):
         doublings = log2(total)
         extra = total - (1 << doublings)  # places 0 .. 2 extra - 1 fold in pairs: the odd of each hands over and waits
-        start = first + 1 if extra > 0 else first
+        start = 1 if extra > 0 else 0
         if me < 2 * extra and me % 2 == 1:
             if source != 0:
-                put(c, e, rank_at(c, me - 1, k), first, source, n * itemsize(c))
+                put(c, e, rank_at(c, me - 1), 0, source, n * itemsize(c))
             else:
-                put(c, e, rank_at(c, me - 1, k), first, acc, n * width(c))
-            wait_copy(c, e, first, result, n * itemsize(c))
+                put(c, e, rank_at(c, me - 1), 0, acc, n * width(c))
+            wait_copy(c, e, 0, result, n * itemsize(c))
             return
         if me < 2 * extra:
             if source != 0:
-                wait_reduce_all(c, e, 2, 0, first, source, acc, n)
+                wait_reduce_all(c, e, 2, 0, 0, source, acc, n)
             else:
-                wait_reduce(c, e, rank_at(c, me + 1, k), first, acc, n)
+                wait_reduce(c, e, rank_at(c, me + 1), 0, acc, n)
         elif source != 0 and extra > 0:
             fill(c, acc, source, n)
         mine = fold(me, extra)
         done = 0
         if source != 0 and extra == 0 and doublings > 0:
             upper = mine & 1
-            put(c, e, rank_at(c, mine ^ 1, k), start, source, n * itemsize(c))
+            put(c, e, rank_at(c, mine ^ 1), start, source, n * itemsize(c))
             if doublings == 1:
                 wait_reduce_finish(c, e, 2, upper, start, source, result, n)
                 return
             wait_reduce_all(c, e, 2, upper, start, source, acc, n)
             done = 1
         for step in range(done, doublings):
-            partner = rank_at(c, unfold(mine ^ (1 << step), extra), k)
+            partner = rank_at(c, unfold(mine ^ (1 << step), extra))
             put(c, e, partner, start + step, acc, n * width(c))
             wait_reduce(c, e, partner, start + step, acc, n)
         finish_to(c, result, acc, n)
         if me < 2 * extra:
-            put(c, e, rank_at(c, me + 1, k), first, result, n * itemsize(c))
+            put(c, e, rank_at(c, me + 1), 0, result, n * itemsize(c))
 
     return double

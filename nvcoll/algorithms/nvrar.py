@@ -15,7 +15,7 @@ more where N is no power of two. Any number of nodes, of any and of different si
 from typing import Any
 
 from nvcoll.algorithms._doubling import doubling_of, doubling_slots, doubling_steps, doubling_width
-from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost, near_slots
+from nvcoll.algorithms._inside_nodes import inside_nodes, near_cost, near_slots, owner_of
 from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
@@ -33,7 +33,7 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """Slots for scatter, for folding where nodes do, for doubling and for gather, each of a slice."""
+    """Slots for folding where nodes do, for doubling, for gather and for scatter, each of a slice."""
     largest, slices, nodes = max(shape.node_sizes), shape.slices, len(shape.node_sizes)
     width = shape.width if largest > 1 else doubling_width(nodes, shape)
     return Slots(near_slots(shape) + doubling_slots(nodes), slices, width)
@@ -43,16 +43,10 @@ def slots(shape: Shape) -> Slots:
     "nvrar", verb="allreduce", source="NVRAR, arXiv 2511.09557", order="rank order in a node, binary tree over nodes"
 )
 def text(v: Any) -> Any:
-    nodes, node, local_rank, log2, member, jit = v.nodes, v.node, v.local_rank, v.log2, member_of(v), v.jit
-    double = doubling_of(v, member)
+    nodes, node, double = v.nodes, v.node, doubling_of(v, owner_of(v))
 
-    @jit
-    def slots_between(c):
-        doublings = log2(nodes(c))
-        return doublings + 1 if nodes(c) > 1 << doublings else doublings
+    @v.jit
+    def between_nodes(c, e, source, acc, n, result):
+        double(c, e, node(c), nodes(c), source, acc, n, result)
 
-    @jit
-    def between_nodes(c, e, source, acc, n, result, first):
-        double(c, e, node(c), nodes(c), local_rank(c), source, acc, n, result, first)
-
-    return inside_nodes(v, slots_between, between_nodes)
+    return inside_nodes(v, v.jit(doubling_slots), between_nodes)

@@ -13,7 +13,7 @@ of nodes, of any and of different sizes.
 
 from typing import Any
 
-from nvcoll.algorithms._inside_nodes import inside_nodes, member_of, near_cost, near_slots
+from nvcoll.algorithms._inside_nodes import inside_nodes, near_cost, near_slots, owner_of
 from nvcoll.algorithms._registry import Link, Shape, Slots, algorithm
 
 
@@ -31,7 +31,7 @@ def cost(shape: Shape, link: Link) -> float:
 
 
 def slots(shape: Shape) -> Slots:
-    """Slots for scatter, for every other node and for gather, each of a slice."""
+    """Slots for every other node, for gather and for scatter, each of a slice."""
     largest, slices = max(shape.node_sizes), shape.slices
     width = shape.itemsize if largest == 1 else shape.width
     return Slots(near_slots(shape) + len(shape.node_sizes) - 1, slices, width)
@@ -44,26 +44,23 @@ def slots(shape: Shape) -> Slots:
     order="rank order in a node, node order between",
 )
 def text(v: Any) -> Any:
-    width, itemsize, put, nodes, node, local_rank = v.width, v.itemsize, v.put, v.nodes, v.node, v.local_rank
-    around, without, wait_reduce_partials, wait_reduce_finish, finish_to, member, jit = (
-        v.around, v.without, v.wait_reduce_partials, v.wait_reduce_finish, v.finish_to, member_of(v), v.jit,
-    )  # fmt: skip
+    width, itemsize, nodes, node, jit = v.width, v.itemsize, v.nodes, v.node, v.jit
+    wait_reduce_partials, wait_reduce_finish, finish_to = v.wait_reduce_partials, v.wait_reduce_finish, v.finish_to
+    _, put_all = v.anywhere_of(owner_of(v))
 
     @jit
-    def slots_between(c):
-        return nodes(c) - 1
+    def slots_between(nodes):
+        return nodes - 1
 
     @jit
-    def between_nodes(c, e, source, acc, n, result, first):
-        here, local, total = node(c), local_rank(c), nodes(c)
-        data, nbytes = (acc, n * width(c)) if source == 0 else (source, n * itemsize(c))
-        for step in range(1, total):  # the next node first, so that none is sent to by all at once
-            b = around(here + step, total)
-            put(c, e, member(c, b, local), first + without(b, here), data, nbytes)
+    def between_nodes(c, e, source, acc, n, result):
+        here, total = node(c), nodes(c)
         if source == 0:
-            wait_reduce_partials(c, e, total, here, first, acc, n)
+            put_all(c, e, total, here, 0, acc, n * width(c))
+            wait_reduce_partials(c, e, total, here, 0, acc, n)
             finish_to(c, result, acc, n)
         else:
-            wait_reduce_finish(c, e, total, here, first, source, result, n)
+            put_all(c, e, total, here, 0, source, n * itemsize(c))
+            wait_reduce_finish(c, e, total, here, 0, source, result, n)
 
     return inside_nodes(v, slots_between, between_nodes)

@@ -32,15 +32,12 @@ def slots(shape: Shape) -> Slots:
 
 @algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")
 def text(v: Any) -> Any:
-    rank, size, itemsize, begin, put, wait_reduce_finish, around, without = (
-        v.rank, v.size, v.itemsize, v.begin, v.put, v.wait_reduce_finish, v.around, v.without,
-    )  # fmt: skip
+    rank, size, itemsize, begin, wait_reduce_finish = v.rank, v.size, v.itemsize, v.begin, v.wait_reduce_finish
+    _, put_all = v.anywhere_of(v.everyone)
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)
-        for k in range(1, n):
-            p = around(me + k, n)
-            put(c, e, p, without(p, me), send, count * itemsize(c))
+        put_all(c, e, n, me, 0, send, count * itemsize(c))
         wait_reduce_finish(c, e, n, me, 0, send, recv, count)
 
     return kernel

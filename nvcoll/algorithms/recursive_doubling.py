@@ -37,15 +37,9 @@ def slots(shape: Shape) -> Slots:
     "recursive_doubling", verb="allreduce", source="Thakur, Rabenseifner & Gropp 2005", order="binary tree over ranks"
 )
 def text(v: Any) -> Any:
-    rank, size, begin, accumulators, jit = v.rank, v.size, v.begin, v.accumulators, v.jit
-
-    @jit
-    def rank_at(c, place, k):
-        return place
-
-    double = doubling_of(v, rank_at)
+    rank, size, begin, accumulators, double = v.rank, v.size, v.begin, v.accumulators, doubling_of(v, v.everyone)
 
     def kernel(c, send, recv, count):
-        double(c, begin(c), rank(c), size(c), 0, send, accumulators(c, recv), count, recv, 0)
+        double(c, begin(c), rank(c), size(c), send, accumulators(c, recv), count, recv)
 
     return kernel

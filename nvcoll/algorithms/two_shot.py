@@ -157,9 +157,10 @@ def cuda_text(v: Any) -> Any:
     rank, size, itemsize, capacity, around, begin, signal, wait_signal = (
         v.rank, v.size, v.itemsize, v.capacity, v.around, v.begin, v.signal, v.wait_signal,
     )  # fmt: skip
-    offset, heap_of, part_at, reduce_direct, without = v.offset, v.heap_of, v.part_at, v.reduce_direct, v.without
+    offset, heap_of, part_at, reduce_direct = v.offset, v.heap_of, v.part_at, v.reduce_direct
     # Through scratch memory a thread has a pack under way: with several, both ways together need too many registers.
-    put, wait_reduce_finish, wait_copy = v.shallow.put, v.shallow.wait_reduce_finish, v.shallow.wait_copy
+    wait_reduce_finish, wait_slices = v.shallow.wait_reduce_finish, v.shallow.wait_slices
+    put_slices, put_all = v.shallow.group_of(v.everyone)
     table, note, sync, meet, renew, jit = v.private, v.note, v.sync, v.meet, v.renew, v.jit
 
     @jit
@@ -184,19 +185,12 @@ def cuda_text(v: Any) -> Any:
     @jit
     def one_round(c, e, send, recv, count):
         me, n, at = rank(c), size(c), itemsize(c)
-        for k in range(1, n):
-            p = around(me + k, n)
-            lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
-            put(c, e, p, without(p, me), send + lo * at, (hi - lo) * at)
+        put_slices(c, e, n, me, 0, send, count)
         lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
         wait_reduce_finish(c, e, n, me, 0, send + lo * at, recv + lo * at, hi - lo)
         meet(e)
-        for k in range(1, n):
-            put(c, e, around(me + k, n), n + me, recv + lo * at, (hi - lo) * at)
-        for k in range(1, n):
-            p = around(me + n - k, n)
-            lo, hi = part_at(c, count, n, p), part_at(c, count, n, p + 1)
-            wait_copy(c, e, n + p, recv + lo * at, (hi - lo) * at)
+        put_all(c, e, n, me, n, recv + lo * at, (hi - lo) * at)
+        wait_slices(c, e, n, me, n, recv, count)
 
     def kernel(c, send, recv, count):
         e, me, n = begin(c), rank(c), size(c)

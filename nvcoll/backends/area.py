@@ -7,7 +7,6 @@ The halves take turns by the parity of the epoch; `nvcoll.device.common` says wh
 
 import ctypes
 from dataclasses import dataclass
-from itertools import accumulate, chain
 from typing import Any
 
 from nvcoll._plan import State
@@ -91,11 +90,10 @@ def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, setti
         Ranks of the smallest node.
     """
     size = len(memory.members)
-    starts = list(accumulate(topology.node_sizes, initial=0))
     tables = {
         "peers": [memory.address(p) + piece.offset for p in range(size)],
-        "node_ranks": list(chain.from_iterable(topology.nodes)),
-        "node_starts": starts,
+        "members": topology.members,
+        "owners": topology.owners,
         "table": [0] * (4 * size),
     }
     arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in tables.items()}
@@ -107,6 +105,7 @@ def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, setti
         "nodes": len(topology.nodes),
         "node": topology.node,
         "local_rank": topology.local_rank,
+        "node_size": len(topology.members),
         "slices": slices,
         "epoch": piece.address + EPOCH,
         "spin": int((SPIN if settings.spin is None else settings.spin) * POLLS_PER_MICROSECOND),

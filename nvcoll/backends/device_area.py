@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 from nvcoll._plan import DeviceState
@@ -133,11 +133,11 @@ class DeviceArea:
             ctypes.memset(self._host, 0, 64)
             self._event = driver.event_create()
             context = driver.current_context()
-        peers, node_ranks, node_starts, state = (self._private + place for place in places)
+        peers, members, owners, state = (self._private + place for place in places)
         values = {
             "rank": memory.place, "size": len(memory.members), "nodes": len(here.nodes), "node": here.node,
-            "local_rank": here.local_rank, "slices": slices, "node_ranks": node_ranks, "node_starts": node_starts,
-            "peers": peers, "state": state, "report": report, "timeout": int(timeout * 1e9),
+            "local_rank": here.local_rank, "node_size": len(here.members), "slices": slices, "members": members,
+            "owners": owners, "peers": peers, "state": state, "report": report, "timeout": int(timeout * 1e9),
             "board": piece.address + BOARD, "flags": FLAGS, "flags_half": layout.flags_half,
             "flags_block": layout.flags_block, "cells": layout.cells, "lines": layout.lines, "data": layout.data,
             "slots_half": layout.slots_half, "slots_block": layout.slots_block,
@@ -174,11 +174,10 @@ class DeviceArea:
 
 
 def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[list[int]]:
-    """Return what kernels look up: the ranks' areas, the ranks by node, and where in these each node begins."""
+    """Return what kernels look up: the ranks' areas, my node's ranks, and those at my place in each node."""
     heaps = [0 if place in far else memory.address(place) for place in range(len(memory.members))]
     areas = [heap and heap + piece.offset for heap in heaps]  # 0: far
-    starts = [0, *accumulate(here.node_sizes)]
-    return [areas, list(chain.from_iterable(here.nodes)), starts]
+    return [areas, list(here.members), list(here.owners)]
 
 
 def _places(sizes: list[int]) -> tuple[list[int], int]:

@@ -28,7 +28,7 @@ class SharedMemory(Member):
     """
 
     def __init__(self, exchange: Any, topology: Any, extent: int | None) -> None:
-        members = topology.nodes[topology.node]
+        members = topology.members
         size = (extent or physical_memory()) // 4096 * 4096
         self.segment = _map(exchange, topology.local_rank, members, size * len(members))
         super().__init__(exchange, members, topology.local_rank, size, self.segment.fd)

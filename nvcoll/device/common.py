@@ -36,6 +36,11 @@ def without(p: int, place: int) -> int:
     return place - 1 if place > p else place
 
 
+def everyone(c: Any, place: int) -> int:
+    """Return the rank at a place among all ranks."""
+    return place
+
+
 def middle(lo: int, hi: int) -> int:
     """Return where the upper half of a range begins; the lower half is the larger."""
     return (lo + hi + 1) // 2
@@ -219,6 +224,7 @@ def verbs(t: Any) -> SimpleNamespace:
         BLOCK=BLOCK,
         part_at=jit(part_at),
         around=jit(around),
+        everyone=jit(everyone),
         middle=jit(middle),
         log2=jit(log2),
         fold=jit(fold),

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.device import common
-from nvcoll.device.common import BLOCK, around, fold, log2, unfold, without
+from nvcoll.device.common import BLOCK, around, everyone, fold, log2, unfold, without
 from nvcoll.device.cuda import common as cuda_common
+from nvcoll.device.groups import in_turn
 
-SEND, RECV, WORK, RANKS, STARTS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
+SEND, RECV, WORK, MEMBERS, OWNERS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Notes:
     def keep(self, acc, nbytes):
         """Note that accumulators are changed, and how many there are, unless they are part of the result."""
         self.changes += 1
-        if WORK <= acc < RANKS:
+        if WORK <= acc < MEMBERS:
             self.kept = max(self.kept, acc - WORK + nbytes)
 
 
@@ -111,7 +112,10 @@ def verbs(rank, shape, capacity, direct, notes, target):
     """What a schedule may use."""
     starts = list(accumulate(shape.node_sizes, initial=0))
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
-    tables = {RANKS: range(shape.size), STARTS: starts}
+    local_rank = rank - starts[node]
+    members = range(starts[node], starts[node + 1])
+    owners = [start + local_rank if local_rank < own else -1 for start, own in zip(starts, shape.node_sizes, strict=False)]
+    tables = {MEMBERS: members, OWNERS: owners}
     epochs = Epochs(target)
 
     def load(address):
@@ -153,25 +157,27 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "size": shape.size,
         "nodes": len(shape.node_sizes),
         "node": node,
-        "local_rank": rank - starts[node],
+        "local_rank": local_rank,
+        "node_size": len(members),
         "slices": shape.slices,
         "itemsize": shape.itemsize,
         "width": shape.width,
         "capacity": capacity,
         "widen": int(shape.width != shape.itemsize),
-        "node_ranks": RANKS,
-        "node_starts": STARTS,
+        "members": MEMBERS,
+        "owners": OWNERS,
         "table": WORK,
         "blocks": WORK,
         "error": 0,
         "finish": int(shape.width != shape.itemsize),
     }
-    return {
+    found = {
         **{name: lambda c, value=value: value for name, value in constants.items()},
         "BLOCK": BLOCK,
         **cuts(target, shape.itemsize),
         "log2": log2,
         "around": around,
+        "everyone": everyone,
         "fold": fold,
         "unfold": unfold,
         "without": without,
@@ -213,6 +219,8 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),
         "wait_signal": wait_signal,
     }
+    group_of, wait_slices = in_turn(SimpleNamespace(**found), notes.put)
+    return found | {"group_of": group_of, "anywhere_of": group_of, "wait_slices": wait_slices}
 
 
 def world(node_sizes, count=1, itemsize=4, width=None):

@@ -99,8 +99,8 @@ def words(address, count):
 class TestArea:
     def test_kernels_are_told_every_field_that_is_not_the_call_s(self, made):
         assert set(made.values) | LOCAL | {f"peer{k}" for k in range(3, 8)} == set(DEVICE_FIELDS)
-        assert {name: made.values[name] for name in ("rank", "size", "nodes", "node", "local_rank", "slices")} == {
-            "rank": 1, "size": 3, "nodes": 2, "node": 0, "local_rank": 1, "slices": 1,
+        assert {name: made.values[name] for name in ("rank", "size", "nodes", "node", "local_rank", "node_size", "slices")} == {
+            "rank": 1, "size": 3, "nodes": 2, "node": 0, "local_rank": 1, "node_size": 2, "slices": 1,
         }  # fmt: skip
         assert made.values["timeout"] == 2_500_000_000
         assert made.told[:2] == [CONTEXT, EVENT]
@@ -109,8 +109,8 @@ class TestArea:
         first, second = (made.memory.address(rank) + 4096 for rank in range(2))
         assert words(made.values["peers"], 3) == [first, second, 0]
         assert [made.values[f"peer{k}"] for k in range(3)] == [first, second, 0]
-        assert words(made.values["node_ranks"], 3) == [0, 1, 2]
-        assert words(made.values["node_starts"], 3) == [0, 2, 3]
+        assert words(made.values["members"], 2) == [0, 1]
+        assert words(made.values["owners"], 2) == [1, -1]
         assert words(made.values["state"], 8 + 4) == [0] * 12  # epochs of four blocks behind the word of failure
 
     def test_far_ranks_have_no_address_even_if_they_can_be_reached(self, driver, monkeypatch):
@@ -122,7 +122,7 @@ class TestArea:
 
     def test_private_parts_are_apart(self, made):
         values, area = made.values, made.area
-        starts = sorted((values[name], name) for name in ("peers", "node_ranks", "node_starts", "state", "workspace"))
+        starts = sorted((values[name], name) for name in ("peers", "members", "owners", "state", "workspace"))
         assert all(second[0] - first[0] >= 256 for first, second in pairwise(starts))
         assert starts[-1][1] == "workspace"
         assert values["workspace_block"] == made.layout.slots_block

@@ -18,7 +18,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS, around, fold, heaps, log2, unfold, without
+from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, log2, unfold, without
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
@@ -217,14 +217,19 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def beyond(i, step, nbytes):
-        """Return where the third and the fourth pack from i on lie, `step` bytes apart, and what comes after them.
+        """Return where the second to fourth pack from i on lie, `step` bytes apart, and what comes after them.
 
         The first two must be there. Where another is not, or not whole, its place is i again: loads, and stores to
         memory of one's own, may be done twice, and take no longer. What goes over a link must look whether it is i.
         """
         third = i + 2 * step if i + 2 * step + BYTES <= nbytes else i
         fourth = i + 3 * step if i + 3 * step + BYTES <= nbytes else i
-        return third, fourth, max(i + step, third, fourth) + step
+        return i + step, third, fourth, max(i + step, third, fourth) + step
+
+    @jit
+    def load_four(at, i, i1, i2, i3):
+        """Load four packs, all before the first is used."""
+        return load_pack(at + i), load_pack(at + i1), load_pack(at + i2), load_pack(at + i3)
 
     @jit
     def copy(to, source, nbytes):
@@ -233,11 +238,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         step = threads() * BYTES
         if deep and (to | source) & (BYTES - 1) == 0:
             while i + step + BYTES <= nbytes:  # two to four packs under way at a time
-                i1 = i + step
-                i2, i3, after = beyond(i, step, nbytes)
-                first, second, third, fourth = (
-                    load_pack(source + i), load_pack(source + i1), load_pack(source + i2), load_pack(source + i3),
-                )  # fmt: skip
+                i1, i2, i3, after = beyond(i, step, nbytes)
+                first, second, third, fourth = load_four(source, i, i1, i2, i3)
                 store_pack(to + i, first)
                 store_pack(to + i1, second)
                 if i2 != i:
@@ -295,11 +297,15 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
             put_back(acc_at, reduce_pack(mine, got), nbytes)
 
     @jit
-    def part_at(c, count, parts, k):
-        """Return where part k of a message begins: parts are whole packs, but for the last."""
+    def slice_of(count, parts):
+        """Return the elements of a part of a message, in whole packs; the last ones may have less."""
         unit = BYTES // size_of
-        each = (count + parts * unit - 1) // (parts * unit) * unit
-        return min(k * each, count)
+        return (count + parts * unit - 1) // (parts * unit) * unit
+
+    @jit
+    def part_at(c, count, parts, k):
+        """Return where part k of a message begins."""
+        return min(k * slice_of(count, parts), count)
 
     @jit
     def middle(lo, hi):
@@ -309,10 +315,10 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     named = (
         itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of,
-        offset, accumulators, private, outward, note, get, put_back, beyond, copy, fill, finish_to, keep, part_at,
-        middle,
+        offset, accumulators, private, outward, note, get, put_back, beyond, load_four, copy, fill, finish_to, keep,
+        slice_of, part_at, middle,
     )  # fmt: skip
-    shared = {function.__name__: jit(function) for function in (around, fold, log2, unfold, without)}
+    shared = {function.__name__: jit(function) for function in (around, everyone, fold, log2, unfold, without)}
     return SimpleNamespace(
         **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}
     )

@@ -134,13 +134,14 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     else:
         form = flags(jit)
         base = v.lines
-    area, half, get, beyond, rank, in_vain, outward, stride, slots_half, slots_block = (
-        v.area, v.half, v.get, v.beyond, v.rank, v.in_vain, v.outward, v.stride, v.slots_half, v.slots_block,
+    area, half, rank, in_vain, outward, stride, slots_half, slots_block = (
+        v.area, v.half, v.rank, v.in_vain, v.outward, v.stride, v.slots_half, v.slots_block,
     )  # fmt: skip
+    get, beyond, load_four = v.get, v.beyond, v.load_four
     push, look, missing, clear, data_of, spread = (
         form.push, form.look, form.missing, form.clear, form.data_of, form.spread,
     )  # fmt: skip
-    thread, threads, block, leave, load_pack = ptx.thread, ptx.threads, ptx.block, ptx.leave, ptx.load_pack
+    thread, threads, block, leave = ptx.thread, ptx.threads, ptx.block, ptx.leave
 
     @jit
     def slot_at(c, e, p, slot):
@@ -153,11 +154,8 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         step = threads() * BYTES
         if deep and source & (BYTES - 1) == 0:
             while i + step + BYTES <= nbytes:  # two to four packs under way at a time
-                i1 = i + step
-                i2, i3, after = beyond(i, step, nbytes)
-                first, second, third, fourth = (
-                    load_pack(source + i), load_pack(source + i1), load_pack(source + i2), load_pack(source + i3),
-                )  # fmt: skip
+                i1, i2, i3, after = beyond(i, step, nbytes)
+                first, second, third, fourth = load_four(source, i, i1, i2, i3)
                 push(to + i * spread, first, e)
                 push(to + i1 * spread, second, e)
                 if i2 != i:
@@ -226,5 +224,5 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     return SimpleNamespace(
         put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
         settle=settle, settle_four=settle_four,
-        slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
+        push=push, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

@@ -8,6 +8,8 @@ from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.packs import BYTES
+from nvcoll.device.cuda.together import together
+from nvcoll.device.groups import in_turn
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
@@ -37,13 +39,13 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     put_part, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
         w.put_part, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, beyond, keep, rank, ranks, around, without = (
-        v.get, v.put_back, v.beyond, v.keep, v.rank, v.ranks, v.around, v.without,
+    get, put_back, beyond, load_four, keep, rank, ranks, around, without = (
+        v.get, v.put_back, v.beyond, v.load_four, v.keep, v.rank, v.ranks, v.around, v.without,
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
     itemsize, width, accumulates, several = a.itemsize, a.width, a.words // 2, deepens(a.itemsize)
-    thread, threads, load_pack, store_pack, meet = ptx.thread, ptx.threads, ptx.load_pack, ptx.store_pack, ptx.meet
+    thread, threads, store_pack, meet = ptx.thread, ptx.threads, ptx.store_pack, ptx.meet
     _, store_wide = common.wide(jit, accumulates)
 
     @jit
@@ -72,8 +74,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         step = threads() * BYTES
         if deep and to & (BYTES - 1) == 0:
             while i + step + BYTES <= nbytes:
-                i1 = i + step
-                i2, i3, after = beyond(i, step, nbytes)
+                i1, i2, i3, after = beyond(i, step, nbytes)
                 first, second, third, fourth = four(c, e, at, i, i1, i2, i3)
                 store_pack(to + i, first)
                 store_pack(to + i1, second)
@@ -189,9 +190,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         step = threads() * BYTES
         if deep and (mine | recv) & (BYTES - 1) == 0:
             while i + step + BYTES <= nbytes:  # four packs of a rank at a time here, not one of each of four ranks
-                i1 = i + step
-                i2, i3, after = beyond(i, step, nbytes)
-                a0, a1, a2, a3 = load_pack(mine + i), load_pack(mine + i1), load_pack(mine + i2), load_pack(mine + i3)
+                i1, i2, i3, after = beyond(i, step, nbytes)
+                a0, a1, a2, a3 = load_four(mine, i, i1, i2, i3)
                 b0, b1, b2, b3 = a0, a1, a2, a3
                 if me != 0:
                     b0, b1, b2, b3 = four(c, e, at, i, i1, i2, i3)
@@ -253,7 +253,14 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     if remote:
         put = far.over(jit, v, w, put)
-    own = {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=wait_copy), put)
+    anywhere_of = group_of
+    if not w.signals and not deep:
+        group_of, wait_slices = together(jit, v, w, one)
+        if not remote:
+            anywhere_of = group_of
+    own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
+    own |= {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     found = SimpleNamespace(**{**vars(v), **own}, sync=ptx.sync, meet=meet)
@@ -278,14 +285,14 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
 
     def whole(
-        send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices,
-        node_ranks, node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines,
-        data, slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4,
-        peer5, peer6, peer7,
+        send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, node_size, slices,
+        members, owners, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines, data,
+        slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3, peer4, peer5,
+        peer6, peer7,
     ):  # fmt: skip
         c = (
-            send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, slices,
-            node_ranks, node_starts, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines,
+            send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, node_size,
+            slices, members, owners, peers, state, report, timeout, board, flags, flags_half, flags_block, cells, lines,
             data, slots_half, slots_block, workspace, workspace_block, heap, heap_size, peer0, peer1, peer2, peer3,
             peer4, peer5, peer6, peer7,
         )  # fmt: skip

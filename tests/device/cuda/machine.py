@@ -212,13 +212,16 @@ class World:
         starts = list(accumulate(node_sizes, initial=0))
         node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
         areas = [self._place(0, k) for k in self.ranks]
-        ranks, bounds, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
-        for at, table in ((ranks, self.ranks), (bounds, starts), (peers, areas)):
+        members, owners, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
+        inside = range(starts[node], starts[node + 1])
+        alike = [start + rank - starts[node] for start in starts[:-1]]  # beyond a smaller node, which nobody asks for
+        for at, table in ((members, inside), (owners, alike), (peers, areas)):
             for k, value in enumerate(table):
                 self.gpus.memory[at + WORD * k] = value
         fields = {
             "stamp": 5, "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
-            "local_rank": rank - starts[node], "slices": min(node_sizes), "node_ranks": ranks, "node_starts": bounds,
+            "local_rank": rank - starts[node], "node_size": node_sizes[node], "slices": min(node_sizes),
+            "members": members, "owners": owners,
             "peers": peers, "state": state, "report": report, "timeout": timeout, "board": areas[rank],
             "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 1 << 20, "slots_block": 1 << 18,
             "workspace": workspace, "workspace_block": 1 << 18, "heap": self._place(2, rank), "heap_size": 0,

@@ -1,0 +1,57 @@
+"""What a rank exchanges with each of a group: a slice of a message with each, or the same bytes with all.
+
+A group is k ranks at places 0 to k - 1, of which one is mine: ``rank_at(c, place)`` says who they are. Whatever a rank
+sends, it goes to the place after its own first, so that not all send to the same one at once. Nobody has a slot for
+what is its own: what comes from place p to place q is in the slot ``without(q, p)`` after the first.
+"""
+
+from typing import Any
+
+
+def in_turn(v: Any, put: Any) -> tuple[Any, Any]:
+    """Return ``group_of`` and ``wait_slices``, which go from one rank to the next.
+
+    Parameters
+    ----------
+    v
+        The verbs so far.
+    put
+        Writes bytes into a slot of a rank.
+    """
+    jit, itemsize, around, without, part_at, wait_copy = (
+        v.jit, v.itemsize, v.around, v.without, v.part_at, v.wait_copy,
+    )  # fmt: skip
+
+    def group_of(rank_at: Any) -> tuple[Any, Any]:
+        """Return ``put_slices`` and ``put_all``."""
+
+        @jit
+        def put_slices(c, e, slices, me, slot, source, count):
+            """Send each of the first places but mine its slice of a message. I may be behind them."""
+            after = me % slices + 1
+            for step in range(slices):
+                k = around(after + step, slices)
+                if k != me:
+                    lo, hi = part_at(c, count, slices, k), part_at(c, count, slices, k + 1)
+                    put(c, e, rank_at(c, k), slot + without(k, me), source + lo * itemsize(c), (hi - lo) * itemsize(c))
+
+        @jit
+        def put_all(c, e, places, me, slot, source, nbytes):
+            """Send all places but mine the same bytes."""
+            for step in range(1, places):
+                k = around(me + step, places)
+                put(c, e, rank_at(c, k), slot + without(k, me), source, nbytes)
+
+        return put_slices, put_all
+
+    @jit
+    def wait_slices(c, e, slices, me, slot, to, count):
+        """Wait for the slice of each of the first places but mine, and store it where it belongs in a message."""
+        before = me % slices + slices - 1
+        for step in range(slices):  # in the order in which they are sent to me
+            k = around(before - step, slices)
+            if k != me:
+                lo, hi = part_at(c, count, slices, k), part_at(c, count, slices, k + 1)
+                wait_copy(c, e, slot + without(me, k), to + lo * itemsize(c), (hi - lo) * itemsize(c))
+
+    return group_of, wait_slices
