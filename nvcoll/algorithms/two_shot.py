@@ -154,14 +154,15 @@ def cuda_text(v: Any) -> Any:
 
     There is no cache of blocks to work in, and thousands of packs must be under way at a time.
     """
-    rank, size, itemsize, capacity, around, begin, signal, wait_signal = (
-        v.rank, v.size, v.itemsize, v.capacity, v.around, v.begin, v.signal, v.wait_signal,
+    rank, size, itemsize, capacity, without, begin, signal_all, wait_signals, told = (
+        v.rank, v.size, v.itemsize, v.capacity, v.without, v.begin, v.signal_all, v.wait_signals, v.told,
     )  # fmt: skip
     offset, heap_of, part_at, reduce_direct = v.offset, v.heap_of, v.part_at, v.reduce_direct
     # Through scratch memory a thread has a pack under way: with several, both ways together need too many registers.
     wait_reduce_finish, wait_slices = v.shallow.wait_reduce_finish, v.shallow.wait_slices
     put_slices, put_all = v.shallow.group_of(v.everyone)
-    table, note, sync, meet, renew, jit = v.private, v.note, v.sync, v.meet, v.renew, v.jit
+    table, meet, renew, jit = v.private, v.meet, v.renew, v.jit
+    thread, threads, any_of, store = v.thread, v.threads, v.any_of, v.store
 
     @jit
     def agree(c, e, send, recv, count):
@@ -169,18 +170,19 @@ def cuda_text(v: Any) -> Any:
         me, n = rank(c), size(c)
         nbytes = count * itemsize(c)
         from_, to = offset(c, send, nbytes), offset(c, recv, nbytes)
-        for k in range(1, n):
-            signal(c, e, around(me + k, n), me, from_, to)
-        direct = True
-        for p in range(n):
+        signal_all(c, e, 0, from_, to)
+        wait_signals(c, e, 0)
+        elsewhere = False
+        p = thread()
+        while p < n:  # each by a thread of its own
             its, its_to = from_, to
             if p != me:
-                its, its_to = wait_signal(c, e, p)
-            direct = direct and its >= 0 and its_to >= 0 and (its | its_to) & 15 == 0
-            note(table(c) + 8 * p, heap_of(c, p) + its)
-            note(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
-        sync()
-        return direct
+                its, its_to = told(c, e, without(me, p))
+            elsewhere = elsewhere or its < 0 or its_to < 0 or (its | its_to) & 15 != 0
+            store(table(c) + 8 * p, heap_of(c, p) + its)
+            store(table(c) + 8 * (n + p), heap_of(c, p) + its_to)
+            p += threads()
+        return not any_of(elsewhere)  # a barrier, too: all see the table
 
     @jit
     def one_round(c, e, send, recv, count):
@@ -197,10 +199,8 @@ def cuda_text(v: Any) -> Any:
         if agree(c, e, send, recv, count):
             lo, hi = part_at(c, count, n, me), part_at(c, count, n, me + 1)
             reduce_direct(c, table(c), table(c) + 8 * n, n, me, lo, hi)
-            for k in range(1, n):
-                signal(c, e, around(me + k, n), n + me, 0, 0)
-            for k in range(1, n):
-                wait_signal(c, e, n + around(me + k, n))
+            signal_all(c, e, n, 0, 0)
+            wait_signals(c, e, n)
         else:
             first = 0
             while first < count:

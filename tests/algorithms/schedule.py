@@ -204,8 +204,6 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "wait_reduce_finish": wait_reduce_finish,
         "reduce_direct": lambda c, *_: None,
         "private": lambda c: WORK,
-        "note": lambda at, value: None,
-        "sync": lambda: None,
         "meet": lambda e: None,
         "wait_reduce_all": wait_reduce_all,
         "ask": lambda c, e, p, source, nbytes: notes.sent.append((e, p, rank, nbytes)),
@@ -217,6 +215,14 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "answer_end": lambda c, e, p: notes.put_end(c, e, p, shape.size + rank),
         "wait_answer": lambda c, e, p, to, nbytes: wait_copy(c, e, shape.size + p, to, nbytes),
         "signal": lambda c, e, p, slot, *values: notes.told.append((e, p, slot)),
+        "signal_all": lambda c, e, slot, *values: notes.told.extend(
+            (e, p, slot + without(p, rank)) for p in range(shape.size) if p != rank
+        ),
+        "wait_signals": lambda c, e, slot: notes.heard.extend((e, slot + k) for k in range(shape.size - 1)),
+        "told": lambda c, e, slot: (0, 0) if direct else (-1, -1),
+        "thread": lambda: 0,
+        "threads": lambda: 1,
+        "any_of": lambda flag: flag,
         "wait_signal": wait_signal,
     }
     group_of, wait_slices = in_turn(SimpleNamespace(**found), notes.put)

@@ -45,12 +45,10 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     """
     f = SimpleNamespace(**{name: ptx.field(index) for index, name in enumerate(DEVICE_FIELDS)})
     load, store, load_acquire, load_relaxed = ptx.load, ptx.store, ptx.load_acquire, ptx.load_relaxed
-    store_relaxed, store_release, store_all, fence, sync, clock = (
-        ptx.store_relaxed, ptx.store_release, ptx.store_all, ptx.fence, ptx.sync, ptx.clock,
-    )  # fmt: skip
+    store_relaxed, store_all, fence, sync, clock = ptx.store_relaxed, ptx.store_all, ptx.fence, ptx.sync, ptx.clock
     thread, threads, block, any_of, meet, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.meet, ptx.leave
     load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
-    peers, rank, state, report, timeout, board = f.peers, f.rank, f.state, f.report, f.timeout, f.board
+    peers, rank, size, state, report, timeout, board = f.peers, f.rank, f.size, f.state, f.report, f.timeout, f.board
     stamp, flags, flags_half, flags_block = f.stamp, f.flags, f.flags_half, f.flags_block
     heap, heap_size, ranks, workspace, workspace_block = f.heap, f.heap_size, f.ranks, f.workspace, f.workspace_block
     widen_pack, reduce_pack, finish_pack = a.widen, a.reduce_pack, a.finish
@@ -64,7 +62,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     def width(c):
         return width_of
 
-    near = _near()
+    shared = {function.__name__: jit(function) for function in (around, everyone, fold, log2, unfold, without)}
+    excluding, near = shared["without"], _near()
 
     @jit
     def area(c, p):
@@ -135,22 +134,13 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def wait_word(c, e, at):
-        """Let one thread wait until a word is this call's tag, and tell whether it gave up."""
+        """Wait until a word is this call's tag, and tell whether to give up."""
         polls, since = 0, 0
         while load_acquire(at) != e:
             polls, since, gone = in_vain(c, e, polls, since)
             if gone:
                 return True
         return False
-
-    @jit
-    def wait(c, e, at):
-        """Wait until a word is this call's tag; what its writer stored before is visible to all threads then."""
-        gone = False
-        if thread() == 0:
-            gone = wait_word(c, e, at)
-        if any_of(gone):
-            leave()
 
     @jit
     def flag(c, e, p, slot):
@@ -168,21 +158,50 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return private(c) if e < 0 else at
 
     @jit
-    def signal(c, e, p, slot, first, second):
-        """Tell rank p that I am here, with two values. All that this block has stored is visible to it then."""
-        meet(e)
-        if thread() == 0:
-            at = flag(c, e, p, slot)
-            store_relaxed(at + 8, first)
-            store_relaxed(at + 16, second)
-            fence()
-            store_release(at, e)
+    def tell(at, e):
+        """Set a flag. What this thread has stored, and its block before the last barrier, is visible to who sees it."""
+        fence()
+        store_relaxed(at, e)
 
     @jit
-    def wait_signal(c, e, slot):
-        """Wait for a signal and return its values."""
+    def wait_flags(c, e, slot, number):
+        """Wait for flags of mine, from one on, each by a thread of its own.
+
+        What those who set them had stored is visible to all threads of the block then.
+        """
+        gone = False
+        k = thread()
+        while k < number and not gone:
+            gone = wait_word(c, e, flag(c, e, rank(c), slot + k))
+            k += threads()
+        if any_of(gone):
+            leave()
+
+    @jit
+    def signal_all(c, e, slot, first, second):
+        """Tell every other rank that I am here, with two values. All that this block has stored is visible to it then.
+
+        The flag for rank p is that of a slot where p itself is not counted.
+        """
+        meet(e)
+        p = thread()
+        while p < size(c):
+            if p != rank(c):
+                at = flag(c, e, p, slot + excluding(p, rank(c)))
+                store_relaxed(at + 8, first)
+                store_relaxed(at + 16, second)
+                tell(at, e)
+            p += threads()
+
+    @jit
+    def wait_signals(c, e, slot):
+        """Wait for a signal of every other rank."""
+        wait_flags(c, e, slot, size(c) - 1)
+
+    @jit
+    def told(c, e, slot):
+        """Return the values of a signal that has come."""
         at = flag(c, e, rank(c), slot)
-        wait(c, e, at)
         return load_relaxed(at + 8), load_relaxed(at + 16)
 
     heap_of, offset = heaps(jit, area, rank, heap, heap_size)
@@ -193,12 +212,6 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         if widens:
             return private(c)
         return recv
-
-    @jit
-    def note(at, value):
-        """Store 8 bytes that all threads of the block are to see after the next barrier."""
-        if thread() == 0:
-            store(at, value)
 
     @jit
     def get(at, nbytes):
@@ -314,11 +327,11 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, wait, flag, signal, wait_signal, heap_of,
-        offset, accumulators, private, outward, note, get, put_back, beyond, load_four, copy, fill, finish_to, keep,
+        itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, flag, tell, wait_flags, signal_all,
+        wait_signals, told, heap_of,
+        offset, accumulators, private, outward, get, put_back, beyond, load_four, copy, fill, finish_to, keep,
         slice_of, part_at, middle,
     )  # fmt: skip
-    shared = {function.__name__: jit(function) for function in (around, everyone, fold, log2, unfold, without)}
     return SimpleNamespace(
         **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}
     )

@@ -99,7 +99,6 @@ load_acquire = _word_loader(
 load_relaxed = _word_loader("ld.relaxed.sys.global.u64", "Load 8 bytes that others may be writing.")
 store = _word_storer("st.global.u64", "Store 8 bytes.")
 store_relaxed = _word_storer("st.relaxed.sys.global.u64", "Store 8 bytes that others may be reading.")
-store_release = _word_storer("st.release.sys.global.u64", "Store 8 bytes after everything that was stored before.")
 
 
 @intrinsic

@@ -9,12 +9,12 @@ from nvcoll.device.cuda import remote as far
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
     """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
-    area, half, rank, flag, wait, copy, outward = v.area, v.half, v.rank, v.flag, v.wait, v.copy, v.outward
+    area, half, rank, flag, copy, outward = v.area, v.half, v.rank, v.flag, v.copy, v.outward
     stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
-    sync, meet, thread, block, fence, store_release, load_pack = (
-        ptx.sync, ptx.meet, ptx.thread, ptx.block, ptx.fence, ptx.store_release, ptx.load_pack,
+    sync, meet, thread, threads, block, load_pack = (
+        ptx.sync, ptx.meet, ptx.thread, ptx.threads, ptx.block, ptx.load_pack,
     )  # fmt: skip
-    landed = far.landed
+    tell, wait_flags, landed = v.tell, v.wait_flags, far.landed
 
     @jit
     def slot_at(c, e, p, slot):
@@ -35,14 +35,13 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         """Tell rank p that its slot is full: what all threads have stored before the barrier goes before the flag."""
         meet(e)
         if thread() == 0:
-            fence()
-            store_release(flag(c, e, p, slot), e)
+            tell(flag(c, e, p, slot), e)
 
     @jit
     def arrival(c, e, slot, nbytes):
         """Wait for a slot of mine to be filled and return where it lies."""
         if nbytes > 0:
-            wait(c, e, flag(c, e, rank(c), slot))
+            wait_flags(c, e, slot, 1)
             if remote:
                 if thread() == 0:
                     landed(flag(c, e, rank(c), slot), e)
@@ -52,8 +51,14 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     @jit
     def arrivals(c, e, k, me, slot, nbytes):
         """Wait for slots of mine from k places but `me`, and return where the first one lies."""
-        for j in range(k - 1):
-            arrival(c, e, slot + j, nbytes)
+        if nbytes > 0:
+            wait_flags(c, e, slot, k - 1)
+            if remote:
+                j = thread()
+                while j < k - 1:  # by the thread that has seen the flag
+                    landed(flag(c, e, rank(c), slot + j), e)
+                    j += threads()
+                sync()
         return slot_at(c, e, rank(c), slot)
 
     @jit

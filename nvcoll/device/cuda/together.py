@@ -1,8 +1,6 @@
 """What a rank exchanges with each of a group, as in `nvcoll.device.groups`, with all ranks of it at the same time.
 
-For the low-latency protocol and small messages. In turn, every rank would cost the latency of a load, and a slice of a
-few packs would leave most threads of a block idle. Here threads share out the packs of the whole message, wherever each
-of these goes to or comes from.
+In turn, every rank would cost a latency: of a load or, with flags, of a fence. All ranks of a group must be near.
 """
 
 from types import SimpleNamespace
@@ -12,8 +10,11 @@ from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 
 
-def together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tuple[Any, Any]:
-    """Return ``group_of`` and ``wait_slices``. All ranks of a group must be near.
+def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tuple[Any, Any]:
+    """Return ``group_of`` and ``wait_slices`` for the low-latency protocol and small messages.
+
+    A slice of a few packs would leave most threads of a block idle. So threads share out the packs of the whole
+    message, wherever each of these goes to or comes from.
 
     Parameters
     ----------
@@ -22,7 +23,7 @@ def together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tupl
     v
         What `common.verbs` gives.
     w
-        The low-latency protocol.
+        The protocol.
     one
         ``one(c, e, at, i)`` waits for a pack of a slot and returns it.
     """
@@ -32,10 +33,10 @@ def together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tupl
     slot_at, pack_at, push, thread, threads = w.slot_at, w.pack_at, w.push, ptx.thread, ptx.threads
 
     @jit
-    def onward(k, at, each, slices):
+    def normal(k, at, each, slices):
         """Return the slice in which a place lies that is `at` bytes behind the beginning of slice k, and where in it.
 
-        Slices follow each other around; all but the last of a message are of `each` bytes.
+        Slices follow each other around; all are taken to be of `each` bytes.
         """
         while at >= each:
             at -= each
@@ -45,16 +46,17 @@ def together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tupl
     def group_of(rank_at: Any) -> tuple[Any, Any]:
         @jit
         def put_slices(c, e, slices, me, slot, source, count):
-            each, nbytes, step = slice_of(count, slices) * itemsize(c), count * itemsize(c), threads() * BYTES
-            k, at = onward(around(me % slices + 1, slices), thread() * BYTES, each, slices)
-            first = thread() * BYTES
+            each, nbytes = slice_of(count, slices) * itemsize(c), count * itemsize(c)
+            first, step = thread() * BYTES, threads() * BYTES
+            k, at = around(me % slices + 1, slices), first
             while first < slices * each:
+                k, at = normal(k, at, each, slices)
                 i = k * each + at
                 if k != me and i < nbytes:
                     to = outward(c, e, slot_at(c, e, rank_at(c, k), slot + without(k, me)))
                     push(pack_at(to, at), get(source + i, nbytes - i), e)
-                k, at = onward(k, at + step, each, slices)
                 first += step
+                at += step
 
         @jit
         def put_all(c, e, places, me, slot, source, nbytes):
@@ -75,15 +77,77 @@ def together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tupl
 
         A thread stores those packs of a message that it has loaded when they were sent.
         """
-        each, nbytes, step = slice_of(count, slices) * itemsize(c), count * itemsize(c), threads() * BYTES
-        k, at = onward(around(me % slices + 1, slices), thread() * BYTES, each, slices)
-        first = thread() * BYTES
+        each, nbytes = slice_of(count, slices) * itemsize(c), count * itemsize(c)
+        first, step = thread() * BYTES, threads() * BYTES
+        k, at = around(me % slices + 1, slices), first
         while first < slices * each:
+            k, at = normal(k, at, each, slices)
             i = k * each + at
             if k != me and i < nbytes:
                 pack = one(c, e, slot_at(c, e, rank(c), slot + without(me, k)), at)
                 put_back(to + i, pack, nbytes - i)
-            k, at = onward(k, at + step, each, slices)
             first += step
+            at += step
+
+    return group_of, wait_slices
+
+
+def flags_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, Any]:
+    """Return ``group_of`` and ``wait_slices`` for the simple protocol.
+
+    All data are stored before the first flag is set, and each flag is set, and waited for, by a thread of its own.
+
+    Parameters
+    ----------
+    jit
+        Decorator of device functions.
+    v
+        What `common.verbs` gives.
+    w
+        The protocol.
+    """
+    itemsize, rank, around, without, part_at, copy = v.itemsize, v.rank, v.around, v.without, v.part_at, v.copy
+    flag, tell, wait_flags, put_part, slot_at = v.flag, v.tell, v.wait_flags, w.put_part, w.slot_at
+    thread, threads, meet = ptx.thread, ptx.threads, ptx.meet
+
+    def group_of(rank_at: Any) -> tuple[Any, Any]:
+        @jit
+        def put_ends(c, e, places, me, slot):
+            """Tell the first places but mine that their slots are full."""
+            meet(e)
+            k = thread()
+            while k < places:
+                if k != me:
+                    tell(flag(c, e, rank_at(c, k), slot + without(k, me)), e)
+                k += threads()
+
+        @jit
+        def put_slices(c, e, slices, me, slot, source, count):
+            after, at = me % slices + 1, itemsize(c)
+            for step in range(slices):
+                k = around(after + step, slices)
+                if k != me:
+                    lo, hi = part_at(c, count, slices, k), part_at(c, count, slices, k + 1)
+                    put_part(c, e, rank_at(c, k), slot + without(k, me), 0, source + lo * at, (hi - lo) * at)
+            put_ends(c, e, slices, me, slot)
+
+        @jit
+        def put_all(c, e, places, me, slot, source, nbytes):
+            for step in range(1, places):
+                k = around(me + step, places)
+                put_part(c, e, rank_at(c, k), slot + without(k, me), 0, source, nbytes)
+            put_ends(c, e, places, me, slot)
+
+        return put_slices, put_all
+
+    @jit
+    def wait_slices(c, e, slices, me, slot, to, count):
+        """Wait for slices and store them; no barrier ends it: nothing may be sent after it before `meet`."""
+        wait_flags(c, e, slot, slices - 1 if me < slices else slices)
+        for k in range(slices):
+            if k != me:
+                lo, hi = part_at(c, count, slices, k), part_at(c, count, slices, k + 1)
+                at = slot_at(c, e, rank(c), slot + without(me, k))
+                copy(to + lo * itemsize(c), at, (hi - lo) * itemsize(c))
 
     return group_of, wait_slices

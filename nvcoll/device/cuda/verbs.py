@@ -8,7 +8,7 @@ from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.packs import BYTES
-from nvcoll.device.cuda.together import together
+from nvcoll.device.cuda.together import flags_together, packs_together
 from nvcoll.device.groups import in_turn
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
@@ -244,8 +244,24 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             i += 4 * step
         while i < nbytes:
             total = widen(get(load(sources) + base + i, nbytes - i))
-            for j in range(1, k):
+            j = 1
+            while several and not deep and j + 1 < k:  # two to four arrays are looked at together
+                j2, j3 = min(j + 2, k - 1), min(j + 3, k - 1)
+                t0, t1, t2, t3 = (
+                    get(load(sources + 8 * j) + base + i, nbytes - i),
+                    get(load(sources + 8 * j + 8) + base + i, nbytes - i),
+                    get(load(sources + 8 * j2) + base + i, nbytes - i),
+                    get(load(sources + 8 * j3) + base + i, nbytes - i),
+                )
+                total = reduce(reduce(total, widen(t0)), widen(t1))
+                if j + 2 < k:
+                    total = reduce(total, widen(t2))
+                if j + 3 < k:
+                    total = reduce(total, widen(t3))
+                j += 4
+            while j < k:
                 total = reduce(total, widen(get(load(sources + 8 * j) + base + i, nbytes - i)))
+                j += 1
             result = finish(total, ranks(c))
             for j in range(k):
                 put_back(load(targets + 8 * around(me + j, k)) + base + i, result, nbytes - i)
@@ -255,15 +271,18 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         put = far.over(jit, v, w, put)
     group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=wait_copy), put)
     anywhere_of = group_of
-    if not w.signals and not deep:
-        group_of, wait_slices = together(jit, v, w, one)
-        if not remote:
-            anywhere_of = group_of
+    if w.signals:
+        group_of, wait_slices = flags_together(jit, v, w)
+    elif not deep:
+        group_of, wait_slices = packs_together(jit, v, w, one)
+    if not remote:
+        anywhere_of = group_of
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
-    found = SimpleNamespace(**{**vars(v), **own}, sync=ptx.sync, meet=meet)
+    own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
+    found = SimpleNamespace(**{**vars(v), **own})
     found.shallow = vocabulary(jit, a, protocol, False, remote) if deep else found
     return found
 

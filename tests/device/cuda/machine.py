@@ -132,7 +132,7 @@ class Gpus:
         return {
             "load": self.load, "load_relaxed": self.load, "load_acquire": self.poll, "load_pack": self.load_pack,
             "load_shared": self.poll_pack, "store": self.store, "store_relaxed": self.store,
-            "store_release": self.store, "store_pack": self.store_pack, "store_shared": self.store_pack,
+            "store_pack": self.store_pack, "store_shared": self.store_pack,
             "store_all": self.store_all, "fence": lambda: None, "sync": lambda: me.barrier.wait() and None,
             "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
@@ -188,6 +188,8 @@ class World:
         Of a block; a launch has `BLOCKS` blocks.
     deep, widens
         Whether threads have several packs under way, and whether accumulators are wider than elements.
+    symmetric
+        Whether buffers lie in the symmetric heap.
     combine
         What reduces two words; by default it adds them.
     timeout
@@ -196,9 +198,9 @@ class World:
 
     def __init__(
         self, gpus, algorithm, protocol, node_sizes, *, threads=2, deep=False, widens=False,
-        combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
+        symmetric=False, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
     ):  # fmt: skip
-        self.gpus, self.threads, self.ranks = gpus, threads, range(sum(node_sizes))
+        self.gpus, self.threads, self.ranks, self._symmetric = gpus, threads, range(sum(node_sizes)), symmetric
         one = ALGORITHMS[algorithm]
         a = arithmetic(combine, widens=widens)
         v = verbs.vocabulary(jit, a, protocol, deep)
@@ -224,7 +226,7 @@ class World:
             "members": members, "owners": owners,
             "peers": peers, "state": state, "report": report, "timeout": timeout, "board": areas[rank],
             "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 1 << 20, "slots_block": 1 << 18,
-            "workspace": workspace, "workspace_block": 1 << 18, "heap": self._place(2, rank), "heap_size": 0,
+            "workspace": workspace, "workspace_block": 1 << 18, "heap": self._place(3, rank), "heap_size": SPACE if self._symmetric else 0,
         }  # fmt: skip
         near = {f"peer{k}": areas[k] if k < n else 0 for k in range(8)}
         return FIELDS | fields | near

@@ -30,7 +30,8 @@ def value(call, rank, i):
 def test_results_are_right_and_slots_are_left_clean(name, deep):
     for turn, (node_sizes, widens) in enumerate(zip(WORLDS, itertools.cycle((False, True)), strict=False)):
         with machine() as gpus:
-            world = World(gpus, *name.split("/"), node_sizes, deep=deep, widens=widens, threads=1 + turn % 3)
+            form = {"deep": deep, "widens": widens, "threads": 1 + turn % 3, "symmetric": turn % 3 > 0}
+            world = World(gpus, *name.split("/"), node_sizes, **form)
             calls = calls_for(f"{name} {turn}")
             results = world.run(calls, value, seed=turn)
             for (call, rank), result in results.items():
