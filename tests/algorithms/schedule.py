@@ -223,6 +223,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "thread": lambda: 0,
         "threads": lambda: 1,
         "any_of": lambda flag: flag,
+        "signals": True,
         "wait_signal": wait_signal,
     }
     group_of, wait_slices = in_turn(SimpleNamespace(**found), notes.put)

@@ -301,15 +301,6 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         sync()
 
     @jit
-    def keep(c, e, acc_at, got, nbytes, lower):
-        """Reduce a pack of another rank's accumulators into mine; `lower` says that its operand goes on the left."""
-        mine = get(acc_at, nbytes)
-        if lower:
-            put_back(acc_at, reduce_pack(got, mine), nbytes)
-        else:
-            put_back(acc_at, reduce_pack(mine, got), nbytes)
-
-    @jit
     def slice_of(count, parts):
         """Return the elements of a part of a message, in whole packs; the last ones may have less."""
         unit = BYTES // size_of
@@ -329,7 +320,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     named = (
         itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, flag, tell, wait_flags, signal_all,
         wait_signals, told, heap_of,
-        offset, accumulators, private, outward, get, put_back, beyond, load_four, copy, fill, finish_to, keep,
+        offset, accumulators, private, outward, get, put_back, beyond, load_four, copy, fill, finish_to,
         slice_of, part_at, middle,
     )  # fmt: skip
     return SimpleNamespace(

@@ -63,10 +63,11 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
             i = thread() * BYTES
             while i < nbytes:
                 pack = get(source + i, nbytes - i)
-                for step in range(1, places):
-                    k = around(me + step, places)
+                k = around(me + 1, places)
+                while k != me:  # not so many times, which compilers would unroll: most groups are small
                     to = outward(c, e, slot_at(c, e, rank_at(c, k), slot + without(k, me)))
                     push(pack_at(to, i), pack, e)
+                    k = around(k + 1, places)
                 i += threads() * BYTES
 
         return put_slices, put_all

@@ -39,8 +39,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     put_part, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
         w.put_part, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, beyond, load_four, keep, rank, ranks, around, without = (
-        v.get, v.put_back, v.beyond, v.load_four, v.keep, v.rank, v.ranks, v.around, v.without,
+    get, put_back, beyond, load_four, rank, ranks, around, without = (
+        v.get, v.put_back, v.beyond, v.load_four, v.rank, v.ranks, v.around, v.without,
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
@@ -94,7 +94,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         i = thread() * BYTES
         lower = p < rank(c)
         while i < nbytes:
-            keep(c, e, acc + i, one(c, e, at, i), nbytes - i, lower)
+            mine = get(acc + i, nbytes - i)  # before the wait
+            left, right = mine, one(c, e, at, i)
+            if lower:
+                left, right = right, left
+            put_back(acc + i, reduce_pack(left, right), nbytes - i)
             i += threads() * BYTES
         meet(e)
 
@@ -282,6 +286,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
+    own |= {"signals": w.signals}
     found = SimpleNamespace(**{**vars(v), **own})
     found.shallow = vocabulary(jit, a, protocol, False, remote) if deep else found
     return found
