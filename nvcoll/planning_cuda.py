@@ -111,16 +111,14 @@ class DevicePlanner(Chooser):
         return -(-nbytes // self.slices) if self.remote else nbytes
 
     def _shape(self, nbytes: int, datatype: str) -> tuple[int, int | None, bool]:
-        threads, limit, deep = _selection.shape_launch(self.launches, self._whole(nbytes), self.remote)
-        if deep and not deepens(DATATYPES[datatype].itemsize):
-            return min(2 * threads, THREADS), limit, False  # more threads, where each cannot have more packs
-        return threads, limit, deep
+        return launch_shape(self.launches, self._whole(nbytes), datatype, self.remote)
 
     def grid(self, nbytes: int, function: int, datatype: str = "float32") -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
         threads, limit, _ = self._shape(nbytes, datatype)
         nbytes = self._whole(nbytes)
-        resident = self.kernels.occupancy(function, threads) * self.multiprocessors
+        crew = min(threads * self.slices, THREADS) if self.remote else threads  # inside a node, all slices are moved
+        resident = self.kernels.occupancy(function, crew) * self.multiprocessors
         if resident < self.sharers:
             raise ArgumentError(
                 f"Allreduce: {self.sharers} ranks share a GPU that runs {resident} blocks of a kernel at a time; "
@@ -129,7 +127,7 @@ class DevicePlanner(Chooser):
         most = min(BLOCKS, limit or BLOCKS, resident // self.sharers)
         packs = max(1, -(-nbytes // PACK))
         each = -(-packs // (threads * most))  # of a thread: the same number in all blocks, but for the last
-        return -(-packs // (threads * each)), threads
+        return -(-packs // (threads * each)), crew
 
     def _stride(self, base: str, shape: Shape) -> int:
         """Return the bytes between the slots of a block."""
@@ -162,6 +160,16 @@ class DevicePlanner(Chooser):
         cut = (call["part"], call["capacity"], call["stride"])
         call["stamp"] = pack_stamp(pack_signature(told, datatype, op), count, *cut)
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
+
+
+def launch_shape(
+    launches: list[dict[str, Any]], nbytes: int, datatype: str, far: bool
+) -> tuple[int, int | None, bool]:
+    """Return the threads of a block, the most blocks or None, and whether threads work deep, by the rules `launches`."""
+    threads, limit, deep = _selection.shape_launch(launches, nbytes, far)
+    if deep and not deepens(DATATYPES[datatype].itemsize):
+        return min(2 * threads, THREADS), limit, False  # more threads, where each cannot have more packs
+    return threads, limit, deep
 
 
 def _piece(part: int, capacity: int, row: int, unit: int) -> int:

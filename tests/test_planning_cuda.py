@@ -83,7 +83,9 @@ class TestGrid:
 
     def test_through_a_network_a_slice_of_the_message_counts(self):
         one = planner((4, 4), remote=True)
-        assert one.grid(4 << 20, 0) == planner((2,), remote=True).grid(1 << 20, 0)
+        blocks, threads = planner((1, 1), remote=True).grid(1 << 20, 0)
+        assert one.grid(4 << 20, 0) == (blocks, min(4 * threads, MOST_THREADS))  # but of all slices in a node
+        assert planner((3, 3), remote=True).grid(100, 0) == (1, 3 * 64)
         assert not one.deep(1 << 26, "float32")
         assert one.deep((1 << 26) + 4, "bfloat16")
         assert planner((4, 4)).deep((1 << 24) + 4, "int32")
@@ -97,8 +99,8 @@ class TestGrid:
             assert one.grid(1 << 25, 0, datatype)[1] == MOST_THREADS
 
     def test_rules_may_limit_the_blocks(self):
-        assert planner((2,), remote=True).grid(8 << 20, 0) == (8, 512)
-        assert planner((2,), remote=True).grid(1 << 20, 0) == planner((2,)).grid(1 << 20, 0)
+        assert planner((1, 1), remote=True).grid(8 << 20, 0) == (8, 512)
+        assert planner((1, 1), remote=True).grid(1 << 20, 0) == planner((2,)).grid(1 << 20, 0)
 
     def test_more_ranks_on_a_gpu_than_it_can_run_are_refused(self):
         one = planner((200,), sharers=200, kernels=FakeKernels(8))

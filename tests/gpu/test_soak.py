@@ -1,6 +1,7 @@
 """The soak itself: it notices what is wrong, stops in time, and finds nothing wrong in a short run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,6 +63,20 @@ def test_all_kinds_of_calls(capsys):
     told = capsys.readouterr().out
     assert "eager: 160 of 160 calls, 0 wrong elements, 0 results that differ" in told
     assert "soak: all right" in told
+
+
+def test_kernels_are_compiled_beforehand(monkeypatch):
+    compiled = []
+    monkeypatch.setattr("nvcoll.backends.driver.Device", lambda ordinal: SimpleNamespace(arch="sm_90"))
+    monkeypatch.setattr(program, "compile_kernels", lambda *told: compiled.append(told))
+    wanted = ("--algorithms", "nvrar,two_shot", "--datatypes", "float32,uint8", "--largest", "64M", "--graph-calls", "0")
+    for reach in ("near", "far"):
+        assert program.main(["--compile", reach, *wanted, "--calls", "400"]) == 0
+    (near, *_), (far, arch, remote) = compiled
+    assert {kernel[0] for kernel in near} == {"nvrar", "two_shot"}
+    assert {kernel[0] for kernel in far} == {"nvrar"}
+    assert {kernel[3:] for kernel in near} == {("float32", False), ("float32", True), ("uint8", False)}
+    assert (arch, remote) == ("sm_90", True)
 
 
 def test_the_time_is_up_on_all_ranks_at_the_same_call(capsys):

@@ -15,9 +15,9 @@ import sys
 import time
 import traceback
 
-from nvcoll._selection import shape_launch
 from nvcoll.ops import DATATYPES, OPS
 from nvcoll.planning import LAUNCH, candidates, read_rules
+from nvcoll.planning_cuda import launch_shape
 from tests.gpu.kernels import REACHING
 from tests.gpu.soak import eager, graph
 from tests.gpu.soak.calls import agree, compile_kernels, draw, kernels_of, usable
@@ -85,7 +85,7 @@ def only_compile(options):
     chosen = [name for name in candidates() if {name, name.split("/")[0]} & wanted]
     chosen = [name for name in chosen if name in REACHING or not far]
     calls = [call for part in drawn(options, chosen) for call in part]
-    kernels = kernels_of(calls, lambda nbytes: shape_launch(launches, nbytes, far)[2])
+    kernels = kernels_of(calls, lambda nbytes, datatype: launch_shape(launches, nbytes, datatype, far)[2])
     compile_kernels(kernels, Device(0).arch, far)
     print(f"compiled {len(kernels)} kernels in {time.monotonic() - start:.1f} s", flush=True)
 
