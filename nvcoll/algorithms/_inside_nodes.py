@@ -19,11 +19,13 @@ def near_slots(shape: Shape) -> int:
 
 def owner_of(v: Any) -> Any:
     """Return ``owner(c, b)``."""
-    load, owners = v.load, v.owners
+    size, nodes, load, owners = v.size, v.nodes, v.load, v.owners
 
     @v.jit
     def owner(c, b):
         """Return the rank of node b that owns the same slice as I."""
+        if size(c) == nodes(c):
+            return b
         return load(owners(c) + 8 * b)
 
     return owner
@@ -43,9 +45,9 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
         and leaves the finished slice in `result`. Mine are at `source`, where no node has more than one rank; else that
         is 0, and my node's accumulators are at `acc`.
     """
-    itemsize, begin, load, part_at, wait_reduce_all = v.itemsize, v.begin, v.load, v.part_at, v.wait_reduce_all
-    size, nodes, local_rank, node_size, slices, members, accumulators, wait_slices = (
-        v.size, v.nodes, v.local_rank, v.node_size, v.slices, v.members, v.accumulators, v.wait_slices,
+    itemsize, begin, load, part_at, accumulators = v.itemsize, v.begin, v.load, v.part_at, v.accumulators
+    size, nodes, local_rank, node_size, slices, members, owners, wait_reduce_all, wait_slices = (
+        v.size, v.nodes, v.local_rank, v.node_size, v.slices, v.members, v.owners, v.wait_reduce_all, v.wait_slices,
     )  # fmt: skip
 
     @v.jit
@@ -57,6 +59,10 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
 
     def kernel(c, send, recv, count):
         e, me, parts, at = begin(c), local_rank(c), slices(c), itemsize(c)
+        if size(c) == nodes(c):
+            between_nodes(c, e, send, accumulators(c, recv), count, recv)
+            return
+        load(owners(c))  # nobody waits for it here, but the table is at hand when it is needed
         gather = slots_between(nodes(c))
         scatter = gather + parts
         put_slices(c, e, parts, me, scatter, send, count)
@@ -64,9 +70,6 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
             lo, hi = part_at(c, count, parts, me), part_at(c, count, parts, me + 1)
             mine = recv + lo * at
             acc = accumulators(c, mine)
-            if size(c) == nodes(c):
-                between_nodes(c, e, send + lo * at, acc, hi - lo, mine)
-                return
             wait_reduce_all(c, e, node_size(c), me, scatter, send + lo * at, acc, hi - lo)
             between_nodes(c, e, 0, acc, hi - lo, mine)
             put_all(c, e, node_size(c), me, gather, mine, (hi - lo) * at)

@@ -53,8 +53,9 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
                 k, at = normal(k, at, each, slices)
                 i = k * each + at
                 if k != me and i < nbytes:
-                    to = outward(c, e, slot_at(c, e, rank_at(c, k), slot + without(k, me)))
-                    push(pack_at(to, at), get(source + i, nbytes - i), e)
+                    p, pack = rank_at(c, k), get(source + i, nbytes - i)  # both loads, before the first is used
+                    to = outward(c, e, slot_at(c, e, p, slot + without(k, me)))
+                    push(pack_at(to, at), pack, e)
                 first += step
                 at += step
 
