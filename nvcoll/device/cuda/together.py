@@ -65,7 +65,7 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
             while i < nbytes:
                 pack = get(source + i, nbytes - i)
                 k = around(me + 1, places)
-                while k != me:  # not so many times, which compilers would unroll: most groups are small
+                while k != me:  # compilers unroll loops over a number, which takes longer for the few that there are
                     to = outward(c, e, slot_at(c, e, rank_at(c, k), slot + without(k, me)))
                     push(pack_at(to, i), pack, e)
                     k = around(k + 1, places)
