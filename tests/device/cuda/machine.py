@@ -95,13 +95,16 @@ class Gpus:
         return self.load(at)
 
     def load_pack(self, at):
+        assert at % (2 * WORD) == 0
         return self.load(at), self.load(at + WORD)
 
     def store_pack(self, at, pack):
+        assert at % (2 * WORD) == 0
         self.store(at, pack[0])
         self.store(at + WORD, pack[1])
 
     def poll_pack(self, at):
+        assert at % (2 * WORD) == 0
         return self.poll(at), self.load(at + WORD)
 
     def store_all(self, at, end, step, value):
@@ -257,7 +260,8 @@ class World:
         ----------
         calls
             Elements, elements of a block in one piece, and bytes between slots of each call. Every other call is in
-            place; buffers begin on boundaries of packs, or in the middle of one, by turns.
+            place; buffers begin on boundaries of packs, or in the middle of one, by turns. Now and then those of the
+            first rank do not lie in the symmetric heap.
         value
             ``value(call, rank, i)`` gives the elements of contributions.
         ranks
@@ -268,7 +272,8 @@ class World:
         buffers = {}
         for call, (count, _, _) in enumerate(calls):
             for rank in self.ranks:
-                at = self._place(3, rank) + (call << 20) + WORD * (call // 2 % 2)
+                elsewhere = rank == 0 and call % 8 == 5
+                at = self._place(4 if elsewhere else 3, rank) + (call << 20) + WORD * (call // 2 % 2)
                 buffers[call, rank] = at, at if call % 2 else at + (1 << 19) + WORD * (call // 4 % 2)
                 self.gpus.memory |= {at + WORD * i: value(call, rank, i) for i in range(count)}
         self.ended.clear()
