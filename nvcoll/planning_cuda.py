@@ -162,10 +162,8 @@ class DevicePlanner(Chooser):
         return DevicePlan(self.state, function, call, blocks, threads, self.kernels, told, self.overlap)
 
 
-def launch_shape(
-    launches: list[dict[str, Any]], nbytes: int, datatype: str, far: bool
-) -> tuple[int, int | None, bool]:
-    """Return the threads of a block, the most blocks or None, and whether threads work deep, by the rules `launches`."""
+def launch_shape(launches: list[dict[str, Any]], nbytes: int, datatype: str, far: bool) -> tuple[int, int | None, bool]:
+    """Return what rules say of a launch: the threads of a block, the most blocks or None, and whether it is deep."""
     threads, limit, deep = _selection.shape_launch(launches, nbytes, far)
     if deep and not deepens(DATATYPES[datatype].itemsize):
         return min(2 * threads, THREADS), limit, False  # more threads, where each cannot have more packs

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 from nvcoll.algorithms import ALGORITHMS, Shape
@@ -114,7 +114,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
     local_rank = rank - starts[node]
     members = range(starts[node], starts[node + 1])
-    owners = [start + local_rank if local_rank < own else -1 for start, own in zip(starts, shape.node_sizes, strict=False)]
+    owners = [start + local_rank if local_rank < end - start else -1 for start, end in pairwise(starts)]
     tables = {MEMBERS: members, OWNERS: owners}
     epochs = Epochs(target)
 

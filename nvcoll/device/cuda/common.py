@@ -51,7 +51,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     peers, rank, size, state, report, timeout, board = f.peers, f.rank, f.size, f.state, f.report, f.timeout, f.board
     stamp, flags, flags_half, flags_block = f.stamp, f.flags, f.flags_half, f.flags_block
     heap, heap_size, ranks, workspace, workspace_block = f.heap, f.heap_size, f.ranks, f.workspace, f.workspace_block
-    widen_pack, reduce_pack, finish_pack = a.widen, a.reduce_pack, a.finish
+    widen_pack, finish_pack = a.widen, a.finish
     size_of, width_of, words, widens, finishes = a.itemsize, a.width, a.words, a.widens, a.finishes
 
     @jit

@@ -219,7 +219,7 @@ class World:
         areas = [self._place(0, k) for k in self.ranks]
         members, owners, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
         inside = range(starts[node], starts[node + 1])
-        alike = [start + rank - starts[node] for start in starts[:-1]]  # beyond a smaller node, which nobody asks for
+        alike = [start + rank - starts[node] for start in starts[:-1]]  # beyond a smaller node: nobody asks
         for at, table in ((members, inside), (owners, alike), (peers, areas)):
             for k, value in enumerate(table):
                 self.gpus.memory[at + WORD * k] = value
