@@ -274,7 +274,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     if remote:
         put = far.over(jit, v, w, put)
     group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=wait_copy), put)
-    anywhere_of = group_of
+    anywhere_of = group_of  # for ranks that may be far; those of a node are near, and `group_of` is for them
     if w.signals:
         group_of, wait_slices = flags_together(jit, v, w)
     elif not deep:
