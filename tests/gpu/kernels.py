@@ -10,11 +10,13 @@ PAIRS = [
     ("float32", "SUM"), ("bfloat16", "AVG"), ("int32", "MAX"), ("float16", "MIN"), ("float64", "PROD"),
     ("uint8", "BXOR"), ("int64", "SUM"), ("complex64", "SUM"), ("float8_e4m3fn", "SUM"),
 ]  # fmt: skip
-LARGE_PAIRS = PAIRS[:3:2]
-"""For messages of which a thread has several packs."""
+DEEP_PAIRS = PAIRS[:4]
+"""For messages of which a thread has several packs: what processes send has two million bytes and more."""
+LARGE_PAIRS = DEEP_PAIRS[::2]
+"""The same for emulated ranks."""
 KERNELS = [(*name.split("/"), op, datatype, False) for name in candidates() for datatype, op in PAIRS]
 KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # barriers, graphs
-KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in LARGE_PAIRS]
+KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in DEEP_PAIRS]
 
 FAR_PAIRS = [*PAIRS[:3], ("float64", "PROD"), ("complex64", "SUM")]
 REACHING = [name for name in candidates() if not name.startswith("two_shot")]  # ranks that cannot be stored to

@@ -227,10 +227,9 @@ class World:
             "stamp": 5, "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
             "local_rank": rank - starts[node], "node_size": node_sizes[node], "slices": min(node_sizes),
             "members": members, "owners": owners, "peers": peers, "state": state, "report": report, "timeout": timeout,
-            "board": areas[rank],
-            "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 1 << 20, "slots_block": 1 << 18,
-            "workspace": workspace, "workspace_block": 1 << 18,
-            "heap": self._place(3, rank), "heap_size": SPACE if self._symmetric else 0,
+            "board": areas[rank], "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 1 << 20,
+            "slots_block": 1 << 18, "workspace": workspace, "workspace_block": 1 << 18, "heap": self._place(3, rank),
+            "heap_size": SPACE if self._symmetric else 0,
         }  # fmt: skip
         near = {f"peer{k}": areas[k] if k < n else 0 for k in range(8)}
         return FIELDS | fields | near
