@@ -39,15 +39,13 @@ def slots(shape: Shape) -> Slots:
     rounds=False,
 )
 def scatter(v: Any) -> Any:
-    size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
-    wait_reduce_all, part_at, without = v.wait_reduce_all, v.part_at, v.without
+    size, local_rank, slices, itemsize, begin = v.size, v.local_rank, v.slices, v.itemsize, v.begin
+    wait_reduce_all, part_at = v.wait_reduce_all, v.part_at
+    put_slices, _ = v.group_of(v.everyone)
 
     def kernel(c, send, acc, count):
         e, me, at = begin(c), local_rank(c), itemsize(c)
-        for k in range(slices(c)):
-            if k != me:
-                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
-                put(c, e, k, without(k, me), send + lo * at, (hi - lo) * at)
+        put_slices(c, e, slices(c), me, 0, send, count)
         if me < slices(c):
             lo, hi = part_at(c, count, slices(c), me), part_at(c, count, slices(c), me + 1)
             wait_reduce_all(c, e, size(c), me, 0, send + lo * at, acc, hi - lo)
@@ -57,20 +55,16 @@ def scatter(v: Any) -> Any:
 
 @algorithm("node_gather", verb="gather between hosts", source="NVRAR, arXiv 2511.09557", order="none", rounds=False)
 def gather(v: Any) -> Any:
-    size, local_rank, slices, itemsize, begin, put = v.size, v.local_rank, v.slices, v.itemsize, v.begin, v.put
-    wait_copy, finish_to, part_at = v.wait_copy, v.finish_to, v.part_at
+    size, local_rank, slices, itemsize, begin = v.size, v.local_rank, v.slices, v.itemsize, v.begin
+    wait_slices, finish_to, part_at = v.wait_slices, v.finish_to, v.part_at
+    _, put_all = v.group_of(v.everyone)
 
     def kernel(c, acc, recv, count):
         e, me, at = begin(c), local_rank(c), itemsize(c)
         if me < slices(c):
             lo, hi = part_at(c, count, slices(c), me), part_at(c, count, slices(c), me + 1)
             finish_to(c, recv + lo * at, acc, hi - lo)
-            for k in range(size(c)):
-                if k != me:
-                    put(c, e, k, me, recv + lo * at, (hi - lo) * at)
-        for k in range(slices(c)):
-            if k != me:
-                lo, hi = part_at(c, count, slices(c), k), part_at(c, count, slices(c), k + 1)
-                wait_copy(c, e, k, recv + lo * at, (hi - lo) * at)
+            put_all(c, e, size(c), me, 0, recv + lo * at, (hi - lo) * at)
+        wait_slices(c, e, slices(c), me, 0, recv, count)
 
     return kernel

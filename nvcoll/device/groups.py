@@ -3,6 +3,10 @@
 A group is k ranks at places 0 to k - 1, of which one is mine: ``rank_at(c, place)`` says who they are. Whatever a rank
 sends, it goes to the place after its own first, so that not all send to the same one at once. Nobody has a slot for
 what is its own: what comes from place p to place q is in the slot ``without(q, p)`` after the first.
+
+The verbs `put_slices` and `put_all` are made by ``group_of(rank_at)`` for ranks of a node, which are near, and by
+``anywhere_of(rank_at)`` for any; the two differ only on GPUs of which some are far. After `wait_slices` a schedule may
+send nothing more in the same epoch: on GPUs, no barrier need end it.
 """
 
 from typing import Any
@@ -37,7 +41,7 @@ def in_turn(v: Any, put: Any) -> tuple[Any, Any]:
 
         @jit
         def put_all(c, e, places, me, slot, source, nbytes):
-            """Send all places but mine the same bytes."""
+            """Send all places but mine the same bytes. I am at one of them."""
             for step in range(1, places):
                 k = around(me + step, places)
                 put(c, e, rank_at(c, k), slot + without(k, me), source, nbytes)

@@ -84,7 +84,7 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
 
     group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, itemsize=itemsize, wait_copy=wait_copy), put)
     own = {"group_of": group_of, "anywhere_of": group_of, "wait_slices": wait_slices}
-    own |= {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    own |= {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
     own |= {"wait_reduce_partials": wait_reduce_partials}
     own |= {"wait_asked": wait_asked, "wait_answer": wait_answer, "ask": p.ask, "answer_at": p.answer_at}

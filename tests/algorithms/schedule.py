@@ -67,10 +67,13 @@ class Notes:
             self.kept = max(self.kept, acc - WORK + nbytes)
 
 
-def run(name, rank, shape, capacity=1 << 62, direct=False, target="host"):
-    """Run an algorithm's schedule for one rank and return its notes; `direct` if buffers are on the symmetric heap."""
+def run(name, rank, shape, capacity=1 << 62, direct=False, target="host", asks=True):
+    """Run an algorithm's schedule for one rank and return its notes.
+
+    `direct` if buffers are on the symmetric heap; `asks` if the protocol is one with which GPUs ask whether they are.
+    """
     notes = Notes()
-    vocabulary = SimpleNamespace(**verbs(rank, shape, capacity, direct, notes, target))
+    vocabulary = SimpleNamespace(**verbs(rank, shape, capacity, direct, notes, target, asks))
     vocabulary.shallow = vocabulary
     kernel = ALGORITHMS[name].text_for(target)(vocabulary)
     kernel(None, SEND, RECV, shape.count)
@@ -108,7 +111,7 @@ def cuts(target, itemsize):
     return {"part_at": found.part_at, "middle": found.middle}
 
 
-def verbs(rank, shape, capacity, direct, notes, target):
+def verbs(rank, shape, capacity, direct, notes, target, asks):
     """What a schedule may use."""
     starts = list(accumulate(shape.node_sizes, initial=0))
     node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
@@ -184,7 +187,6 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "jit": lambda function: function,
         "begin": epochs.begin,
         "renew": epochs.advance,
-        "failed": lambda c: False,
         "load": load,
         "store": lambda address, value: None,
         "copy": lambda to, source, nbytes: None,
@@ -195,8 +197,6 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "fill": lambda c, acc, source, n: notes.keep(acc, n * shape.width),
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
         "put": notes.put,
-        "put_part": notes.put_part,
-        "put_end": notes.put_end,
         "wait_copy": wait_copy,
         "wait_reduce": wait_reduce,
         "wait_all": wait_all,
@@ -223,7 +223,7 @@ def verbs(rank, shape, capacity, direct, notes, target):
         "thread": lambda: 0,
         "threads": lambda: 1,
         "any_of": lambda flag: flag,
-        "signals": True,
+        "signals": asks,
         "wait_signal": wait_signal,
     }
     group_of, wait_slices = in_turn(SimpleNamespace(**found), notes.put)

@@ -8,7 +8,8 @@ import pytest
 
 from nvcoll import algorithms
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
-from nvcoll.algorithms._registry import power_below, steps
+from nvcoll.algorithms._doubling import doubling_slots
+from nvcoll.algorithms._registry import folds, power_below, steps
 from nvcoll.backends.area import LINE, Layout
 from nvcoll.device.common import BLOCK
 from nvcoll.device.cuda.packs import BYTES as PACK
@@ -115,6 +116,19 @@ def test_two_shot_goes_in_rounds_of_its_capacity(target):
     notes = [schedule.run("two_shot", rank, shape, capacity=300, target=target) for rank in range(3)]
     check_traffic("two_shot", schedule.world((3,), 300), notes, target)
     assert {epoch for note in notes for epoch, *_ in note.sent} == {2, 3, 4, 5}  # the first epoch is the agreement
+
+
+def test_two_shot_with_low_latency_sends_at_once_on_gpus():
+    shape = schedule.world((3,), 1000)
+    notes = [schedule.run("two_shot", rank, shape, 300, True, "cuda", asks=False) for rank in range(3)]
+    check_traffic("two_shot", schedule.world((3,), 300), notes, "cuda")
+    assert {epoch for note in notes for epoch, *_ in note.sent} == {1, 2, 3, 4}
+    assert not any(note.told or note.heard for note in notes)
+
+
+@pytest.mark.parametrize("places", range(1, 70))
+def test_kernels_count_the_slots_of_recursive_doubling_as_hosts_do(places):
+    assert doubling_slots(places) == steps(places) + folds(places)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.crew import Crew
+from tests.gpu.kernels import DEEP_PAIRS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 ROOT = str(Path(__file__).parents[2])
@@ -42,7 +43,7 @@ print("right", calls, digest.hexdigest())
 
 # Where ranks share a GPU, their kernels take turns: a call takes milliseconds.
 SHARING = [
-    pytest.param(2, 4, (1, 5, 1021, 65537, 1_000_003), id="2"),
+    pytest.param(2, len(DEEP_PAIRS), (1, 5, 1021, 65537, 1_000_003), id="2"),
     pytest.param(4, 2, (5, 1021, 65537), id="4"),
     pytest.param(8, 2, (7, 20_011), id="8"),
 ]

@@ -127,7 +127,7 @@ def flags(jit: Any) -> SimpleNamespace:
 
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
-    """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrive."""
+    """Return ``put_data``, ``put_end``, ``arrival`` and what reads packs that arrive."""
     if a.accumulator.startswith(("float", "complex")) and not remote:
         form = sentinels(jit, 8 if a.accumulator in ("float64", "complex128") else 4)
         base = v.cells
@@ -168,9 +168,9 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
             i += step
 
     @jit
-    def put_part(c, e, p, slot, offset, source, nbytes):
-        """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        store_part(e, outward(c, e, slot_at(c, e, p, slot)) + offset * spread, source, nbytes)
+    def put_data(c, e, p, slot, source, nbytes):
+        """Write bytes into a slot of rank p."""
+        store_part(e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):
@@ -222,7 +222,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return data_of(a0), data_of(a1), data_of(a2), data_of(a3)
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
+        put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
         settle=settle, settle_four=settle_four,
         push=push, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

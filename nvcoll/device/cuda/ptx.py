@@ -181,7 +181,6 @@ def _register(text: str, doc: str, *, wide: bool) -> Any:
 thread = _register("%tid.x", "Number of this thread in its block.", wide=False)
 threads = _register("%ntid.x", "Threads of a block.", wide=False)
 block = _register("%ctaid.x", "Number of this block.", wide=False)
-blocks = _register("%nctaid.x", "Blocks of the launch.", wide=False)
 clock = _register("%globaltimer", "Nanoseconds.", wide=True)
 
 

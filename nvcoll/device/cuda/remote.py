@@ -24,7 +24,7 @@ from nvcoll.device.cuda.ptx import I64
 
 
 def _call(builder: Any, name: str, result: Any, args: Any) -> Any:
-    """Call a function of shim.cu; all threads of the block come to it together."""
+    """Call a function of shim.cu. To those that begin to copy, all threads of the block come together."""
     kind = ir.FunctionType(result, [I64] * len(args))
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
     function.attributes.add("convergent")

@@ -1,4 +1,4 @@
-"""The simple protocol on GPUs: a block stores data, then one of its threads releases a signal."""
+"""The simple protocol on GPUs: a block stores data, then a thread of it, one for each rank, releases a signal."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,7 @@ from nvcoll.device.cuda import remote as far
 
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
-    """Return ``put_part``, ``put_end``, ``arrival`` and what reads packs that arrived."""
+    """Return ``put_data``, ``put_end``, ``arrival`` and what reads packs that arrived."""
     area, half, rank, flag, copy, outward = v.area, v.half, v.rank, v.flag, v.copy, v.outward
     stride, slots, slots_half, slots_block = v.stride, v.data, v.slots_half, v.slots_block
     sync, meet, thread, threads, block, load_pack = (
@@ -26,9 +26,9 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         copy(to, source, nbytes)
 
     @jit
-    def put_part(c, e, p, slot, offset, source, nbytes):
-        """Write bytes into a slot of rank p, from a multiple of a pack on."""
-        copy(outward(c, e, slot_at(c, e, p, slot)) + offset, source, nbytes)
+    def put_data(c, e, p, slot, source, nbytes):
+        """Write bytes into a slot of rank p."""
+        copy(outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):
@@ -77,7 +77,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return a0, a1, a2, a3
 
     return SimpleNamespace(
-        put_part=put_part, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at,
+        put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at,
         look=load_pack, settle=settle, settle_four=settle_four,
         slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
+from nvcoll.device.groups import in_turn
 
 
 def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tuple[Any, Any]:
@@ -75,7 +76,7 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
 
     @jit
     def wait_slices(c, e, slices, me, slot, to, count):
-        """Wait for slices and store them; no barrier ends it: nothing may be sent after it before `meet`.
+        """Wait for slices and store them.
 
         A thread stores those packs of a message that it has loaded when they were sent.
         """
@@ -108,11 +109,14 @@ def flags_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[An
     w
         The protocol.
     """
-    itemsize, rank, around, without, part_at, copy = v.itemsize, v.rank, v.around, v.without, v.part_at, v.copy
-    flag, tell, wait_flags, put_part, slot_at = v.flag, v.tell, v.wait_flags, w.put_part, w.slot_at
+    itemsize, rank, without, part_at, copy = v.itemsize, v.rank, v.without, v.part_at, v.copy
+    flag, tell, wait_flags, slot_at = v.flag, v.tell, v.wait_flags, w.slot_at
     thread, threads, meet = ptx.thread, ptx.threads, ptx.meet
+    data_of, _ = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=None), w.put_data)
 
     def group_of(rank_at: Any) -> tuple[Any, Any]:
+        data_slices, data_all = data_of(rank_at)
+
         @jit
         def put_ends(c, e, places, me, slot):
             """Tell the first places but mine that their slots are full."""
@@ -125,26 +129,19 @@ def flags_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[An
 
         @jit
         def put_slices(c, e, slices, me, slot, source, count):
-            after, at = me % slices + 1, itemsize(c)
-            for step in range(slices):
-                k = around(after + step, slices)
-                if k != me:
-                    lo, hi = part_at(c, count, slices, k), part_at(c, count, slices, k + 1)
-                    put_part(c, e, rank_at(c, k), slot + without(k, me), 0, source + lo * at, (hi - lo) * at)
+            data_slices(c, e, slices, me, slot, source, count)
             put_ends(c, e, slices, me, slot)
 
         @jit
         def put_all(c, e, places, me, slot, source, nbytes):
-            for step in range(1, places):
-                k = around(me + step, places)
-                put_part(c, e, rank_at(c, k), slot + without(k, me), 0, source, nbytes)
+            data_all(c, e, places, me, slot, source, nbytes)
             put_ends(c, e, places, me, slot)
 
         return put_slices, put_all
 
     @jit
     def wait_slices(c, e, slices, me, slot, to, count):
-        """Wait for slices and store them; no barrier ends it: nothing may be sent after it before `meet`."""
+        """Wait for slices and store them, all after the last flag."""
         wait_flags(c, e, slot, slices - 1 if me < slices else slices)
         for k in range(slices):
             if k != me:

@@ -36,8 +36,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_part, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
-        w.put_part, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
+    put_data, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
+        w.put_data, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
     )  # fmt: skip
     get, put_back, beyond, load_four, rank, ranks, around, without = (
         v.get, v.put_back, v.beyond, v.load_four, v.rank, v.ranks, v.around, v.without,
@@ -51,7 +51,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     @jit
     def put(c, e, p, slot, source, nbytes):
         """Write bytes into a slot of rank p, so that their arrival can be seen."""
-        put_part(c, e, p, slot, 0, source, nbytes)
+        put_data(c, e, p, slot, source, nbytes)
         put_end(c, e, p, slot)
 
     @jit
@@ -274,7 +274,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     if remote:
         put = far.over(jit, v, w, put)
     group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=wait_copy), put)
-    anywhere_of = group_of  # for ranks that may be far; those of a node are near, and `group_of` is for them
+    anywhere_of = group_of
     if w.signals:
         group_of, wait_slices = flags_together(jit, v, w)
     elif not deep:
@@ -282,7 +282,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     if not remote:
         anywhere_of = group_of
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
-    own |= {"put": put, "put_part": put_part, "put_end": put_end, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    own |= {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}

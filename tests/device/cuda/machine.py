@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +27,8 @@ WORD = 8
 BLOCKS = 2
 SPACE = 1 << 32
 """Bytes between the memories of ranks, and between what is laid out in one."""
+SLOTS = 1 << 18
+"""Bytes of a block's slots."""
 FIELDS = {"flags": 4096, "cells": 1 << 20, "lines": 1 << 24, "data": 1 << 28}
 """Where parts of an area begin."""
 
@@ -219,16 +221,17 @@ class World:
         areas = [self._place(0, k) for k in self.ranks]
         members, owners, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
         inside = range(starts[node], starts[node + 1])
-        alike = [start + rank - starts[node] for start in starts[:-1]]  # beyond a smaller node: nobody asks
+        mine = rank - starts[node]
+        alike = [start + mine if mine < end - start else -1 for start, end in pairwise(starts)]
         for at, table in ((members, inside), (owners, alike), (peers, areas)):
             for k, value in enumerate(table):
                 self.gpus.memory[at + WORD * k] = value
         fields = {
             "stamp": 5, "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
-            "local_rank": rank - starts[node], "node_size": node_sizes[node], "slices": min(node_sizes),
+            "local_rank": mine, "node_size": node_sizes[node], "slices": min(node_sizes),
             "members": members, "owners": owners, "peers": peers, "state": state, "report": report, "timeout": timeout,
-            "board": areas[rank], "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 1 << 20,
-            "slots_block": 1 << 18, "workspace": workspace, "workspace_block": 1 << 18, "heap": self._place(3, rank),
+            "board": areas[rank], "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 4 * SLOTS,
+            "slots_block": SLOTS, "workspace": workspace, "workspace_block": SLOTS, "heap": self._place(3, rank),
             "heap_size": SPACE if self._symmetric else 0,
         }  # fmt: skip
         near = {f"peer{k}": areas[k] if k < n else 0 for k in range(8)}
@@ -247,6 +250,12 @@ class World:
         """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""
         areas = {rank: range(self._place(0, rank), self._place(0, rank) + SPACE) for rank in self.ranks}
         return [(who, at) for who, at in self.gpus.stored if any(at in areas[p] for p in self.ranks if p != who)]
+
+    def reached(self, stride):
+        """Return how many slots of a block were stored to at most, if all calls had their slots at this stride."""
+        areas = range(self._place(0, 0), self._place(0, len(self.ranks)))
+        stored = [at for _, at in self.gpus.stored if at in areas and at % SPACE >= FIELDS["cells"]]
+        return max(at % SLOTS for at in stored) // stride + 1
 
     def arrived(self, rank, first=0, last=SPACE):
         """Return what is not 0 in a rank's area, between two offsets, by its address."""

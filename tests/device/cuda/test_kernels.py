@@ -18,15 +18,16 @@ OTHERS = [
     ("float8_e4m3fn", "SUM"), ("float8_e5m2", "AVG"),
 ]  # fmt: skip
 
-# What small messages may come to.
-SMALL = tuple(f"{name}/low_latency" for name in ("one_shot", "recursive_doubling", "nvrar", "nvrar_one_hop"))
+# What rules choose for messages of which a thread has a pack.
+SMALL = [f"{name}/low_latency" for name in ("one_shot", "two_shot", "recursive_doubling", "nvrar", "nvrar_one_hop")]
+SMALL += ["two_shot/simple"]
 
 # Name, datatype, operator, whether a thread has several packs under way, the architecture that Numba compiles for, and
 # those that its PTX is assembled for: what is valid for one is valid for the later ones, and assembling is quick.
 CASES = [(name, *pair, True, "sm_90", ("sm_90", "sm_100")) for name in candidates() for pair in MAIN]
 CASES += [(name, *MAIN[1], True, "sm_80", ("sm_80",)) for name in candidates()]
 CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90",)) for name in SMALL]
-CASES += [(SMALL[0], *MAIN[0], False, "sm_90", ("sm_90",))]
+CASES += [(name, *MAIN[0], False, "sm_90", ("sm_90",)) for name in (SMALL[0], SMALL[-1])]
 CASES += [
     (name, *pair, True, "sm_90", ("sm_90",))
     for name in candidates()

@@ -8,17 +8,20 @@ from itertools import accumulate
 
 import pytest
 
+from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.planning import candidates
-from tests.device.cuda.machine import BLOCKS, FIELDS, World, machine, signed
+from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
 
 WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
 COUNTS = [1, 2, 3, 7, 12, 23, 40]
+STRIDES = 1024, 2048
+IN_ORDER = [name for name in candidates() if name.startswith(("one_shot", "two_shot", "nvrar_one_hop"))]
 
 
 def calls_for(turn):
     """Calls of different sizes, pieces and places of slots: rests of packs, of rows, of pieces."""
     rng = random.Random(turn)
-    return [(rng.choice(COUNTS), rng.choice((2, 4, 10, 100)), rng.choice((1024, 2048))) for _ in range(8)]
+    return [(rng.choice(COUNTS), rng.choice((2, 4, 10, 100)), rng.choice(STRIDES)) for _ in range(8)]
 
 
 def value(call, rank, i):
@@ -38,24 +41,30 @@ def test_results_are_right_and_slots_are_left_clean(name, deep):
                 right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
                 assert result == right, f"call {call} on rank {rank} of {node_sizes}"
             assert not world.ended
+            shape = Shape(node_sizes, 1, WORD, (1 + widens) * WORD, min(node_sizes))
+            assert world.reached(STRIDES[-1]) <= ALGORITHMS[name.split("/")[0]].slots(shape).number
             assert not any(world.arrived(rank, FIELDS["lines"], FIELDS["data"]) for rank in world.ranks)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
-@pytest.mark.parametrize("name", ["one_shot/low_latency", "one_shot/simple", "two_shot/simple", "nvrar_one_hop/simple"])
+@pytest.mark.parametrize("name", IN_ORDER)
 @pytest.mark.parametrize("ranks", range(2, 8))
 def test_contributions_are_reduced_in_the_order_of_ranks_and_of_nodes(name, deep, ranks):
     def combine(left, right):
         return signed(left * 1_000_003 + right)
 
     by_nodes = name.startswith("nvrar_one_hop")
-    for node_sizes in [(1,) * ranks, (2,) * ranks] if by_nodes else [(ranks,)]:
+    count = 16 * ranks + 3  # slices in which a deep thread has four packs, and a rest
+    for node_sizes, symmetric in itertools.product([(1,) * ranks, (2,) * ranks] if by_nodes else [(ranks,)], (0, 1)):
+        if symmetric and name != "two_shot/simple":
+            continue
         with machine() as gpus:
-            world = World(gpus, *name.split("/"), node_sizes, deep=deep, combine=combine, threads=1)
-            results = world.run([(13, 100, 1024)] * 2, lambda call, rank, i: 10 * rank + i)
+            form = {"deep": deep, "combine": combine, "threads": 1, "symmetric": symmetric}
+            world = World(gpus, *name.split("/"), node_sizes, **form)
+            results = world.run([(count, 100, 1024)] * 2, lambda call, rank, i: 10 * rank + i)
         starts = accumulate(node_sizes, initial=0)
         nodes = [range(start, start + size) for start, size in zip(starts, node_sizes, strict=False)]
-        inside = [[reduce(combine, (10 * rank + i for rank in node)) for node in nodes] for i in range(13)]
+        inside = [[reduce(combine, (10 * rank + i for rank in node)) for node in nodes] for i in range(count)]
         right = [reduce(combine, partials) for partials in inside]
         assert all(result == right for result in results.values())
 
