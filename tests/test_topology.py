@@ -77,6 +77,9 @@ def test_nodes_are_a_partition_that_all_ranks_agree_on(identities, ranks_per_nod
         assert len({identities[other] for other in node}) == 1
         assert list(node) == sorted(node)
         assert len(node) <= (ranks_per_node or len(identities))
+    assert found.members == found.nodes[found.node]
+    for node, owner in zip(found.nodes, found.owners, strict=True):
+        assert owner == (node[found.local_rank] if found.local_rank < len(node) else -1)
 
 
 @pytest.mark.parametrize(

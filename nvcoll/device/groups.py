@@ -12,19 +12,19 @@ send nothing more in the same epoch: on GPUs, no barrier need end it.
 from typing import Any
 
 
-def in_turn(v: Any, put: Any) -> tuple[Any, Any]:
-    """Return ``group_of`` and ``wait_slices``, which go from one rank to the next.
+def puts_in_turn(jit: Any, v: Any, put: Any) -> Any:
+    """Return ``group_of``, whose verbs go from one rank to the next.
 
     Parameters
     ----------
+    jit
+        Decorator of device functions.
     v
         The verbs so far.
     put
         Writes bytes into a slot of a rank.
     """
-    jit, itemsize, around, without, part_at, wait_copy = (
-        v.jit, v.itemsize, v.around, v.without, v.part_at, v.wait_copy,
-    )  # fmt: skip
+    itemsize, around, without, part_at = v.itemsize, v.around, v.without, v.part_at
 
     def group_of(rank_at: Any) -> tuple[Any, Any]:
         """Return ``put_slices`` and ``put_all``."""
@@ -48,6 +48,21 @@ def in_turn(v: Any, put: Any) -> tuple[Any, Any]:
 
         return put_slices, put_all
 
+    return group_of
+
+
+def waits_in_turn(jit: Any, v: Any, wait_copy: Any) -> Any:
+    """Return ``wait_slices``, which goes from one rank to the next.
+
+    Parameters
+    ----------
+    jit, v
+        As for `puts_in_turn`.
+    wait_copy
+        Waits for the bytes of a slot and stores them.
+    """
+    itemsize, around, without, part_at = v.itemsize, v.around, v.without, v.part_at
+
     @jit
     def wait_slices(c, e, slices, me, slot, to, count):
         """Wait for the slice of each of the first places but mine, and store it where it belongs in a message."""
@@ -58,4 +73,4 @@ def in_turn(v: Any, put: Any) -> tuple[Any, Any]:
                 lo, hi = part_at(c, count, slices, k), part_at(c, count, slices, k + 1)
                 wait_copy(c, e, slot + without(me, k), to + lo * itemsize(c), (hi - lo) * itemsize(c))
 
-    return group_of, wait_slices
+    return wait_slices

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll.device import low_latency, simple
-from nvcoll.device.groups import in_turn
+from nvcoll.device.groups import puts_in_turn, waits_in_turn
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
@@ -82,8 +82,9 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         """Wait for rank p's answer and store it."""
         copy(to, answered(c, e, p, nbytes), nbytes)
 
-    group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, itemsize=itemsize, wait_copy=wait_copy), put)
-    own = {"group_of": group_of, "anywhere_of": group_of, "wait_slices": wait_slices}
+    known = SimpleNamespace(**vars(v), itemsize=itemsize)
+    group_of = puts_in_turn(jit, known, put)
+    own = {"group_of": group_of, "anywhere_of": group_of, "wait_slices": waits_in_turn(jit, known, wait_copy)}
     own |= {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
     own |= {"wait_reduce_partials": wait_reduce_partials}

@@ -9,7 +9,7 @@ from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.device import common
 from nvcoll.device.common import BLOCK, around, everyone, fold, log2, unfold, without
 from nvcoll.device.cuda import common as cuda_common
-from nvcoll.device.groups import in_turn
+from nvcoll.device.groups import puts_in_turn, waits_in_turn
 
 SEND, RECV, WORK, MEMBERS, OWNERS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
 
@@ -226,7 +226,8 @@ def verbs(rank, shape, capacity, direct, notes, target, asks):
         "signals": asks,
         "wait_signal": wait_signal,
     }
-    group_of, wait_slices = in_turn(SimpleNamespace(**found), notes.put)
+    known = SimpleNamespace(**found)
+    group_of, wait_slices = puts_in_turn(known.jit, known, notes.put), waits_in_turn(known.jit, known, wait_copy)
     return found | {"group_of": group_of, "anywhere_of": group_of, "wait_slices": wait_slices}
 
 

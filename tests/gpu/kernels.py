@@ -13,7 +13,7 @@ PAIRS = [
 DEEP_PAIRS = PAIRS[:4]
 """For messages of which a thread has several packs: what processes send has two million bytes and more."""
 LARGE_PAIRS = DEEP_PAIRS[::2]
-"""The same for emulated ranks."""
+"""Those of emulated ranks, whose message is longer: a type for each form of low latency."""
 KERNELS = [(*name.split("/"), op, datatype, False) for name in candidates() for datatype, op in PAIRS]
 KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # barriers, graphs
 KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in DEEP_PAIRS]

@@ -8,14 +8,11 @@ from typing import Any
 
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
-from nvcoll.device.groups import in_turn
+from nvcoll.device.groups import puts_in_turn
 
 
-def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tuple[Any, Any]:
-    """Return ``group_of`` and ``wait_slices`` for the low-latency protocol and small messages.
-
-    A slice of a few packs would leave most threads of a block idle. So threads share out the packs of the whole
-    message, wherever each of these goes to or comes from.
+def together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tuple[Any, Any]:
+    """Return ``group_of`` and ``wait_slices`` for a protocol; with low latency, they are for small messages.
 
     Parameters
     ----------
@@ -27,6 +24,14 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
         The protocol.
     one
         ``one(c, e, at, i)`` waits for a pack of a slot and returns it.
+    """
+    return _flags_together(jit, v, w) if w.signals else _packs_together(jit, v, w, one)
+
+
+def _packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -> tuple[Any, Any]:
+    """Let threads share out the packs of the whole message, wherever each of these goes to or comes from.
+
+    A slice of a few packs would leave most threads of a block idle.
     """
     itemsize, get, put_back, outward, rank, around, without, slice_of = (
         v.itemsize, v.get, v.put_back, v.outward, v.rank, v.around, v.without, v.slice_of,
@@ -44,9 +49,15 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
             k = around(k + 1, slices)
         return k, at
 
-    def group_of(rank_at: Any) -> tuple[Any, Any]:
+    def each_pack(move: Any) -> Any:
+        """Return what lets threads move the packs of all slices but mine, each always the same packs of a message.
+
+        ``move(c, e, k, me, slot, at, message, i, nbytes)`` gets the slice k, and where the pack lies: `at` in the
+        slice, `i` in the message of so many bytes.
+        """
+
         @jit
-        def put_slices(c, e, slices, me, slot, source, count):
+        def walk(c, e, slices, me, slot, message, count):
             each, nbytes = slice_of(count, slices) * itemsize(c), count * itemsize(c)
             first, step = thread() * BYTES, threads() * BYTES
             k, at = around(me % slices + 1, slices), first
@@ -54,11 +65,18 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
                 k, at = normal(k, at, each, slices)
                 i = k * each + at
                 if k != me and i < nbytes:
-                    p, pack = rank_at(c, k), get(source + i, nbytes - i)  # both loads, before the first is used
-                    to = outward(c, e, slot_at(c, e, p, slot + without(k, me)))
-                    push(pack_at(to, at), pack, e)
+                    move(c, e, k, me, slot, at, message, i, nbytes)
                 first += step
                 at += step
+
+        return walk
+
+    def group_of(rank_at: Any) -> tuple[Any, Any]:
+        @jit
+        def send(c, e, k, me, slot, at, source, i, nbytes):
+            p, pack = rank_at(c, k), get(source + i, nbytes - i)  # both loads, before the first is used
+            to = outward(c, e, slot_at(c, e, p, slot + without(k, me)))
+            push(pack_at(to, at), pack, e)
 
         @jit
         def put_all(c, e, places, me, slot, source, nbytes):
@@ -72,47 +90,22 @@ def packs_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace, one: Any) -
                     k = around(k + 1, places)
                 i += threads() * BYTES
 
-        return put_slices, put_all
+        return each_pack(send), put_all
 
     @jit
-    def wait_slices(c, e, slices, me, slot, to, count):
-        """Wait for slices and store them.
+    def receive(c, e, k, me, slot, at, to, i, nbytes):
+        pack = one(c, e, slot_at(c, e, rank(c), slot + without(me, k)), at)
+        put_back(to + i, pack, nbytes - i)
 
-        A thread stores those packs of a message that it has loaded when they were sent.
-        """
-        each, nbytes = slice_of(count, slices) * itemsize(c), count * itemsize(c)
-        first, step = thread() * BYTES, threads() * BYTES
-        k, at = around(me % slices + 1, slices), first
-        while first < slices * each:
-            k, at = normal(k, at, each, slices)
-            i = k * each + at
-            if k != me and i < nbytes:
-                pack = one(c, e, slot_at(c, e, rank(c), slot + without(me, k)), at)
-                put_back(to + i, pack, nbytes - i)
-            first += step
-            at += step
-
-    return group_of, wait_slices
+    return group_of, each_pack(receive)
 
 
-def flags_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, Any]:
-    """Return ``group_of`` and ``wait_slices`` for the simple protocol.
-
-    All data are stored before the first flag is set, and each flag is set, and waited for, by a thread of its own.
-
-    Parameters
-    ----------
-    jit
-        Decorator of device functions.
-    v
-        What `common.verbs` gives.
-    w
-        The protocol.
-    """
+def _flags_together(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, Any]:
+    """Store all data before the first flag is set, and let each flag be set, and awaited, by a thread of its own."""
     itemsize, rank, without, part_at, copy = v.itemsize, v.rank, v.without, v.part_at, v.copy
     flag, tell, wait_flags, slot_at = v.flag, v.tell, v.wait_flags, w.slot_at
     thread, threads, meet = ptx.thread, ptx.threads, ptx.meet
-    data_of, _ = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=None), w.put_data)
+    data_of = puts_in_turn(jit, v, w.put_data)
 
     def group_of(rank_at: Any) -> tuple[Any, Any]:
         data_slices, data_all = data_of(rank_at)

@@ -8,8 +8,8 @@ from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.packs import BYTES
-from nvcoll.device.cuda.together import flags_together, packs_together
-from nvcoll.device.groups import in_turn
+from nvcoll.device.cuda.together import together
+from nvcoll.device.groups import puts_in_turn, waits_in_turn
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
@@ -273,12 +273,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     if remote:
         put = far.over(jit, v, w, put)
-    group_of, wait_slices = in_turn(SimpleNamespace(**vars(v), jit=jit, wait_copy=wait_copy), put)
+    group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
-    if w.signals:
-        group_of, wait_slices = flags_together(jit, v, w)
-    elif not deep:
-        group_of, wait_slices = packs_together(jit, v, w, one)
+    if w.signals or not deep:
+        group_of, wait_slices = together(jit, v, w, one)
     if not remote:
         anywhere_of = group_of
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
