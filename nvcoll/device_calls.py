@@ -12,7 +12,16 @@ from typing import Any
 from nvcoll._plan import DevicePlan, DevicePlans
 from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
-from nvcoll.buffers import IN_PLACE, DeviceBuffer, Spec, as_stream, current_stream, parse_device
+from nvcoll.buffers import (
+    IN_PLACE,
+    DeviceBuffer,
+    Spec,
+    as_stream,
+    captured_stream,
+    current_stream,
+    keep_for,
+    parse_device,
+)
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
@@ -46,7 +55,19 @@ class DeviceCalls:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
-        return DeviceBuffer.on(world.heap.allocate(nbytes), dims, datatype, world.device, driver, world.stream)
+        if world.heap.dropped:
+            self._finish()  # calls that still run may use what nobody refers to any more, and what comes next gets it
+        allocation = world.heap.allocate(nbytes)
+        return DeviceBuffer.on(
+            allocation, dims, datatype, world.device, driver, world.stream, world.planner.state.precede
+        )
+
+    def _finish(self) -> None:
+        """Wait until this rank's calls are done, on whatever streams they are."""
+        stream = self._world.stream
+        self._world.planner.state.precede(stream)
+        with self._world.device:
+            driver.stream_synchronize(stream)
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
@@ -62,7 +83,6 @@ class DeviceCalls:
 
     def _arrival(self) -> tuple[DeviceBuffer, DevicePlan]:
         """Return what a barrier reduces, and its plan, which no other call matches. Collective."""
-        self._world.planner.state.demand()
         self._check("Barrier")
         planner, kind = self._world.planner, DATATYPES["int32"]
         told = replace(planner.explain("allreduce", 1, kind, SUM), verb="barrier")
@@ -81,6 +101,8 @@ class DeviceCalls:
                 return
             plan = self._plan(recv, op, handle, algorithm)
             done = plan.run(send.address, recv.address, queue, owner)
+            if stream is not None or self._world.stream:  # it need not be the stream on which the library works
+                keep_for(queue, *((recv.owner,) if send.owner is recv.owner else (send.owner, recv.owner)))
         if not done:
             raise self._failure(verb)
 
@@ -91,7 +113,7 @@ class DeviceCalls:
         send, recv, handle, queue, owner = self._judge(verb, sendbuf, recvbuf, op, stream)
         if recv.count == 0:
             return Ended
-        plan = self._plan(recv, op, handle, algorithm)
+        plan, state = self._plan(recv, op, handle, algorithm), self._world.planner.state
 
         def start() -> Pending:
             for spec in (send, recv):
@@ -105,12 +127,14 @@ class DeviceCalls:
                     )
             if not plan.run(send.address, recv.address, queue, owner):
                 raise self._failure(verb)
-            return OnStream(self._world.device, queue, lambda: self._check(verb), (send.owner, recv.owner))
+            owners = (send.owner, recv.owner)
+            return OnStream(self._world.device, queue, lambda: self._check(verb), lambda: state.over, owners)
 
         return start
 
     def _check(self, verb: str) -> None:
-        """Raise the failure of a call that has ended."""
+        """Raise the failure of a call that has ended, or that the communicator has."""
+        self._world.planner.state.demand()
         if self._world.planner.state.failed:
             raise self._failure(verb)
 
@@ -124,13 +148,20 @@ class DeviceCalls:
         sendbuf, recvbuf = in_place(verb, sendbuf, recvbuf)
         owner = stream
         if stream is None:
-            owner = self._world.stream or current_stream(recvbuf)  # emulated ranks have one each
+            arrays = (recvbuf,) if sendbuf is recvbuf else (recvbuf, sendbuf)
+            owner = world.stream or current_stream(*arrays, verb=verb)  # emulated ranks have one each
         queue = as_stream(owner, None, verb)
+        if stream is None:
+            _refuse_to_miss_a_graph(verb, queue)
         send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, op, partial(parse_device, stream=queue or 1))
         for name, spec in (("sendbuf", send), ("recvbuf", recv)):
-            if spec.device not in (None, world.device.ordinal):
+            gpu = spec.device
+            if gpu is None and spec.count:
+                with world.device:
+                    gpu = driver.gpu_of(spec.address)
+            if gpu not in (None, world.device.ordinal):
                 raise ArgumentError(
-                    f"{verb}: {name} is on GPU {spec.device}, rank {world.rank} works on GPU {world.device.ordinal}; "
+                    f"{verb}: {name} is on GPU {gpu}, rank {world.rank} works on GPU {world.device.ordinal}; "
                     "copy it there, or set NVCOLL_DEVICE"
                 )
             unit = min(spec.datatype.itemsize, WORD)
@@ -153,7 +184,7 @@ class DeviceCalls:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream))
+        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream, captured_stream))
         fast.add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 
@@ -183,4 +214,18 @@ class DeviceCalls:
         return TimeoutError(
             f"{where}: no answer within NVCOLL_TIMEOUT; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if "
             "they are only slow"
+        )
+
+
+def _refuse_to_miss_a_graph(verb: str, queue: int) -> None:
+    """Raise StateError where a library captures a graph, and a call that names no stream would not become part of it.
+
+    It would be made once, now, and every replay would lack it.
+    """
+    captured = captured_stream()
+    if captured is not None and as_stream(captured) != queue:
+        library = type(captured).__module__.partition(".")[0]
+        raise StateError(
+            f"{verb}: a graph is being captured on the current stream of {library}, and this call would go to another "
+            "one, for its arrays are of no library's; name the stream with stream="
         )

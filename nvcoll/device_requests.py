@@ -25,24 +25,30 @@ class OnStream:
     stream
         Where it was queued.
     check
-        Raises what went wrong on the GPU, if anything did.
+        Raises what went wrong on the GPU, if anything did, and that the communicator has ended, if it has.
+    over
+        Tells whether the communicator has ended, and its work on the GPU with it.
     owners
         Objects whose memory the call uses.
     """
 
-    def __init__(self, device: Any, stream: int, check: Callable[[], None], owners: tuple[Any, ...]) -> None:
+    def __init__(
+        self, device: Any, stream: int, check: Callable[[], None], over: Callable[[], bool], owners: tuple[Any, ...]
+    ) -> None:
+        _sweep()
         self._device = device
         self._check = check
-        self._owners = owners
+        self._over = over
+        self._owners = list(owners)
         with device:
             self._event = driver.event_create()
-            weakref.finalize(self, _destroy, device, self._event).atexit = False  # the driver may have ended before
+            finalizer = weakref.finalize(self, _let_go, device, self._event, self._owners)
+            finalizer.atexit = False  # the driver may have ended before
             driver.event_record(self._event, stream)
 
     def done(self) -> bool:
         """Tell at once whether the GPU has come to its end, well or not."""
-        with self._device:
-            return driver.event_query(self._event)
+        return self._over() or _done(self._device, self._event)
 
     def wait(self) -> None:
         """Wait for its end, and raise what went wrong.
@@ -54,10 +60,43 @@ class OnStream:
             looks += 1
             if looks > IMPATIENT:
                 time.sleep(NAP)
-        self._owners = ()
+        self._owners.clear()
         self._check()
 
 
+_dropped: list[tuple[Any, int, list[Any]]] = []
+"""Events of requests to which nobody refers any more, and the memory that their calls may still use."""
+
+
+def _let_go(device: Any, event: int, owners: list[Any]) -> None:
+    """Give an event back, unless nobody has waited for it: then the memory that goes with it is kept for now."""
+    if owners:
+        _dropped.append((device, event, owners))
+    else:
+        _destroy(device, event)
+
+
+def _sweep() -> None:
+    """Let go of what dropped requests have left, where the GPU is done with it."""
+    for _ in range(len(_dropped)):
+        try:
+            device, event, owners = _dropped.pop(0)
+        except IndexError:  # another thread sweeps too
+            return
+        with contextlib.suppress(Error):
+            if device.is_open and not _done(device, event):
+                _dropped.append((device, event, owners))
+                continue
+        _destroy(device, event)
+
+
+def _done(device: Any, event: int) -> bool:
+    with device:
+        return driver.event_query(event)
+
+
 def _destroy(device: Any, event: int) -> None:
-    with contextlib.suppress(Error), device:
-        driver.event_destroy(event)
+    with contextlib.suppress(Error):
+        if device.is_open:  # else it went with the context
+            with device:
+                driver.event_destroy(event)

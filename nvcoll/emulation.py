@@ -1,10 +1,12 @@
 """`emulate`: N ranks as threads of one process, with the same kernels and real concurrency."""
 
+import contextlib
 import operator
 import threading
 from collections.abc import Callable
 from typing import Any
 
+from nvcoll.backends.emulated import on_gpu
 from nvcoll.comm import Comm
 from nvcoll.errors import ArgumentError, PeerLostError
 
@@ -48,6 +50,11 @@ class Emulation:
             What `fn` raised on the first rank that failed by itself, with a note that names the rank. Ranks that
             failed only because that one did are not reported.
         """
+        with contextlib.nullcontext() if self.device is None else on_gpu():
+            return self._run(fn, args)
+
+    def _run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        """Run all ranks. No reference to the worlds outlives it, but those of the user's own objects."""
         worlds = self._open()
         outcomes: list[Any] = [None] * self.size
         failures: list[tuple[int, BaseException]] = []

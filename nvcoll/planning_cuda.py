@@ -56,6 +56,15 @@ class Kernels:
                     self._loaded[key] = module, module.function(ENTRY)
             return self._loaded[key][1]
 
+    def unload(self) -> None:
+        """Remove them from the GPU, when none of them runs any more; those that NVSHMEM knows are left to it."""
+        with self._lock:
+            loaded, self._loaded = self._loaded, {}
+        if not self.remote:
+            with self.device:
+                for module, _ in loaded.values():
+                    module.unload()
+
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""
         with self.device:

@@ -84,7 +84,7 @@ class DeviceWorld:
     def close(self) -> None:
         """Leave, and give everything back."""
         if self.leave():
-            self.planner.area.close()
+            self._give_back()
             self.heap.close()
         else:
             self.heap.retire()
@@ -93,8 +93,12 @@ class DeviceWorld:
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
         if self.leave():
-            self.planner.area.close()
+            self._give_back()
         self.heap.retire()
+
+    def _give_back(self) -> None:
+        self.planner.area.close()
+        self.planner.kernels.unload()
 
 
 def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> list[DeviceWorld]:

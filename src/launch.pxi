@@ -1,4 +1,4 @@
-# Launches on a GPU: arguments packed once, one call of the driver. The driver is looked up at the first use, so that
+# What a rank holds of a communicator on a GPU, and the functions of the driver, which is looked up at the first use: so
 # this module loads where there is none.
 
 cdef extern from *:
@@ -120,6 +120,7 @@ cdef class DeviceState:
     cdef object last_owner          # what has that stream, which must not be destroyed yet
     cdef bint started               # whether there was such a call
     cdef bint recorded              # whether the event stands behind it already
+    cdef bint busy                  # whether a thread is in a launch
     cdef readonly int64_t sequence
     cdef int64_t ended
     cdef readonly object keep
@@ -145,6 +146,11 @@ cdef class DeviceState:
         """Whether a wait was over its deadline."""
         return not self.ended and nv_load(self.report) != 0
 
+    @property
+    def over(self):
+        """Whether all further calls are refused."""
+        return self.ended != 0
+
     def end(self):
         """Refuse all further calls."""
         self.ended = 1
@@ -159,6 +165,29 @@ cdef class DeviceState:
 
             raise StateError("this communicator was finalized; take a new one, or call Init")
         return nv_load(self.report) != 0
+
+    def precede(self, uintptr_t stream):
+        """Let what is queued on a stream from now on begin after this communicator's latest call.
+
+        A stream that is being captured has an order of its own, and so has a call that is part of a graph.
+        """
+        cdef void* current = NULL
+        cdef void* popped
+        cdef int error = 0, captured = 0
+        cdef bint pushed = False
+        if self.ended:
+            return
+        with nogil:
+            nv_get_context(&current)
+            if current != self.context:
+                error = nv_push_context(self.context)
+                pushed = not error
+            if not error:
+                error = self.order(stream, &captured)
+            if pushed:
+                nv_pop_context(&popped)
+        if error and error != CAPTURING:
+            raise refused("to put a stream behind a call", error)
 
     cdef int order(self, uintptr_t stream, int* captured) noexcept nogil:
         """Let work on a stream begin after this communicator's latest on another one; tell whether it is captured."""
@@ -198,166 +227,10 @@ cdef extern from *:
     int nv_launch_kernel_missing() noexcept nogil
 
 
-cdef class DevicePlan:
-    """A kernel with its arguments, ready to be launched on any pair of addresses and any stream.
+cdef refused(str what, int error):
+    """Return the exception for an error of the driver."""
+    cdef const char* text = NULL
+    from nvcoll.errors import StateError
 
-    Parameters
-    ----------
-    state
-        The communicator's `DeviceState`.
-    function
-        Handle of the kernel; 0 for the copy of `count` bytes that one rank needs.
-    call
-        Values of the fields of the call by name.
-    blocks, threads
-        Shape of the launch.
-    overlap
-        Whether the kernel may be brought in while the one before it on the stream still runs.
-    keep
-        Objects that must outlive the plan.
-    describe
-        What the call is, for messages.
-    """
-    cdef int64_t values[FIELDS]
-    cdef nv_launch_config shape
-    cdef nv_launch_attribute attribute
-    cdef void* function
-    cdef readonly DeviceState state
-    cdef readonly object keep
-    cdef readonly object describe
-
-    def __init__(self, DeviceState state, uintptr_t function, dict call, int blocks, int threads, keep=None,
-                 describe=None, bint overlap=False):
-        self.state = state
-        self.function = <void*>function
-        self.keep = keep
-        self.describe = describe
-        self.values = state.values
-        for name, value in call.items():
-            self.values[DEVICE_FIELDS.index(name)] = value
-        memset(&self.shape, 0, sizeof(self.shape))
-        self.shape.grid[0], self.shape.grid[1], self.shape.grid[2] = blocks, 1, 1
-        self.shape.block[0], self.shape.block[1], self.shape.block[2] = threads, 1, 1
-        if overlap:
-            memset(&self.attribute, 0, sizeof(self.attribute))
-            self.attribute.kind, self.attribute.value = PROGRAMMATIC, 1
-            self.shape.attributes, self.shape.count = &self.attribute, 1
-
-    cdef int launch(self, uintptr_t send, uintptr_t recv, uintptr_t stream) noexcept nogil:
-        cdef int64_t values[FIELDS]
-        cdef void* arguments[FIELDS]
-        cdef nv_launch_config shape = self.shape
-        cdef void* current = NULL
-        cdef void* popped
-        cdef int k, error = 0, captured = 0
-        cdef bint pushed = False
-        memcpy(values, self.values, sizeof(values))
-        values[0], values[1] = <int64_t>send, <int64_t>recv
-        for k in range(FIELDS):
-            arguments[k] = &values[k]
-        shape.stream = <void*>stream
-        nv_get_context(&current)
-        if current != self.state.context:
-            error = nv_push_context(self.state.context)
-            pushed = not error
-        if not error:
-            error = self.state.order(stream, &captured)
-        if not error and self.function:
-            error = nv_launch_kernel(&shape, self.function, arguments, NULL)
-        elif not error and send != recv:
-            error = nv_copy_async(recv, send, <size_t>self.values[2], <void*>stream)
-        if not error and not captured:
-            error = self.state.launched(stream)
-        if pushed:
-            nv_pop_context(&popped)
-        self.state.sequence += 1
-        return error
-
-    def run(self, uintptr_t send, uintptr_t recv, uintptr_t stream, owner=None):
-        """Launch on two addresses; they are equal for a call in place. `owner` is what has the stream, if known.
-
-        Returns
-        -------
-        bool
-            False if an earlier call has failed.
-        """
-        cdef int error
-        cdef const char* text = NULL
-        cdef bint moved = stream != self.state.last_stream
-        if self.state.check():
-            return False
-        with nogil:
-            error = self.launch(send, recv, stream)
-        if error:
-            from nvcoll.errors import StateError
-
-            nv_error_string(error, &text)
-            raise StateError(f"the CUDA driver refuses the launch: {text.decode() if text else error}")
-        if stream == self.state.last_stream and (moved or not (owner is None or type(owner) is int)):
-            self.state.last_owner = owner  # a number keeps nothing alive
-        return True
-
-
-cdef class DevicePlans:
-    """The plans of one communicator on a GPU for an algorithm, found by datatype, size and operator.
-
-    `run` serves arrays of the symmetric heap, and streams that are numbers or tell theirs; everything else takes the
-    long way, in nvcoll.device_calls.
-
-    Parameters
-    ----------
-    in_place
-        What stands for the receive buffer in place of a send buffer.
-    stream
-        Where calls go that name no stream.
-    """
-    cdef dict table
-    cdef object in_place
-    cdef uintptr_t stream
-
-    def __init__(self, in_place, uintptr_t stream):
-        self.table = {}
-        self.in_place = in_place
-        self.stream = stream
-
-    def add(self, int64_t code, int64_t nbytes, op, DevicePlan plan):
-        """Keep a plan for `run`, where `op` is known by identity: mpi4py's handles cannot be hashed."""
-        if len(self.table) >= MOST:
-            self.table.clear()
-        self.table[code, nbytes, <uintptr_t><void*>op] = (plan, op)
-
-    def run(self, sendbuf, recvbuf, op, stream):
-        """Launch the call if its plan is known.
-
-        Returns
-        -------
-        bool or None
-            True if launched; None if there is no such plan or the arguments need the long way; False if an earlier
-            call has failed.
-        """
-        cdef DeviceSpan send, recv
-        cdef uintptr_t from_, to, queue = self.stream
-        if recvbuf is None or sendbuf is self.in_place:
-            recvbuf = sendbuf if recvbuf is None else recvbuf
-            sendbuf = recvbuf
-        if not isinstance(recvbuf, DeviceSpan) or not isinstance(sendbuf, DeviceSpan):
-            return None
-        send, recv = <DeviceSpan>sendbuf, <DeviceSpan>recvbuf
-        from_, to = send.at(), recv.at()
-        if send is not recv and (send.count != recv.count or send.code != recv.code
-                                 or (from_ < to + recv.count * recv.itemsize
-                                     and to < from_ + send.count * send.itemsize)):
-            return None
-        if stream is not None:
-            number = stream
-            if type(number) is not int:
-                number = getattr(stream, "cuda_stream", None)  # torch's
-                if type(number) is not int:
-                    return None
-            if number < 0:
-                return None
-            queue = number
-        kept = self.table.get((recv.code, recv.count * recv.itemsize, <uintptr_t><void*>op))
-        if kept is None or not from_ or not to:
-            return None
-        return (<DevicePlan>(<tuple>kept)[0]).run(from_, to, queue, stream)
+    nv_error_string(error, &text)
+    return StateError(f"the CUDA driver refuses {what}: {text.decode() if text else error}")

@@ -20,6 +20,8 @@ cdef struct Call:
 
 ctypedef int64_t (*kernel_t)(int64_t) noexcept nogil
 
+TAKE_TURNS = "another thread is in a call on this communicator; calls on one communicator take turns"
+
 if not nv_little():
     raise ImportError("nvcoll: needs a little-endian machine")
 
@@ -152,7 +154,7 @@ cdef class State:
             return StateError("this communicator was finalized; take a new one, or call Init")
         if self.world.error:
             return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
-        return StateError("another thread is in a call on this communicator; calls on one communicator take turns")
+        return StateError(TAKE_TURNS)
 
     @property
     def heap(self):

@@ -58,10 +58,15 @@ class FakeDriver(types.ModuleType):
         Looks at an event before it is done.
     capturing
         Streams that are being captured.
+    pointers
+        Address -> what attributes of it are, by number.
     """
 
     CUresult = Result
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
+    CUpointer_attribute = types.SimpleNamespace(
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_IS_MANAGED=8, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
+    )
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUstreamCaptureStatus = enum.Enum(
@@ -78,7 +83,7 @@ class FakeDriver(types.ModuleType):
         super().__init__("cuda.bindings.driver")
         self.gpus, self.version = gpus, version
         self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
-        self.recorded, self.looks, self.capturing = [], 0, set()
+        self.recorded, self.looks, self.capturing, self.pointers = [], 0, set(), {}
         self._threads = threading.local()
 
     @property
@@ -196,6 +201,10 @@ class FakeDriver(types.ModuleType):
 
     def cuMemGetInfo(self):
         return Result(0), MEMORY - sum(map(len, self.taken.values())), MEMORY
+
+    def cuPointerGetAttribute(self, attribute, address):
+        told = self.pointers.get(address)
+        return (Result.CUDA_ERROR_INVALID_VALUE, None) if told is None else (Result(0), told[attribute])
 
     def cuMemsetD8Async(self, address, byte, nbytes, stream):
         ctypes.memset(address, byte, nbytes)

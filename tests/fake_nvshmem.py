@@ -58,6 +58,8 @@ class FakeNvshmem:
         self.calls.append((name, *args))
 
     def vendor_get_version_info(self, *places):
+        if "vendor_get_version_info" in self.fail:
+            raise self.fail["vendor_get_version_info"]
         for place, number in zip(places, self.version, strict=True):
             ctypes.c_int.from_address(place).value = number
 

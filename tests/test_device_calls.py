@@ -1,6 +1,5 @@
 """Calls on GPUs, with everything beneath them faked: what is judged before a launch, and the words of what failed."""
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,93 +10,18 @@ from nvcoll import IN_PLACE, device_calls
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_calls import DeviceCalls
 from nvcoll.ops import DATATYPES, MAX, SUM
-from tests.buffers.gpu import CudaInterface, FakeDriver, FakeGpu, on_gpu
-from tests.buffers.memory import FakeAllocation
-
-
-class Plan:
-    """Takes notes of launches; says that an earlier call failed once `state` reports it."""
-
-    def __init__(self, state, told):
-        self.state, self.told, self.launched = state, told, []
-
-    def run(self, send, recv, stream, owner=None):
-        if self.state.failed:
-            return False
-        self.state.sequence += 1
-        self.launched.append((send, recv, stream))
-        return True
-
-
-@dataclass(frozen=True)
-class Told:
-    """Stands for an Explanation."""
-
-    verb: str
-    count: int
-    datatype: str
-    op: str
-    algorithm: str | None
-
-
-class Planner:
-    def __init__(self):
-        self.state = SimpleNamespace(failed=False, sequence=0, demand=lambda: None)
-        self.area = SimpleNamespace(boards=lambda: self.tags)
-        self.tags, self.plans = [], []
-
-    def explain(self, verb, count, datatype, op, algorithm=None):
-        return Told(verb, count, datatype.name, op.name, algorithm)
-
-    def plan(self, told, datatype, op):
-        self.plans.append(Plan(self.state, told))
-        return self.plans[-1]
-
-
-class NeverFast:
-    """A fast route that knows no plan."""
-
-    def __init__(self, in_place, stream):
-        self.stream = stream
-
-    def add(self, *args):
-        pass
-
-    def run(self, *args):
-        return None
+from tests.buffers.gpu import CudaInterface, on_gpu
+from tests.fake_device_world import Told, fake_world, reduce, values
 
 
 @pytest.fixture
 def world(monkeypatch):
-    monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
-    gpu = FakeGpu()
-    world = SimpleNamespace(rank=1, size=4, device=gpu, stream=0, planner=Planner(), settled=0)
-    world.heap = SimpleNamespace(allocate=FakeAllocation)
-    world.synchronized = []
-    driver = FakeDriver(gpu)
-    driver.stream_synchronize = world.synchronized.append
-    world.capturing = set()
-    driver.stream_capturing = world.capturing.__contains__
-    monkeypatch.setattr(device_calls, "driver", driver)
-
-    def settle():
-        world.settled += 1
-
-    world.settle = settle
-    return world
+    return fake_world(monkeypatch)
 
 
 @pytest.fixture
 def calls(world):
     return DeviceCalls(world)
-
-
-def reduce(calls, sendbuf, recvbuf=None, op=SUM, stream=None, algorithm=None):
-    calls.allreduce(sendbuf, recvbuf, op, stream, algorithm)
-
-
-def values(n=8, dtype=np.float32):
-    return np.arange(n).astype(dtype)
 
 
 class TestJudgement:
@@ -159,6 +83,14 @@ class TestJudgement:
             "Allreduce: sendbuf is on GPU 3, rank 1 works on GPU 5; copy it there, or set NVCOLL_DEVICE"
         )
 
+    def test_an_array_that_does_not_tell_its_gpu(self, world, calls):
+        x = CudaInterface(values())
+        world.places[x.values.ctypes.data] = world.device.ordinal
+        reduce(calls, x)
+        world.places[x.values.ctypes.data] = 0
+        with pytest.raises(nvcoll.ArgumentError, match=r"^Allreduce: sendbuf is on GPU 0, rank 1 works on GPU 3; copy"):
+            reduce(calls, x)
+
     @pytest.mark.parametrize(("name", "shift", "unit"), [("float32", 2, 4), ("complex128", 4, 8), ("int16", 1, 2)])
     def test_elements_that_gpus_cannot_load_whole(self, world, calls, name, shift, unit):
         memory = on_gpu(np.zeros(200, np.uint8))
@@ -189,13 +121,22 @@ class TestNonblocking:
         start = calls.begin("Iallreduce", x, None, SUM, 55, None)
         [plan] = world.planner.plans
         assert plan.launched == []
-        device, stream, check, owners = start()
+        device, stream, check, _, owners = start()
         assert plan.launched == [(x.address, x.address, 55)]
         assert (device, stream, owners) == (world.device, 55, (x, x))
         check()
         world.planner.state.failed = True
         world.planner.tags = [1 << STAMP_BITS] * 4
         with pytest.raises(nvcoll.TimeoutError, match=r"^Iallreduce: "):
+            check()
+
+    def test_after_the_end_of_the_communicator(self, world, calls, monkeypatch):
+        monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
+        *_, check, over, _ = calls.begin("Iallreduce", on_gpu(values()), None, SUM, 55, None)()
+        assert not over()
+        world.planner.state.over = True
+        assert over()
+        with pytest.raises(nvcoll.StateError, match="finalized"):
             check()
 
     def test_a_stream_that_is_captured(self, world, calls):
@@ -291,6 +232,15 @@ class TestFailures:
         with pytest.raises(nvcoll.StateError) as caught:
             reduce(calls, on_gpu(values()))
         assert str(caught.value) == ("an earlier call on this communicator failed; it can only be freed: call Finalize")
+
+
+def test_memory_that_was_dropped_is_given_out_when_no_call_uses_it(world, calls):
+    calls.empty((2,), DATATYPES["int16"])
+    assert (world.planner.state.preceded, world.synchronized) == ([], [])
+    world.heap.dropped.append(1)
+    world.stream = 9
+    calls.empty((2,), DATATYPES["int16"])
+    assert (world.planner.state.preceded, world.synchronized) == ([9], [9])
 
 
 def test_arrays_are_made_on_the_heap(world, calls):

@@ -1,6 +1,7 @@
 """Requests on GPUs, on a driver that takes notes."""
 
 import gc
+import weakref
 
 import pytest
 
@@ -19,10 +20,12 @@ def begun(monkeypatch):
     install(monkeypatch, fake_driver)
 
     def begin(owner=None, check=lambda: checks.append(1)):
-        return Request(OnStream(Device(0), 7, check, (owner,)))
+        return Request(OnStream(device, 7, check, lambda: begin.over, (owner,)))
 
-    begin.checks, begin.driver = checks, fake_driver
-    return begin
+    device = begin.device = Device(0)
+    begin.checks, begin.driver, begin.over = checks, fake_driver, False
+    yield begin
+    device_requests._dropped.clear()
 
 
 def test_the_event_stands_for_what_the_stream_holds(begun):
@@ -92,6 +95,40 @@ def test_buffers_live_until_its_end(begun):
     request.Wait()
     gc.collect()
     assert Owner.alive == 0
+
+
+def test_buffers_of_a_request_that_is_dropped_live_until_its_end(begun):
+    owner = set()
+    alive = weakref.ref(owner)
+    begun(owner)  # nobody waits for it
+    del owner
+    for _ in range(2):
+        begun.driver.looks = 1  # at the one that was dropped
+        begun().Wait()
+        assert alive() is not None
+    begun().Wait()
+    assert alive() is None
+
+
+def test_what_was_dropped_goes_with_the_context(begun):
+    begun.driver.looks = 99
+    begun(set())
+    begun.device.close()
+    begun.driver.looks = 0
+    begun()
+    assert len(device_requests._dropped) == 1  # the second one's
+
+
+def test_after_the_end_of_the_communicator_the_driver_is_left_alone(begun):
+    request = begun()
+    begun.over = True
+    begun.device.close()
+    begun.driver.calls.clear()
+    assert request.Test()
+    del request
+    gc.collect()
+    assert begun.checks == [1]
+    assert begun.driver.calls == []
 
 
 def test_the_event_is_given_back(begun):

@@ -11,12 +11,13 @@ from nvcoll._plan import DEVICE_FIELDS
 
 DRIVER = r"""
 #include <string.h>
+#include <unistd.h>
 typedef struct { unsigned grid[3], block[3], shared; void *stream; int *attributes; unsigned count; } config;
 char calls[4096];               /* what was called, and with which handles */
 long long arguments[256], fields;
 unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
 void *current, *capturing, *gone;
-int fail, confused;
+int fail, confused, slow;       /* slow: milliseconds of a launch */
 #include <stdio.h>
 static void note(const char *name, void *one, void *two) {
     sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
@@ -42,6 +43,7 @@ int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long source, size_
 int cuGetErrorString(int error, const char **text) { *text = error == 700 ? "an illegal address" : 0; return 0; }
 int cuLaunchKernelEx(const config *c, void *function, void **given, void **extra) {
     note("launch", function, c->stream);
+    if (slow) usleep(1000 * slow);
     memcpy(shape, c->grid, 28);
     shape[7] = c->count;
     shape[8] = c->count ? c->attributes[0] : 0;
@@ -261,7 +263,8 @@ pointer("current").value = 0xC0
 memory = DeviceMemory(0x10000, 4096, 0)
 x, y = DeviceSpan(memory, 0, 7, 4, 11), DeviceSpan(memory, 1024, 7, 4, 11)
 in_place, op = "in place", object()
-plans = DevicePlans(in_place, 0x99)
+captured = []
+plans = DevicePlans(in_place, 0x99, lambda: captured[-1] if captured else None)
 plans.add(11, 28, op, plan)
 
 def tried(*args):
@@ -299,6 +302,11 @@ def test_all_else_takes_the_long_way(see, args):
     assert see(FAST, f"tried({args})") == [None, None, None]
 
 
+def test_where_a_library_captures_a_graph_a_call_must_name_its_stream(see):
+    told = see(f"{FAST}\ncaptured.append('stream')", "[tried(x, y, op, None), tried(x, y, op, 0x50)]")
+    assert told == [[None, None, None], [True, 0x10000, 0x10400, "launch(f0,50)"]]
+
+
 def test_the_fast_route_ends_with_the_memory(see):
     assert see(f"{FAST}\nmemory.end()", "tried(x, y, op, None)") == [None, None, None]
 
@@ -329,6 +337,44 @@ report[0] = -(1 << 63)
 def test_after_the_end_nothing_is_launched(see):
     told = see("state.demand(); state.end()", "[refusal(plan.run, 1, 2, 3), refusal(state.demand), calls()]")
     assert told == [*["this communicator was finalized; take a new one, or call Init"] * 2, []]
+
+
+def test_threads_take_turns(see):
+    program = """
+import threading
+number("slow").value = 500
+other = threading.Thread(target=plan.run, args=(1, 2, 0x50))
+other.start()
+while not text.value: pass
+refused = refusal(plan.run, 1, 2, 0x60)
+other.join()
+number("slow").value = 0
+calls(); plan.run(1, 2, 0x50)
+"""
+    told = see(program, "[refused, state.sequence]")
+    assert told == ["another thread is in a call on this communicator; calls on one communicator take turns", 2]
+
+
+@pytest.mark.parametrize(
+    ("before", "calls"),
+    [
+        ("", []),
+        ("plan.run(1, 2, 0x50)", ["record(e0,50)", "wait(60,e0)"]),
+        ("plan.run(1, 2, 0x60)", []),
+        ("plan.run(1, 2, 0x50); pointer('capturing').value = 0x60", []),  # a graph has an order of its own
+        ("plan.run(1, 2, 0x50); pointer('capturing').value = 0x50", []),
+        ("plan.run(1, 2, 0x50); state.end()", []),
+    ],
+)
+def test_a_stream_behind_the_latest_call(see, before, calls):
+    program = f"{before}\ncalls(); state.precede(0x60)"
+    assert see(f"pointer('current').value = 0xC0\n{program}", "calls()") == calls
+    assert see(program, "[one for one in calls() if one[:3] not in ('pus', 'pop')]") == calls
+
+
+def test_a_stream_that_cannot_be_put_behind_a_call(see):
+    told = see('plan.run(1, 2, 0x50); number("confused").value = 700', "refusal(state.precede, 0)")
+    assert told == "the CUDA driver refuses to put a stream behind a call: an illegal address"
 
 
 def test_without_a_driver(run_command, tmp_path):

@@ -171,6 +171,7 @@ class DeviceArea:
                 driver.event_destroy(self._event)
                 driver.host_free(self._host)
             self._private = 0
+            del self.state  # it refers to this area: so memory goes with the last reference to it, and at once
 
 
 def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[list[int]]:

@@ -15,6 +15,9 @@ from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 OLDEST = (13, 0)
 """Oldest CUDA version that the driver must support: that of the packages of the extra ``cuda``."""
 
+OF_GPU = 2
+"""``CU_MEMORYTYPE_DEVICE``."""
+
 CURES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free memory of the GPU or lower NVCOLL_HEAP",
     "CUDA_ERROR_NOT_INITIALIZED": "a forked child cannot use the GPU of its parent: use the 'spawn' start method",
@@ -138,6 +141,11 @@ class Device:
         if context is not None:
             _call("cuDevicePrimaryCtxRelease", self._device)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the context was taken and not given back."""
+        return self._context is not None
+
     def __enter__(self) -> Self:
         with self._lock:
             if self._context is None:
@@ -167,6 +175,18 @@ def allocate(nbytes: int) -> int:
 def free(address: int) -> None:
     """Free what `allocate` gave. Waits for the work of the GPU on it."""
     _call("cuMemFree", address)
+
+
+def gpu_of(address: int) -> int | None:
+    """Return the ordinal of the GPU that has the memory at an address; None for memory that all GPUs may use."""
+    attribute = _driver().CUpointer_attribute
+    try:
+        of_gpu = int(_call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)) == OF_GPU
+        if not of_gpu or _call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_IS_MANAGED, address):
+            return None
+        return int(_call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
+    except DeviceError:  # memory that the driver does not know may be the host's, where GPUs can use that
+        return None
 
 
 def memory_info() -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nvcoll import _bootstrap, _topology
@@ -136,7 +136,7 @@ class DeviceSegment:
     """Memory of a GPU for all emulated ranks, which lives as long as anything refers to it.
 
     Its end may come at any time, from the garbage collector; to free it then would wait for kernels that wait for the
-    very thread which collects. So it is put aside, and freed before the next segment is taken.
+    very thread which collects. So it is put aside, and freed when no emulation runs: see `on_gpu`.
 
     Parameters
     ----------
@@ -164,17 +164,28 @@ class DeviceSegment:
 
 
 _ended: list[tuple[Any, int]] = []  # memory that nothing refers to any more
+_running: list[int] = []  # the threads that run emulations on GPUs
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def on_gpu() -> Iterator[None]:
+    """Hold memory back while emulations run on a GPU, those that ranks of another run among them; then free it."""
+    with _lock:
+        _running.append(threading.get_ident())
+    try:
+        yield
+    finally:
+        with _lock:
+            _running.pop()
+            while _ended and not _running:
+                gpu, address = _ended.pop()
+                with contextlib.suppress(Error), gpu:
+                    driver.free(address)
 
 
 def reserve_on(device: Any, size: int, extent: int | None) -> DeviceSegment:
-    """Take a GPU's memory for the heaps of emulated ranks: by default half of what is free, 1 GiB each at most.
-
-    No emulated rank runs yet, so what ended before can be freed.
-    """
-    while _ended:
-        gpu, address = _ended.pop()
-        with contextlib.suppress(Error), gpu:
-            driver.free(address)
+    """Take a GPU's memory for the heaps of emulated ranks: by default half of what is free, 1 GiB each at most."""
     with device:
         free, _ = driver.memory_info()
     each = (extent or min(EXTENT, free // (2 * size))) // 4096 * 4096

@@ -61,7 +61,13 @@ def find() -> Found:
     except RuntimeError as exc:
         raise BootstrapError(f"libnvshmem_host does not load ({exc}); pip install nvidia-nvshmem-cu13") from exc
     parts = [ctypes.c_int() for _ in range(3)]
-    bindings.vendor_get_version_info(*(ctypes.addressof(part) for part in parts))
+    try:
+        bindings.vendor_get_version_info(*(ctypes.addressof(part) for part in parts))
+    except Exception as exc:  # the bindings' own class: a library that lacks what they know
+        raise BootstrapError(
+            f"nvshmem4py {__version__} does not fit the host library at {path} ({type(exc).__name__}: {exc}); install "
+            'both anew: pip install --upgrade --force-reinstall "nvcoll[cuda]"'
+        ) from exc
     library = ".".join(str(part.value) for part in parts)
     folder = find_nvidia_header_directory("nvshmem")
     found = Found(str(__version__), library, str(path), _headers(folder), folder and str(folder))

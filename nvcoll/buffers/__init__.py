@@ -4,7 +4,7 @@ from .array import Allocation, Buffer, invalidate
 from .device import DeviceBuffer
 from .device_specs import parse_device
 from .specs import IN_PLACE, InPlace, Spec, check_pair, is_in_place, parse, while_alive
-from .streams import as_stream, current_stream
+from .streams import as_stream, captured_stream, current_stream, keep_for
 
 __all__ = [
     "IN_PLACE",
@@ -14,10 +14,12 @@ __all__ = [
     "InPlace",
     "Spec",
     "as_stream",
+    "captured_stream",
     "check_pair",
     "current_stream",
     "invalidate",
     "is_in_place",
+    "keep_for",
     "parse",
     "parse_device",
     "while_alive",

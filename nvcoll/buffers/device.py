@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -33,8 +33,8 @@ class DeviceBuffer(DeviceSpan):
     Notes
     -----
     The buffer is bound to no stream. What nvcoll writes is ordered on the stream that the call was given, and another
-    library sees it in work on that stream, or after it was synchronised. `__dlpack__` therefore waits for nothing,
-    whatever stream the consumer names.
+    library sees it in work on that stream, or after it was synchronised. Through DLPack a library names its own stream,
+    where work comes after the calls made before; ``__cuda_array_interface__`` puts nothing in order.
     """
 
     __slots__ = ("__weakref__", "_datatype", "_owner", "_shape", "_whole")
@@ -60,6 +60,7 @@ class DeviceBuffer(DeviceSpan):
         gpu: Gpu,
         driver: Driver,
         stream: int = 0,
+        precede: Callable[[int], None] = lambda stream: None,
     ) -> "DeviceBuffer":
         """Make an array on an allocation, without touching its contents.
 
@@ -77,6 +78,8 @@ class DeviceBuffer(DeviceSpan):
             What copies: the module ``nvcoll.backends.driver``.
         stream
             Where copies go that name no stream: the legacy default stream, if not told otherwise.
+        precede
+            As for `DeviceOwner`.
 
         Returns
         -------
@@ -98,7 +101,7 @@ class DeviceBuffer(DeviceSpan):
                 f"DeviceBuffer.on: shape {dims} of {datatype.name} needs {needed} bytes, expected lengths of 0 or more "
                 f"and no more than the {allocation.nbytes} bytes of the allocation; allocate more"
             )
-        return cls(DeviceOwner(allocation, gpu, driver, stream), 0, dims, datatype, whole=True)
+        return cls(DeviceOwner(allocation, gpu, driver, stream, precede), 0, dims, datatype, whole=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -355,7 +358,7 @@ class DeviceBuffer(DeviceSpan):
         Parameters
         ----------
         stream
-            The consumer's stream, as DLPack numbers them, -1 for no ordering. Nothing is waited for: see the class.
+            The consumer's, as DLPack numbers them, where work comes after the calls made so far; -1: in no order.
         max_version
             The newest version the consumer knows; None is from before version 1.
         dl_device
@@ -387,6 +390,8 @@ class DeviceBuffer(DeviceSpan):
             )
         versioned = max_version is not None and max_version[0] >= DLPACK_VERSION[0]
         address = self.address if self.size else 0
+        if stream != -1:
+            self._owner.precede(operator.index(stream or 0))
         kind = DLPACK_TYPES[self._datatype.name]
         return dlpack_capsule(address, self._shape, kind, self.__dlpack_device__(), self._owner, versioned)
 

@@ -1,6 +1,7 @@
 """What holds a piece of a GPU's symmetric heap for the arrays on it, and moves bytes to and from it."""
 
 import sys
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -47,16 +48,22 @@ class DeviceOwner(DeviceMemory):
         What copies.
     stream
         Where copies go that name no stream.
+    precede
+        ``precede(stream)`` lets what is queued on a stream from now on begin after the latest call that may use the
+        memory.
     """
 
     allocation: Allocation
     gpu: Gpu
     driver: Driver
     stream: int
+    precede: Callable[[int], None]
 
-    def __new__(cls, allocation: Allocation, gpu: Gpu, driver: Driver, stream: int = 0) -> Self:  # noqa: D102
+    def __new__(  # noqa: D102
+        cls, allocation: Allocation, gpu: Gpu, driver: Driver, stream: int, precede: Callable[[int], None]
+    ) -> Self:
         self = super().__new__(cls, allocation.address, allocation.nbytes, gpu.ordinal)
-        self.allocation, self.gpu, self.driver, self.stream = allocation, gpu, driver, stream
+        self.allocation, self.gpu, self.driver, self.stream, self.precede = allocation, gpu, driver, stream, precede
         remember(self)
         return self
 

@@ -12,14 +12,15 @@ from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from .device import DeviceBuffer
 from .dlpack import CUDA, CUDA_HOST, GPU_DEVICES, datatype_of
 from .specs import Memory, Spec, refuse_sentinels, refuse_uncomputed, unpack
+from .streams import LEGACY_BY_NAME
 
-LEGACY = 1
-"""The legacy default stream, as DLPack numbers it: there, 0 could mean several."""
+TELLS_STREAM = 3
+"""The first version of ``__cuda_array_interface__`` that has a stream."""
 CONTIGUOUS = {"torch": ".contiguous()", "cupy": "cupy.ascontiguousarray()"}
 """Library -> its way to an array without gaps."""
 
 
-def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int = LEGACY) -> Spec:
+def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int = LEGACY_BY_NAME) -> Spec:
     """Find the memory of a GPU that `spec` stands for.
 
     Parameters
@@ -65,9 +66,12 @@ def _memory(where: str, buf: Any, stream: int) -> Memory:
     if torch is not None and isinstance(buf, torch.Tensor):
         return _from_tensor(where, buf, torch.strided)
     refuse_sentinels(where, buf)
-    if hasattr(buf, "__cuda_array_interface__"):
-        return _from_interface(where, buf, buf.__cuda_array_interface__)
-    if hasattr(buf, "__dlpack__") and hasattr(buf, "__dlpack_device__"):
+    interface = getattr(buf, "__cuda_array_interface__", None)
+    exports = hasattr(buf, "__dlpack__") and hasattr(buf, "__dlpack_device__")
+    # Before version 3, JAX's among them, the interface says nothing of what is not computed yet; DLPack sees to that.
+    if interface is not None and (interface.get("version", 0) >= TELLS_STREAM or not exports):
+        return _from_interface(where, buf, interface)
+    if exports:
         return _from_dlpack(where, buf, stream)
     raise _on_host(where, buf) if _is_of_host(buf) else _no_memory(where, buf)
 
@@ -106,8 +110,7 @@ def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
     strides = interface.get("strides")
     if strides is not None and not _in_c_order(shape, tuple(strides), dtype.itemsize):
         raise _gaps(where, buf)
-    # JAX says that its arrays may be written, and takes for granted that nobody does.
-    readonly = readonly or type(buf).__module__.partition(".")[0] in {"jax", "jaxlib"}
+    readonly = readonly or _is_constant(buf)
     return Memory(address or 0, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, "C")
 
 
@@ -116,7 +119,7 @@ def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
     kind = buf.__dlpack_device__()[0]
     if kind not in GPU_DEVICES:
         raise _on_host(where, buf) if kind == 1 else _elsewhere(where, f"DLPack's device {int(kind)}")
-    options = {} if kind == CUDA_HOST else {"stream": stream or LEGACY}
+    options = {} if kind == CUDA_HOST else {"stream": stream or LEGACY_BY_NAME}
     try:
         try:
             tensor = DLPackTensor(buf.__dlpack__(max_version=DLPACK_VERSION, **options))
@@ -137,7 +140,13 @@ def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
         raise _gaps(where, buf)
     dtype = datatype_of(tensor.dtype) or f"DLPack's type {code} of {bits} bits"
     device = tensor.device[1] if tensor.device[0] == CUDA else None
-    return Memory(tensor.address, math.prod(shape) * itemsize, dtype, tensor.readonly, tensor, "C", device)
+    readonly = tensor.readonly or _is_constant(buf)
+    return Memory(tensor.address, math.prod(shape) * itemsize, dtype, readonly, tensor, "C", device)
+
+
+def _is_constant(buf: Any) -> bool:
+    """Tell whether nobody may write there, whatever it says: JAX takes for granted that nobody does."""
+    return type(buf).__module__.partition(".")[0] in {"jax", "jaxlib"}
 
 
 def _in_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:

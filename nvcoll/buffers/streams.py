@@ -11,6 +11,8 @@ from nvcoll.errors import ArgumentError
 
 LEGACY = 0
 """Handle of the legacy default stream, which waits for all streams but those that were made non-blocking."""
+LEGACY_BY_NAME = 1
+"""The same stream, as libraries name it to whom 0 could mean several."""
 HANDLES = ("cuda_stream", "ptr", "handle")
 """Attributes in which torch, CuPy and Numba keep a stream's handle."""
 EXPECTED = "an integer handle, or a stream of cuda.core, torch, CuPy or Numba"
@@ -94,17 +96,65 @@ def _number(handle: Any) -> int:
     return int(handle)
 
 
-def current_stream(owner: Any) -> Any:
-    """Return the stream on which the library of an array works now: its object where the library has one."""
+def current_stream(*arrays: Any, verb: str = "as_stream") -> Any:
+    """Return the stream on which the libraries of some arrays work now, as an object where the library has one.
+
+    Where none tells of a stream, it is the legacy default one.
+
+    Raises
+    ------
+    ArgumentError
+        They work on different streams.
+    """
+    told = [stream for one in arrays if (stream := _current(one)) is not None]
+    if len(told) > 1:
+        handles = [as_stream(stream, None, verb) or LEGACY_BY_NAME for stream in told]
+        if len(set(handles)) > 1:
+            raise ArgumentError(
+                f"{verb}: the arrays are of libraries that work on different streams now "
+                f"({', '.join(map(hex, handles))}), expected one; order them, and pass stream="
+            )
+    return told[0] if told else LEGACY
+
+
+def _current(owner: Any) -> Any:
+    """Return the stream on which the library of an array works now; None if it does not tell."""
     if isinstance(owner, list | tuple) and owner:
         owner = owner[0]
     if owner is None or isinstance(owner, DeviceSpan):
-        return LEGACY
+        return None
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(owner, torch.Tensor):
-        return torch.cuda.current_stream(owner.device)
+        return torch.cuda.current_stream(owner.device) if owner.is_cuda else None
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(owner, cupy.ndarray):
         return cupy.cuda.get_current_stream()
     interface = getattr(owner, "__cuda_array_interface__", None)
-    return int(interface.get("stream") or LEGACY) if isinstance(interface, dict) else LEGACY
+    return interface.get("stream") if isinstance(interface, dict) else None
+
+
+def keep_for(stream: int, *arrays: Any) -> None:
+    """Keep the memory of tensors of torch from other tensors until what is queued on a stream by now is done.
+
+    Torch gives the memory of a tensor to which nobody refers any more to the next one at once, for it knows only of
+    what is queued on the stream where the tensor was made.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    for tensor in arrays:
+        if isinstance(tensor, torch.Tensor):
+            handle = LEGACY if stream == LEGACY_BY_NAME else stream  # torch knows it by no other name
+            tensor.record_stream(torch.cuda.ExternalStream(handle, device=tensor.device))
+
+
+def captured_stream() -> Any:
+    """Return the stream of a library which captures what this thread queues there into a graph, or None."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return torch.cuda.current_stream()
+    cupy = sys.modules.get("cupy")
+    if cupy is not None:
+        stream = cupy.cuda.get_current_stream()
+        return stream if stream.is_capturing() else None
+    return None

@@ -87,6 +87,13 @@ class TestUsable:
             "install one: pip install --force-reinstall nvidia-nvshmem-cu13"
         )
 
+    def test_bindings_that_know_more_than_the_library(self, fake):
+        fake.fail["vendor_get_version_info"] = NVSHMEMError("function is not found")
+        assert nvshmem.usable() == (
+            "nvshmem4py 0.4.1 does not fit the host library at /lib/libnvshmem_host.so.3 (NVSHMEMError: function is "
+            'not found); install both anew: pip install --upgrade --force-reinstall "nvcoll[cuda]"'
+        )
+
     def test_without_a_device_part(self, driver, monkeypatch, tmp_path):
         FakeNvshmem(driver, tmp_path, headers=None).install(monkeypatch)
         assert nvshmem.usable() is None

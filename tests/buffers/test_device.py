@@ -204,6 +204,17 @@ def test_dlpack(name, version):
         assert (tensor.device, tensor.dtype, tensor.readonly) == ((2, 3), (*DLPACK_TYPES[name], 1), False)
 
 
+def test_what_a_consumer_of_dlpack_queues_comes_after_the_calls():
+    preceded = []
+    buffer = DeviceBuffer.on(FakeAllocation(64), 16, "f4", FakeGpu(), None, precede=preceded.append)
+    for stream in (None, -1, 1, 2, np.int64(1 << 40)):
+        buffer[1:].__dlpack__(stream=stream)
+    assert preceded == [0, 1, 2, 1 << 40]
+    with pytest.raises(BufferError):
+        buffer.__dlpack__(stream=5, copy=True)
+    assert len(preceded) == 4
+
+
 def test_dlpack_of_nothing_has_no_address():
     assert DLPackTensor(empty_on_gpu((0, 3), "f4")[0].__dlpack__()).address == 0
 

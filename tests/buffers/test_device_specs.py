@@ -92,6 +92,24 @@ def test_an_exporter_is_told_the_stream(stream, told):
     assert pinned.options == {}  # memory of the host has no streams
 
 
+class Both(CudaCapsule):
+    """Shows an array both ways."""
+
+    def __init__(self, values, version):
+        super().__init__(values)
+        self.__cuda_array_interface__ = CudaInterface(values).__cuda_array_interface__ | {"version": version}
+
+
+@pytest.mark.parametrize(("version", "asked"), [(2, {"stream": 7}), (3, None)])
+def test_an_interface_that_orders_nothing_is_the_last_resort(version, asked):
+    buf = Both(np.ones(3), version)
+    spec = parse_device("Allreduce", "recvbuf", buf, True, stream=7)
+    assert (spec.address, spec.count) == (buf.values.ctypes.data, 3)
+    assert getattr(buf, "options", None) == asked
+    alone = CudaInterface(np.ones(3), version=version)
+    assert parse_device("Allreduce", "recvbuf", alone, True, stream=7).count == 3
+
+
 @pytest.mark.parametrize("strides", [None, (12, 4), (12, np.int64(4))])
 def test_strides_of_c_order(strides):
     buf = CudaInterface(np.ones((2, 3), np.float32), strides=strides)
@@ -143,7 +161,11 @@ class JaxArray(CudaInterface):
     """As JAX tells of its arrays, which nobody may write."""
 
 
-JaxArray.__module__ = "jaxlib._jax"
+class JaxCapsule(CudaCapsule):
+    """The same, through DLPack."""
+
+
+JaxArray.__module__ = JaxCapsule.__module__ = "jaxlib._jax"
 SIX = np.zeros((2, 3), np.float32)
 HOST = r"is in memory of the host \({}\), expected memory of a GPU, .+; copy it there .+copy_from"
 
@@ -169,6 +191,7 @@ REFUSALS = {
     "freed in a spec": ([freed(), 3], StateError, r"recvbuf\[0\] is a DeviceBuffer that was freed"),
     "read-only": (CudaInterface(read_only()), ArgumentError, "is read-only, expected memory to write .+; pass a copy"),
     "JAX": (JaxArray(SIX), ArgumentError, "is read-only"),
+    "JAX, DLPack": (JaxCapsule(SIX), ArgumentError, "is read-only"),
     "mask": (CudaInterface(SIX, mask=SIX), ArgumentError, "has a mask, expected an array without; pass its values"),
     "gaps": (CudaInterface(SIX[:, ::2]), ArgumentError, "or has gaps, expected contiguous .+; pass a contiguous copy"),
     "F order": (CudaInterface(np.zeros((2, 3), order="F")), ArgumentError, "is not in C order"),

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from nvcoll.buffers import as_stream
+from nvcoll.buffers import as_stream, captured_stream
 from nvcoll.errors import ArgumentError
 from tests.buffers.gpu import CudaInterface, empty_on_gpu
 
@@ -120,7 +120,7 @@ def library(name, kind, **members):
     """A module that has a class of arrays."""
     module = types.ModuleType(name)
     module.cuda = types.SimpleNamespace(**members)
-    setattr(module, kind, type(kind, (), {"device": 5}))
+    setattr(module, kind, type(kind, (), {"device": 5, "is_cuda": True}))
     return module
 
 
@@ -137,6 +137,8 @@ def test_no_stream_is_torch_s_current_one_for_its_tensors(monkeypatch):
         assert as_stream(None, owner) == HANDLE
     assert asked == [5] * 3
     assert as_stream(3, torch.Tensor()) == 3
+    torch.Tensor.is_cuda = False  # what is on a host is refused for that, later
+    assert as_stream(None, torch.Tensor()) == 0
     assert as_stream(None, np.zeros(3)) == 0
 
 
@@ -145,6 +147,28 @@ def test_no_stream_is_cupy_s_current_one_for_its_arrays(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert as_stream(None, cupy.ndarray()) == HANDLE
     assert as_stream(None, np.zeros(3)) == 0
+
+
+def test_a_stream_that_is_captured(monkeypatch):
+    assert captured_stream() is None
+    stream = types.SimpleNamespace(is_capturing=lambda: capturing)
+    state = types.SimpleNamespace(started=False, capturing=True)
+    torch = library(
+        "torch",
+        "Tensor",
+        current_stream=lambda: stream,
+        is_initialized=lambda: state.started,
+        is_current_stream_capturing=lambda: state.started and state.capturing,
+    )
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert captured_stream() is None  # to ask would start CUDA
+    state.started = True
+    assert captured_stream() is stream
+    state.capturing = capturing = False
+    monkeypatch.setitem(sys.modules, "cupy", library("cupy", "ndarray", get_current_stream=lambda: stream))
+    assert captured_stream() is None
+    capturing = True
+    assert captured_stream() is stream
 
 
 @pytest.mark.gpu

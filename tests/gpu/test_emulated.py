@@ -195,6 +195,17 @@ def test_worlds_one_after_the_other_give_their_memory_back(gpu):
     assert free[-1] >= free[0] - (64 << 20)
 
 
+def test_memory_is_free_again_after_a_run():
+    def main(comm):
+        comm.Barrier()
+        with comm._world.device:
+            return driver.memory_info()[0]
+
+    during = min(nvcoll.emulate(2, device=0).run(main))
+    with driver.Device(0):
+        assert driver.memory_info()[0] > during + (400 << 20)  # the heaps were 256 MiB each
+
+
 def test_after_its_run_a_communicator_is_of_no_use(run_command):
     program = """
 import numpy as np, nvcoll

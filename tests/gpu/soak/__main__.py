@@ -2,6 +2,7 @@
 
     mpirun --bind-to none -n 2 python3 -m tests.gpu.soak --graph-calls 100000 --calls 2000 --seconds 100
     mpirun --bind-to none -n 4 python3 -m tests.gpu.soak --graph-calls 0 --algorithms nvrar --datatypes all --ops all
+    python3 -m tests.gpu.soak --emulate 8 --ranks-per-node 4 --device 0     # ranks that are threads, and share a GPU
     python3 -m tests.gpu.soak --compile far     # beforehand, where ranks are reached through a network; makes no calls
 
 The graph part replays a CUDA graph of calls and checks on the GPU; it needs torch. The eager part runs on hosts too.
@@ -15,9 +16,11 @@ import sys
 import time
 import traceback
 
+import nvcoll
 from nvcoll.ops import DATATYPES, OPS
 from nvcoll.planning import LAUNCH, candidates, read_rules
 from nvcoll.planning_cuda import launch_shape
+from nvcoll.settings import let_streams_run_side_by_side
 from tests.gpu.kernels import REACHING
 from tests.gpu.soak import eager, graph
 from tests.gpu.soak.calls import agree, compile_kernels, draw, kernels_of, usable
@@ -61,6 +64,9 @@ def parse(arguments):
     add("--sleep", type=float, default=1e-3, help="longest pause of a rank between its calls, in seconds (0.001)")
     add("--every", type=float, default=15, help="seconds between lines on how far it is (15)")
     add("--seed", type=int, default=1)
+    add("--emulate", type=int, metavar="N", help="N ranks that are threads of this process, instead of COMM_WORLD")
+    add("--ranks-per-node", type=int, metavar="K", help="emulated ranks on each node (all on one)")
+    add("--device", type=int, metavar="D", help="the GPU that emulated ranks share (none: the host)")
     add("--compile", choices=("near", "far"), help="only compile the kernels; far: those that use the network")
     return parser.parse_args(arguments)
 
@@ -129,11 +135,12 @@ def main(arguments):
         only_compile(options)
         return 0
     if options.graph_calls:
+        let_streams_run_side_by_side()  # before torch uses the driver
         graph.load()  # torch first, then nvcoll, as programs do
-    from nvcoll import COMM_WORLD
-
     try:
-        return soak(COMM_WORLD, options)
+        if options.emulate:
+            return max(nvcoll.emulate(options.emulate, options.ranks_per_node, options.device).run(soak, options))
+        return soak(nvcoll.COMM_WORLD, options)
     except BaseException:
         traceback.print_exc()
         sys.stdout.flush()

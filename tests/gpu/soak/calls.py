@@ -82,12 +82,18 @@ def kernels_of(calls, deep=lambda nbytes, datatype: False):
 
 
 def prepare(comm, calls):
-    """Compile the kernels of these calls, each rank its share; collective."""
+    """Compile the kernels of these calls, each rank its share, and load them; collective.
+
+    To load one later might wait for what runs on the GPU, and that for a rank which shares it.
+    """
     if comm.target != "cuda":
         return
     planner = comm._world.planner
-    mine = sorted(kernels_of(calls, planner.deep))[comm.rank :: comm.size]
-    compile_kernels(mine, comm._world.device.arch, planner.remote)
+    kernels = sorted(kernels_of(calls, planner.deep))
+    compile_kernels(kernels[comm.rank :: comm.size], comm._world.device.arch, planner.remote)
+    agree(comm)
+    for kernel in kernels:
+        planner.kernels.get(*kernel)
     agree(comm)
 
 

@@ -158,6 +158,7 @@ def soak(comm, options, calls):
     """Make the calls, or as many as the time allows; return what the summary says and the number of faults."""
     prepare(comm, calls)
     batch, faults = Batch(comm, options), Faults("eager", comm.rank)
+    agree(comm)  # memory is had and given back while nothing runs, lest it wait for a rank that shares the GPU
     start, said, done, seconds, late, differing = time.monotonic(), time.monotonic(), 0, 0.0, False, 0
     while done < len(calls) and not late:
         some, digests = calls[done : done + options.slots], []

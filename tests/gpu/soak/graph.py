@@ -6,6 +6,7 @@ and each rank takes any of them for a replay. There is nothing between calls; th
 then, to agree whether the time is over.
 """
 
+import threading
 import time
 from functools import cache
 
@@ -23,6 +24,7 @@ KINDS = 8  # inputs are below, before each rank adds its own number
 CYCLES = 400_000  # of the longest pause on the GPU, some 200 us
 SHIFT = 64  # bytes by which arrays are off their best alignment
 NONE = 2**31 - 1  # no element was wrong
+CAPTURE = threading.Lock()  # ranks that are threads capture in turns, as torch wants it
 
 
 def able(datatypes, ops):
@@ -77,7 +79,7 @@ class Checked:
         self.counts = torch.zeros(len(calls), dtype=torch.int64, device=self.device)
         self.first = torch.full((len(calls),), NONE, dtype=torch.int32, device=self.device)
         self.places = [self.place(call) for call in calls]
-        torch.cuda.synchronize()
+        self.wait()
 
     def bytes(self, number):
         return self.torch.empty(number, dtype=self.torch.uint8, device=self.device)
@@ -96,7 +98,23 @@ class Checked:
     def next_turn(self):
         self.turn.add_(1)
 
-    def make(self, number):
+    def wait(self):
+        """Wait for what this rank has queued, not for others that share the GPU."""
+        self.torch.cuda.current_stream(self.device).synchronize()
+
+    def rehearse(self):
+        """Do all but the reductions: torch gets memory and loads kernels, which might wait for what other ranks run."""
+        for number in range(len(self.calls)):
+            self.make(number, reduce=False)
+        self.forget()
+
+    def forget(self):
+        """Count what is wrong anew."""
+        self.counts.zero_()
+        self.first.fill_(NONE)
+        self.wait()
+
+    def make(self, number, reduce=True):
         """Queue a call: pause or not, fill the input, reduce, compare."""
         torch, call, (send, recv) = self.torch, self.calls[number], self.places[number]
         values, other = self.values[: call.count], self.other[: call.count]
@@ -106,11 +124,11 @@ class Checked:
         values.add_(number).bitwise_and_(KINDS - 1)
         torch.add(values, self.mine[: call.count], out=other)
         send.copy_(other)
-        if call.in_place:
-            self.comm.Allreduce(send, op=OPS[call.op], algorithm=call.algorithm)
-        else:
+        if not call.in_place:
             recv.fill_(-1)  # no result is negative
-            self.comm.Allreduce(send, recv, op=OPS[call.op], algorithm=call.algorithm)
+        if reduce:
+            arrays = (send,) if call.in_place else (send, recv)
+            self.comm.Allreduce(*arrays, op=OPS[call.op], algorithm=call.algorithm)
         if call.op == "SUM":
             torch.mul(values, self.comm.size, out=other)
             other.add_(self.sum)
@@ -125,21 +143,18 @@ class Checked:
 
     def look(self, faults, where):
         """Wait for what was queued, tell what was wrong in it, and begin to count anew."""
-        self.torch.cuda.synchronize()
         counts, first = self.counts.tolist(), self.first.tolist()
         for number, call in enumerate(self.calls):
             if counts[number]:
                 told = f"{counts[number]} wrong elements, the first at {first[number]}"
                 faults.add(f"call {number}: {call}: {told}, {where}", counts[number])
         if any(counts):
-            self.counts.zero_()
-            self.first.fill_(NONE)
-            self.torch.cuda.synchronize()
+            self.forget()
 
     def capture(self, number, stream):
         """Return a graph of the first calls."""
         graph = self.torch.cuda.CUDAGraph()
-        with self.torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with CAPTURE, self.torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.next_turn()
             for one in range(number):
                 self.make(one)
@@ -157,10 +172,13 @@ def soak(comm, options, calls):
     torch, _ = load()
     prepare(comm, calls)
     checked, faults = Checked(comm, torch, calls, options.seed), Faults("graph", comm.rank)
-    stream = torch.cuda.Stream(checked.device)
+    # Emulated ranks have a stream of their own, where their calls go.
+    stream = torch.cuda.ExternalStream(comm.stream) if comm.stream else torch.cuda.Stream(checked.device)
     try:
         with torch.cuda.stream(stream):
-            for number in range(len(calls)):  # kernels are loaded, and torch has what it needs, before a capture
+            checked.rehearse()
+            agree(comm)
+            for number in range(len(calls)):
                 checked.next_turn()
                 checked.make(number)
             checked.look(faults, "before any replay")
@@ -168,6 +186,8 @@ def soak(comm, options, calls):
         graphs = [checked.capture(len(calls) - BETWEEN, stream) for _ in range(GRAPHS)]
         agree(comm)
         with torch.cuda.stream(stream):
+            checked.rehearse()  # torch has given memory back
+            agree(comm)
             line = replay(comm, options, checked, graphs, faults)
         comm.Barrier()  # a replay that failed is known to the next call only
     except Exception as exc:

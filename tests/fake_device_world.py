@@ -1,0 +1,111 @@
+"""A world on GPUs for `DeviceCalls`, with everything beneath the calls faked; takes notes of what they launch."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+
+import nvcoll
+from nvcoll import device_calls
+from nvcoll.ops import SUM
+from tests.buffers.gpu import FakeDriver, FakeGpu
+from tests.buffers.memory import FakeAllocation
+
+
+class Plan:
+    """Takes notes of launches; says that an earlier call failed once `state` reports it."""
+
+    def __init__(self, state, told):
+        self.state, self.told, self.launched = state, told, []
+
+    def run(self, send, recv, stream, owner=None):
+        if self.state.failed:
+            return False
+        self.state.sequence += 1
+        self.launched.append((send, recv, stream))
+        return True
+
+
+@dataclass
+class State:
+    """Stands for a DeviceState."""
+
+    failed: bool = False
+    sequence: int = 0
+    over: bool = False
+    preceded: list = field(default_factory=list)
+
+    def demand(self):
+        if self.over:
+            raise nvcoll.StateError("this communicator was finalized")
+
+    def precede(self, stream):
+        self.preceded.append(stream)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Stands for an Explanation."""
+
+    verb: str
+    count: int
+    datatype: str
+    op: str
+    algorithm: str | None
+
+
+class Planner:
+    def __init__(self):
+        self.state = State()
+        self.area = SimpleNamespace(boards=lambda: self.tags)
+        self.tags, self.plans = [], []
+
+    def explain(self, verb, count, datatype, op, algorithm=None):
+        return Told(verb, count, datatype.name, op.name, algorithm)
+
+    def plan(self, told, datatype, op):
+        self.plans.append(Plan(self.state, told))
+        return self.plans[-1]
+
+
+class NeverFast:
+    """A fast route that knows no plan."""
+
+    def __init__(self, in_place, stream, captured):
+        self.stream = stream
+
+    def add(self, *args):
+        pass
+
+    def run(self, *args):
+        return None
+
+
+def fake_world(monkeypatch):
+    """Return a world of rank 1 of 4; what it is told of is in its `synchronized`, `capturing`, `places`, `settled`."""
+    monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
+    gpu = FakeGpu()
+    world = SimpleNamespace(rank=1, size=4, device=gpu, stream=0, planner=Planner(), settled=0)
+    world.heap = SimpleNamespace(allocate=FakeAllocation, dropped=[])
+    world.synchronized = []
+    driver = FakeDriver(gpu)
+    driver.stream_synchronize = world.synchronized.append
+    world.capturing = set()
+    driver.stream_capturing = world.capturing.__contains__
+    world.places = {}
+    driver.gpu_of = world.places.get
+    monkeypatch.setattr(device_calls, "driver", driver)
+
+    def settle():
+        world.settled += 1
+
+    world.settle = settle
+    return world
+
+
+def reduce(calls, sendbuf, recvbuf=None, op=SUM, stream=None, algorithm=None):
+    calls.allreduce(sendbuf, recvbuf, op, stream, algorithm)
+
+
+def values(n=8, dtype=np.float32):
+    return np.arange(n).astype(dtype)
