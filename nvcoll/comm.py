@@ -14,8 +14,8 @@ from nvcoll.buffers import IN_PLACE, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
 from nvcoll.ops import SUM, Op
-from nvcoll.planning import Explanation
-from nvcoll.requests import Ended, Pending, Prequest, Request
+from nvcoll.planning import EMPTY, Explanation, verb_of
+from nvcoll.requests import Pending, Prequest, Request
 
 MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
@@ -108,14 +108,18 @@ class Comm(Allocating):
         if others is not None:
             others.barrier()
             return
-        token, kept = self._token, self._kept
-        plan = kept.get("barrier")
-        if plan is None:
-            planner = self._world.planner
-            told = replace(planner.explain("allreduce", 1, token.datatype, SUM), verb="barrier")
-            plan = kept["barrier"] = planner.plan(told, token.datatype, SUM)
-        if not plan.run(token.address, token.address):
+        plan = self._meeting("barrier")
+        if not plan.run(self._token.address, self._token.address):
             raise self._failure(plan)
+
+    def _meeting(self, verb: str) -> Plan:
+        """Return the plan of a call in which ranks only meet: it reduces a token, and matches no other call."""
+        planner, token, kept = self._world.planner, self._token, self._kept
+        plan = kept.get(verb)
+        if plan is None:
+            told = replace(planner.explain("allreduce", 1, token.datatype, SUM), verb=verb)
+            plan = kept[verb] = planner.plan(told, token.datatype, SUM)
+        return plan
 
     def Allreduce(
         self, sendbuf: Any, recvbuf: Any = None, op: Any = SUM, *, stream: Any = None, algorithm: str | None = None
@@ -153,7 +157,8 @@ class Comm(Allocating):
 
         Notes
         -----
-        All ranks get bitwise equal results. Floats of 8 and 16 bits are summed in float32 and rounded once.
+        All ranks get bitwise equal results. Floats of 8 and 16 bits are summed in float32 and rounded once. A call on
+        arrays without elements is a call too: all ranks make it.
         """
         plans = self._plans.get(algorithm)
         if plans is not None and stream is None:
@@ -170,14 +175,18 @@ class Comm(Allocating):
             self._calls.allreduce(sendbuf, recvbuf, op, stream, algorithm)
             return
         send, recv, handle = judge("Allreduce", sendbuf, recvbuf, op, stream)
-        if recv.count == 0:
-            return
         if self._between is not None:
             self._between.allreduce(send, recv, handle, algorithm)
             return
-        plan = self._plan(recv, op, handle, algorithm)
+        send, recv, plan = self._matched(send, recv, op, handle, algorithm)
         if not plan.run(send.address, recv.address):
             raise self._failure(plan)
+
+    def _matched(self, send: Spec, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> tuple[Spec, Spec, Plan]:
+        """Return what a call reduces, and its plan. Without elements the ranks meet, to see that all have none."""
+        if recv.count == 0:
+            return self._token, self._token, self._meeting(EMPTY)
+        return send, recv, self._plan(recv, op, handle, algorithm)
 
     def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> Plan:
         """Return the plan of an all-reduce, made if there is none, and keep it for the fast route with this `op`."""
@@ -257,21 +266,19 @@ class Comm(Allocating):
         if self._calls is not None:
             return self._calls.begin(verb, sendbuf, recvbuf, op, stream, algorithm)  # type: ignore[no-any-return]
         send, recv, handle = judge(verb, sendbuf, recvbuf, op, stream)
-        if recv.count == 0:
-            return Ended
         begin, owners = self._world.queue.begin, (send.owner, recv.owner)
         if self._between is not None:
             self._between.judge(verb, algorithm)
             call = partial(self._between.allreduce, send, recv, handle, algorithm)
             return while_alive(verb, owners, partial(begin, call))
-        plan = self._plan(recv, op, handle, algorithm)
+        send, recv, plan = self._matched(send, recv, op, handle, algorithm)
         return while_alive(verb, owners, partial(begin, plan, send.address, recv.address, owners, self._failure))
 
     def _failure(self, plan: Plan) -> BaseException:
         """Return the error of a call that ended early."""
         world = self.__dict__.get("_world")  # looked up as an attribute, it would come to life again
         if world is None or world.planner.state.failure is None:
-            return StateError(f"{plan.describe.verb.capitalize()}: another thread finalized {self.name} meanwhile")
+            return StateError(f"{verb_of(plan.describe)}: another thread finalized {self.name} meanwhile")
         return failure(world, plan.describe)
 
     def explain(self, verb: str, nbytes: int, dtype: Any = np.float32, op: Any = SUM) -> Explanation:

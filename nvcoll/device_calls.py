@@ -26,7 +26,8 @@ from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
 from nvcoll.ops import DATATYPES, SUM, Datatype, Op
-from nvcoll.requests import Ended, Pending
+from nvcoll.planning import EMPTY
+from nvcoll.requests import Pending
 from nvcoll.world_cuda import DeviceWorld
 
 MOST_KEPT = 16384
@@ -48,7 +49,7 @@ class DeviceCalls:
         self._world = world
         self._kept: dict[tuple[str, int, str, str | None], DevicePlan] = {}
         self._fast: dict[str | None, DevicePlans] = {}
-        self._arrive: tuple[DeviceBuffer, DevicePlan] | None = None
+        self._meetings: dict[str, DevicePlan] = {}
         self._raised = False
 
     def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
@@ -71,24 +72,23 @@ class DeviceCalls:
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
-        if self._arrive is None:
-            self._arrive = self._arrival()
-        token, plan = self._arrive
-        stream = self._world.stream  # 0 is the legacy default
-        if not plan.run(token.address, token.address, stream):
+        self._check("Barrier")
+        token, stream = self._world.planner.area.token, self._world.stream  # 0 is the legacy default
+        if not self._meeting("barrier").run(token, token, stream):
             raise self._failure("Barrier")
         with self._world.device:
             driver.stream_synchronize(stream)
         self._check("Barrier")
 
-    def _arrival(self) -> tuple[DeviceBuffer, DevicePlan]:
-        """Return what a barrier reduces, and its plan, which no other call matches. Collective."""
-        self._check("Barrier")
-        planner, kind = self._world.planner, DATATYPES["int32"]
-        told = replace(planner.explain("allreduce", 1, kind, SUM), verb="barrier")
-        self._world.settle()
-        plan = planner.plan(told, kind, SUM)
-        return self.empty((1,), kind), plan  # last, for others wait for a rank that fails before
+    def _meeting(self, verb: str) -> DevicePlan:
+        """Return the plan of a call in which ranks only meet: it reduces a token, and matches no other call."""
+        plan = self._meetings.get(verb)
+        if plan is None:
+            planner, kind = self._world.planner, DATATYPES["int32"]
+            told = replace(planner.explain("allreduce", 1, kind, SUM), verb=verb)
+            self._world.settle()
+            plan = self._meetings[verb] = planner.plan(told, kind, SUM)
+        return plan
 
     def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
         """Queue an all-reduce."""
@@ -97,10 +97,8 @@ class DeviceCalls:
         done = None if fast is None else fast.run(sendbuf, recvbuf, op, stream)
         if done is None:
             send, recv, handle, queue, owner = self._judge(verb, sendbuf, recvbuf, op, stream)
-            if recv.count == 0:
-                return
-            plan = self._plan(recv, op, handle, algorithm)
-            done = plan.run(send.address, recv.address, queue, owner)
+            plan, from_, to = self._matched(send, recv, op, handle, algorithm)
+            done = plan.run(from_, to, queue, owner)
             if stream is not None or self._world.stream:  # it need not be the stream on which the library works
                 keep_for(queue, *((recv.owner,) if send.owner is recv.owner else (send.owner, recv.owner)))
         if not done:
@@ -111,9 +109,8 @@ class DeviceCalls:
     ) -> Callable[[], Pending]:
         """Judge the arguments of a nonblocking all-reduce; return what begins it."""
         send, recv, handle, queue, owner = self._judge(verb, sendbuf, recvbuf, op, stream)
-        if recv.count == 0:
-            return Ended
-        plan, state = self._plan(recv, op, handle, algorithm), self._world.planner.state
+        state = self._world.planner.state
+        plan, from_, to = self._matched(send, recv, op, handle, algorithm)
 
         def start() -> Pending:
             for spec in (send, recv):
@@ -125,7 +122,7 @@ class DeviceCalls:
                         f"{verb}: the stream is being captured, and a request tells nothing of the calls of a graph; "
                         "call Allreduce"
                     )
-            if not plan.run(send.address, recv.address, queue, owner):
+            if not plan.run(from_, to, queue, owner):
                 raise self._failure(verb)
             owners = (send.owner, recv.owner)
             return OnStream(self._world.device, queue, lambda: self._check(verb), lambda: state.over, owners)
@@ -171,6 +168,15 @@ class DeviceCalls:
                     f"{spec.datatype.name} whole; pass a copy"
                 )
         return send, recv, handle, queue, owner
+
+    def _matched(
+        self, send: Spec, recv: Spec, op: Any, handle: Op, algorithm: str | None
+    ) -> tuple[DevicePlan, int, int]:
+        """Return the plan of a call, and its places. Without elements the ranks meet, to see that all have none."""
+        if recv.count == 0:
+            token = self._world.planner.area.token
+            return self._meeting(EMPTY), token, token
+        return self._plan(recv, op, handle, algorithm), send.address, recv.address
 
     def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> DevicePlan:
         """Return the plan of an all-reduce, made if there is none, and keep it for the fast route with this `op`."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nvcoll.errors import Error, MismatchError, PeerLostError, StateError, TimeoutError
-from nvcoll.planning import Explanation, describe_signature
+from nvcoll.planning import Explanation, describe_signature, verb_of
 
 
 def cause(world: Any) -> tuple[str, int]:
@@ -36,7 +36,7 @@ def failure(world: Any, told: Explanation, number: int | None = None) -> BaseExc
     boards = state.boards()
     who = _namer(world)
     number = number or state.sequence
-    where = f"{told.verb.capitalize()} (call {number} on rank {world.rank})"
+    where = f"{verb_of(told)} (call {number} on rank {world.rank})"
     if kind == "timeout":
         vain = (
             f"{who(peer)} waited in vain for {who(about) if about >= 0 else 'data'} until its NVCOLL_TIMEOUT was over"

@@ -18,7 +18,7 @@ from nvcoll.buffers import Spec, parse
 from nvcoll.errors import ArgumentError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
 from nvcoll.failures import cause, failure
 from nvcoll.ops import DATATYPES, SUM, Datatype, Op
-from nvcoll.planning import Candidate, Explanation, describe_signature, pack_signature
+from nvcoll.planning import EMPTY, Candidate, Explanation, describe_signature, pack_signature
 
 NAME = "mpi"
 ORDER = "rank order in a node, MPI's order between the nodes"
@@ -154,12 +154,18 @@ class Between:
 
     def barrier(self) -> None:
         """Wait until every rank of every node has called it."""
-        with self._call("barrier"):
+        self._meet("barrier")
+
+    def _meet(self, verb: str) -> None:
+        with self._call(verb):
             self._piece(self._token.address, self._token.address, 1, self._token.datatype, SUM, 1)
 
     def allreduce(self, send: Spec, recv: Spec, op: Op, algorithm: str | None) -> None:
         """Reduce over all nodes, a piece at a time."""
         _judge("Allreduce", algorithm)
+        if recv.count == 0:
+            self._meet(EMPTY)
+            return
         datatype = recv.datatype
         size = self._most[datatype.name]
         with self._call("allreduce"):

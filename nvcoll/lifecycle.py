@@ -36,7 +36,7 @@ class Living:
     _between: Between | None  # joins the nodes, where there are several
     _plans: dict[str | None, Plans]  # the fast route, for each algorithm asked for; None leaves the choice to the rules
     _kept: dict[Any, Plan]  # the long way
-    _token: Spec  # what a barrier sends
+    _token: Spec  # what is sent where ranks only meet
     _calls: Any  # `DeviceCalls`, on GPUs
     _opening = threading.RLock()  # one opens at a time
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it

@@ -24,7 +24,8 @@ LINK = Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)
 LAUNCH = "launch"
 """Where rules shape launches on GPUs."""
 VERBS = ("allreduce",)
-CALLS = (*VERBS, "barrier")
+EMPTY = "allreduce of no elements"
+CALLS = (*VERBS, "barrier", EMPTY)
 """What a rank's board may name: a barrier runs as the all-reduce of a byte, but matches no other."""
 ROUND = 384 << 10
 """Bytes of a message that go through scratch memory at a time, so that slots stay in a core's second-level cache."""
@@ -294,6 +295,11 @@ def pack_stamp(signature: int, *numbers: int) -> int:
     return zlib.crc32(struct.pack(f"<{1 + len(numbers)}q", signature, *numbers)) & ((1 << STAMP_BITS) - 1)
 
 
+def verb_of(told: Explanation) -> str:
+    """Return the verb of a call as users write it."""
+    return told.verb.partition(" ")[0].capitalize()
+
+
 def describe_signature(number: int, count: int) -> str:
     """Say in words what a rank is doing, from the number on its board."""
     number, op = divmod(number, len(OPS))
@@ -301,5 +307,5 @@ def describe_signature(number: int, count: int) -> str:
     number, protocol = divmod(number, len(PROTOCOLS))
     verb, algorithm = divmod(number, len(ALGORITHMS))
     kind = f"{list(ALGORITHMS)[algorithm]}/{PROTOCOLS[protocol]}"
-    what = "" if CALLS[verb] == "barrier" else f" of {count} {list(DATATYPES)[datatype]}, {list(OPS)[op]}"
+    what = f" of {count} {list(DATATYPES)[datatype]}, {list(OPS)[op]}" if CALLS[verb] in VERBS else ""
     return f"{CALLS[verb].capitalize()}{what}, by {kind}"

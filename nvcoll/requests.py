@@ -22,17 +22,6 @@ class Pending(Protocol):
         """Wait for its end, and raise what went wrong. An interruption of the wait itself leaves it pending."""
 
 
-class Ended:
-    """What stands for a call that had nothing to do."""
-
-    def done(self) -> bool:
-        """Tell that it has ended."""
-        return True
-
-    def wait(self) -> None:
-        """Return at once."""
-
-
 class Request:
     """A nonblocking call, from its begin until `Wait`, or a `Test` that returns True: so long it is active.
 

@@ -11,6 +11,8 @@ from nvcoll.ops import SUM
 from tests.buffers.gpu import FakeDriver, FakeGpu
 from tests.buffers.memory import FakeAllocation
 
+TOKEN = 0x70CE
+
 
 class Plan:
     """Takes notes of launches; says that an earlier call failed once `state` reports it."""
@@ -57,7 +59,7 @@ class Told:
 class Planner:
     def __init__(self):
         self.state = State()
-        self.area = SimpleNamespace(boards=lambda: self.tags)
+        self.area = SimpleNamespace(boards=lambda: self.tags, token=TOKEN)
         self.tags, self.plans = [], []
 
     def explain(self, verb, count, datatype, op, algorithm=None):

@@ -11,7 +11,7 @@ from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_calls import DeviceCalls
 from nvcoll.ops import DATATYPES, MAX, SUM
 from tests.buffers.gpu import CudaInterface, on_gpu
-from tests.fake_device_world import Told, fake_world, reduce, values
+from tests.fake_device_world import TOKEN, Told, fake_world, reduce, values
 
 
 @pytest.fixture
@@ -45,9 +45,12 @@ class TestJudgement:
         reduce(calls, CudaInterface(data))
         assert world.planner.plans[0].launched == [(data.ctypes.data,) * 2 + (0,)]
 
-    def test_nothing_to_do(self, world, calls):
-        reduce(calls, on_gpu(values(0)))
-        assert world.planner.plans == []
+    def test_without_elements_the_ranks_meet(self, world, calls):
+        reduce(calls, on_gpu(values(0)), stream=5)
+        reduce(calls, on_gpu(values(0, np.int8)))
+        [plan] = world.planner.plans
+        assert plan.told == Told("allreduce of no elements", 1, "int32", "SUM", None)  # which no other call matches
+        assert plan.launched == [(TOKEN, TOKEN, 5), (TOKEN, TOKEN, 0)]
 
     def test_streams(self, world, calls):
         x = on_gpu(values())
@@ -146,8 +149,10 @@ class TestNonblocking:
             start()
         assert world.planner.plans[0].launched == []
 
-    def test_nothing_to_do(self, calls):
-        assert calls.begin("Iallreduce", on_gpu(values(0)), None, SUM, None, None)().done()
+    def test_without_elements_the_ranks_meet(self, world, calls, monkeypatch):
+        monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
+        calls.begin("Iallreduce", on_gpu(values(0)), None, SUM, 55, None)()
+        assert world.planner.plans[0].launched == [(TOKEN, TOKEN, 55)]
 
     def test_a_buffer_that_was_freed_meanwhile(self, calls):
         x = on_gpu(values())
@@ -163,6 +168,7 @@ class TestBarrier:
         calls.barrier()
         calls.barrier()
         [plan] = world.planner.plans
+        assert plan.launched == [(TOKEN, TOKEN, 99)] * 2
         assert plan.told == Told("barrier", 1, "int32", "SUM", None)  # which no reduction is taken for
         assert world.synchronized == [99, 99]
 

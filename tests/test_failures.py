@@ -215,6 +215,7 @@ MISMATCHES = {  # name: what all ranks call but rank 1, what rank 1 calls, and w
     "protocol": ({"n": 4}, {"n": 4, "algorithm": "one_shot/simple"}, "by one_shot/simple"),
     "symmetric": ({"n": 100_000, "symmetric": True}, {"n": 99_000, "symmetric": True}, "Allreduce of 99000 float64"),
     "barrier": ({"n": 4}, {"barrier": True}, "calls Barrier, by "),
+    "no elements": ({"n": 1}, {"n": 0}, "calls Allreduce of no elements, by "),
 }
 
 

@@ -23,6 +23,8 @@ BOARD = 0
 FLAGS = 4096
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
+TOKEN = 256
+"""Bytes of what is reduced where ranks only meet."""
 LEAST_SLOTS = 4096
 """Least bytes of a block's part of a half."""
 
@@ -91,6 +93,8 @@ class DeviceLayout:
 class DeviceArea:
     """A rank's area and what belongs to it in private memory: tables, epochs, accumulators, and a report on the host.
 
+    `token` is the address of private memory that is reduced where ranks only meet.
+
     Parameters
     ----------
     memory
@@ -123,7 +127,7 @@ class DeviceArea:
             driver.memset(piece.address, 0, layout.nbytes)
             driver.memset(piece.address + layout.cells, 0xFF, 2 * layout.slots_half)
             tables = _tables(memory, piece, here, far)
-            places, total = _places([8 * len(table) for table in tables] + [EPOCHS + EPOCH * BLOCKS])
+            places, total = _places([*(8 * len(table) for table in tables), EPOCHS + EPOCH * BLOCKS, TOKEN])
             self._private = driver.allocate(total + BLOCKS * layout.slots_block)
             driver.memset(self._private, 0, total)
             for table, place in zip(tables, places, strict=False):
@@ -133,7 +137,7 @@ class DeviceArea:
             ctypes.memset(self._host, 0, 64)
             self._event = driver.event_create()
             context = driver.current_context()
-        peers, members, owners, state = (self._private + place for place in places)
+        peers, members, owners, state, self.token = (self._private + place for place in places)
         values = {
             "rank": memory.place, "size": len(memory.members), "nodes": len(here.nodes), "node": here.node,
             "local_rank": here.local_rank, "node_size": len(here.members), "slices": slices, "members": members,
