@@ -1,5 +1,6 @@
 """The soak itself: it notices what is wrong, stops in time, and finds nothing wrong in a short run."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +80,14 @@ def test_kernels_are_compiled_beforehand(monkeypatch):
     assert (arch, remote) == ("sm_90", True)
 
 
+def test_emulated_ranks(capsys):
+    quick = ("--emulate", "3", "--ranks-per-node", "2", "--calls", "40", *QUICK[:4])
+    assert program.main([*quick, "--algorithms", "nvrar"]) == 0
+    told = capsys.readouterr().out
+    assert "soak: 3 ranks, emulated, nodes ((0, 1), (2,)), seed 1" in told
+    assert "eager: 40 of 40 calls, 0 wrong elements" in told
+
+
 def test_the_time_is_up_on_all_ranks_at_the_same_call(capsys):
     assert outcome("--calls", "100000", "--seconds", "1") == [0, 0]
     assert "of 100000 calls (time is up)" in capsys.readouterr().out
@@ -126,3 +135,15 @@ def test_a_short_soak_on_gpus(run_ranks):
     assert "graph: " in ranks.stdout[0]
     assert "eager: " in ranks.stdout[0]
     assert "soak: all right" in ranks.stdout[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_short_soak_of_ranks_that_share_a_gpu(run_command):
+    pytest.importorskip("torch", reason="torch, with which graphs are made here, is not installed")
+    arguments = ("--emulate", "4", "--ranks-per-node", "2", "--device", "0", "--graph-calls", "4000", "--calls", "300")
+    few = ("--algorithms", "one_shot,nvrar", "--datatypes", "float32,bfloat16", "--ops", "SUM", "--seconds", "20")
+    status, told = run_command([sys.executable, "-m", "tests.gpu.soak", *arguments, *few], timeout=110, env=ENV)
+    assert status == 0, told
+    assert "graph: 4000 calls in 20 replays and " in told
+    assert "soak: all right" in told

@@ -143,6 +143,7 @@ class Checked:
 
     def look(self, faults, where):
         """Wait for what was queued, tell what was wrong in it, and begin to count anew."""
+        self.wait()  # not inside a copy: the driver would keep other threads from launching what this one waits for
         counts, first = self.counts.tolist(), self.first.tolist()
         for number, call in enumerate(self.calls):
             if counts[number]:

@@ -1,0 +1,115 @@
+"""Memory and order around calls that still run, beside torch, whose streams and memory are its own.
+
+Rank 1 comes late to a call, so that what rank 0 does meanwhile could overtake it.
+"""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import nvcoll
+from nvcoll.backends import driver
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("loaded")]
+COUNT = 1 << 18
+LATE = 0.3
+"""Seconds."""
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Let torch have kernels and memory: to get them later may wait for a call that waits for the rank which does."""
+    rooms = [torch.empty(COUNT, device="cuda") for _ in range(32)]
+    del rooms
+    x = torch.ones(COUNT, device="cuda") * 2
+    torch.from_dlpack(x).clone().fill_(1).add_(1)
+    torch.full((COUNT,), 7.0, device="cuda")
+    torch.cuda.synchronize()
+
+
+def on_both(work):
+    """Run ``work(comm, meet)`` on two emulated ranks; rank 1 sleeps in `meet`, which both call before a collective."""
+    ready = threading.Barrier(2)
+
+    def main(comm):
+        def meet():
+            ready.wait(20)
+            if comm.rank == 1:
+                time.sleep(LATE)
+
+        comm.Allreduce(comm.zeros(COUNT))  # the kernel is loaded
+        comm.Barrier()
+        return work(comm, meet)
+
+    return nvcoll.emulate(2, device=0).run(main)
+
+
+def finish(comm):
+    with comm._world.device:
+        driver.stream_synchronize(comm.stream)
+
+
+def test_what_takes_a_buffer_through_dlpack_comes_after_the_call():
+    def work(comm, meet):
+        x = comm.full(COUNT, comm.rank + 1)
+        side = torch.cuda.Stream()
+        meet()
+        comm.Allreduce(x)
+        with torch.cuda.stream(side):
+            seen = torch.from_dlpack(x).clone()
+        side.synchronize()
+        return seen.unique().tolist()
+
+    assert on_both(work) == [[3.0], [3.0]]
+
+
+def test_memory_of_a_tensor_is_not_given_to_another_during_the_call():
+    def work(comm, meet):
+        out = torch.zeros(COUNT, device="cuda")
+        torch.cuda.current_stream().synchronize()
+        meet()
+        sent = torch.full((COUNT,), comm.rank + 1.0, device="cuda")
+        torch.cuda.current_stream().synchronize()
+        place = sent.data_ptr()
+        comm.Allreduce(sent, out)
+        del sent
+        other = torch.full((COUNT,), 7.0, device="cuda")
+        torch.cuda.current_stream().synchronize()
+        finish(comm)
+        return out.unique().tolist(), other.data_ptr() != place
+
+    assert on_both(work) == [([3.0], True)] * 2
+
+
+def test_memory_of_a_buffer_is_not_given_to_another_during_the_call():
+    def work(comm, meet):
+        dropped = comm.full(COUNT, comm.rank + 1)
+        place = dropped.address
+        meet()
+        comm.Allreduce(dropped)
+        del dropped
+        kept = [comm.zeros(COUNT) for _ in range(2)]
+        finish(comm)
+        return place in [one.address for one in kept], [one.copy_to().max().item() for one in kept]
+
+    assert on_both(work) == [(True, [0.0, 0.0])] * 2
+
+
+def test_a_graph_of_torch_is_not_missed():
+    def work(comm, meet):
+        x, graph = comm.full(COUNT, 2), torch.cuda.CUDAGraph()
+        comm.Allreduce(x)
+        finish(comm)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with pytest.raises(nvcoll.StateError, match=r"^Allreduce: a graph is being captured on the current stream"):
+                comm.Allreduce(x)
+            comm.Allreduce(x, stream=torch.cuda.current_stream())
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+        return np.unique(x.copy_to()).tolist()
+
+    assert nvcoll.emulate(1, device=0).run(lambda comm: work(comm, None)) == [[2.0]]
