@@ -11,7 +11,7 @@ from nvcoll._plan import Queue
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.choice import agree_on_backend
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, open_ranks, reserve
-from nvcoll.backends.heap import Heap, Piece
+from nvcoll.backends.heap import INIT, Heap, Piece
 from nvcoll.backends.shm import SharedMemory
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
@@ -156,7 +156,7 @@ def _build(
     """Set up the area of the ranks that share memory; `here` is the topology as their kernels see it."""
     heap = Heap(memory)
     layout = Layout(max(len(memory.members), *topology.node_sizes), settings.scratch)  # what is too little is so on all
-    piece = heap.allocate(settings.scratch, "Init")
+    piece = heap.allocate(settings.scratch, INIT)
     slices = min(topology.node_sizes)
     state = open_area(memory, piece, here, layout, settings, slices)
     exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet

@@ -301,7 +301,7 @@ tell(use=comm.explain("allreduce", 80).algorithm)
             assert one["kind"] == "AllocationError"
             assert one["text"] == (
                 "Init: out of memory: rank 0: needs 8388608 bytes, the heap of 1048576 bytes has no such room; "
-                "free buffers or raise NVCOLL_HEAP"
+                "raise NVCOLL_HEAP or lower NVCOLL_SCRATCH"
             )
 
 
