@@ -35,10 +35,14 @@ class Allocating(Living):
             On all ranks, if one of them has no room.
         MismatchError
             On all ranks, if they ask for different sizes.
+        StateError
+            An earlier call failed. On GPUs, the error of that call if none has raised it yet.
         """
         datatype = as_datatype(dtype, "empty", "dtype")
         dims = dimensions(shape)  # judged before anything is sent or taken
+        self._world.planner.state.demand()
         if self._calls is not None:
+            self._calls._check("empty")
             return self._calls.empty(dims, datatype)  # type: ignore[no-any-return]
         return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
 
