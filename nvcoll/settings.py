@@ -75,13 +75,16 @@ TABLE: tuple[Variable, ...] = (
         None,
         "Split the ranks of a host into nodes of so many, which treat each other as different hosts.",
     ),
-    Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
+    Variable(
+        "NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator; on GPUs at least 128M."
+    ),
     Variable(
         "NVCOLL_HEAP",
         "heap",
         "pages or auto",
         "auto",
-        "Heap of a rank; auto: address space for the physical memory, on GPUs a quarter of the GPU for all its ranks.",
+        "Heap of a rank; auto: address space for the physical memory, on GPUs a quarter of the GPU for all its ranks; "
+        "for emulated ranks 1G at most, on a GPU no more than half of its free memory for all of them.",
     ),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),

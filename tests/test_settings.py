@@ -1,5 +1,6 @@
 """The table of environment variables, and what `read` makes of them."""
 
+import contextlib
 import ctypes
 import dataclasses
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvcoll import settings
+from nvcoll.backends import agreement, device_area, emulated
 from nvcoll.errors import ArgumentError
 
 NAMES = {variable.field: variable.name for variable in settings.TABLE}
@@ -28,6 +30,24 @@ def test_every_row_is_complete(variable):
     assert variable.name == f"NVCOLL_{variable.field.upper()}"
     assert variable.kind in settings.KINDS
     assert variable.doc.endswith(".")
+
+
+def test_the_table_tells_what_memory_is_taken():
+    docs = {variable.field: variable.doc for variable in settings.TABLE}
+    assert f"on GPUs at least {device_area.SCRATCH >> 20}M" in docs["scratch"]
+    assert f"for emulated ranks {emulated.EXTENT >> 30}G at most" in docs["heap"]
+    assert agreement.SHARE == 4
+    assert "on GPUs a quarter of the GPU" in docs["heap"]
+
+
+@pytest.mark.parametrize(("size", "each"), [(1, 1 << 30), (2, 1 << 30), (8, 384 << 20)])
+def test_emulated_ranks_on_a_gpu_take_half_of_its_free_memory(monkeypatch, size, each):
+    monkeypatch.setattr(emulated.driver, "memory_info", lambda: (6 << 30, 8 << 30))
+    monkeypatch.setattr(emulated.driver, "allocate", lambda nbytes: 4096)
+    monkeypatch.setattr(emulated.driver, "free", lambda address: None)
+    monkeypatch.setattr(emulated, "_ended", [])
+    assert emulated.reserve_on(contextlib.nullcontext(), size, None).size == each * size
+    assert emulated.reserve_on(contextlib.nullcontext(), size, 5 << 20).size == (5 << 20) * size
 
 
 def test_defaults():
