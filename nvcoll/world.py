@@ -79,9 +79,10 @@ class World:
 def open_world() -> Any:
     """Find the other ranks and set everything up. Collective: every rank of the launch does it."""
     with contextlib.ExitStack() as undo:
-        exchange = _bootstrap.connect(settings_.read())
+        settings = settings_.read()
+        exchange = _bootstrap.connect(settings)
         undo.callback(exchange.close)
-        settings, rules = _agree_on_settings(exchange)
+        settings, rules = _agree_on_settings(exchange, settings)
         cores = exchange.allgather(_topology.usable_cpus())
         identities = exchange.allgather(_bootstrap.host_identity())
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
@@ -103,9 +104,8 @@ def open_world() -> Any:
     return world
 
 
-def _agree_on_settings(exchange: Any) -> tuple[Any, dict[str, Any]]:
+def _agree_on_settings(exchange: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
     """Return this rank's settings with rank 0's values where ranks must not differ, and rank 0's rules."""
-    settings = settings_.read()
     offer: dict[str, Any] = {}
     if exchange.rank == 0:
         try:
