@@ -22,7 +22,7 @@ class Allocating(Living):
         shape
             Shape of the array, or its length.
         dtype
-            A NumPy dtype, or a datatype of nvcoll or mpi4py.
+            A NumPy dtype, or a datatype of nvcoll or mpi4py. If left out float32, where NumPy has float64.
 
         Returns
         -------
@@ -52,7 +52,7 @@ class Allocating(Living):
         Parameters
         ----------
         shape, dtype
-            As for `empty`.
+            As for `empty`: float32 if left out.
 
         Returns
         -------
@@ -66,9 +66,9 @@ class Allocating(Living):
         Parameters
         ----------
         shape, dtype
-            As for `empty`.
+            As for `empty`: float32 if left out, whatever the type of `fill_value`.
         fill_value
-            The value of every element.
+            The value of every element, rounded to that type.
 
         Returns
         -------

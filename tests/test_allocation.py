@@ -1,6 +1,7 @@
 """Symmetric arrays of real worlds: what they hold, that memory comes back, and that ranks agree or are told."""
 
 import gc
+import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,12 @@ class TestContents:
         for buffer in (COMM_SELF.empty(shape), COMM_SELF.zeros(shape), COMM_SELF.full(shape, 2)):
             assert (buffer.shape, buffer.dtype) == (expected, np.float32)
             buffer.free()
+
+    @pytest.mark.parametrize("name", ["empty", "zeros", "full"])
+    def test_the_type_that_is_given_if_none_is_asked_for_is_told(self, name):
+        default = inspect.signature(getattr(COMM_SELF, name)).parameters["dtype"].default
+        assert re.search(rf"\b{default.__name__}\b", inspect.getdoc(getattr(COMM_SELF, name)))
+        assert COMM_SELF.full(2, 16777217).tolist() == [16777216.0] * 2
 
     def test_array_takes_the_type_of_its_data_or_the_one_that_is_asked_for(self):
         assert COMM_SELF.array([1, 2, 3]).dtype == np.int64
