@@ -5,7 +5,10 @@
 >>> COMM_WORLD.Allreduce(buffer, op=SUM)
 """
 
+import typing as _typing
+
 from nvcoll.errors import missing_extension as _missing_extension
+from nvcoll.errors import missing_name as _missing_name
 
 try:
     from nvcoll import _bootstrap, _plan, _selection, _topology  # noqa: F401 - all are needed, so all are tried
@@ -225,3 +228,9 @@ __all__ = [
     "UNSIGNED_LONG_LONG",
     "UNSIGNED_SHORT",
 ]
+
+
+if not _typing.TYPE_CHECKING:  # for type checkers, any name would exist then
+
+    def __getattr__(name: str) -> None:
+        raise _missing_name(f"module {__name__!r}", name, Comm)

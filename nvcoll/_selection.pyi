@@ -1,5 +1,6 @@
 from typing import Any
 
+HARDWARE: tuple[str, ...]
 BLOCK_SIZES: tuple[int, ...]
 
 def matches(rule: dict[str, Any], verb: str, nbytes: int, ranks: int, nodes: int, oversubscribed: bool) -> bool: ...

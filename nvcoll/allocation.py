@@ -22,7 +22,7 @@ class Allocating(Living):
         shape
             Shape of the array, or its length.
         dtype
-            A NumPy dtype, or a datatype of nvcoll or mpi4py.
+            A NumPy dtype, or a datatype of nvcoll or mpi4py. If left out float32, where NumPy has float64.
 
         Returns
         -------
@@ -35,10 +35,14 @@ class Allocating(Living):
             On all ranks, if one of them has no room.
         MismatchError
             On all ranks, if they ask for different sizes.
+        StateError
+            An earlier call failed. On GPUs, the error of that call if none has raised it yet.
         """
         datatype = as_datatype(dtype, "empty", "dtype")
         dims = dimensions(shape)  # judged before anything is sent or taken
+        self._world.planner.state.demand()
         if self._calls is not None:
+            self._calls._check("empty")
             return self._calls.empty(dims, datatype)  # type: ignore[no-any-return]
         return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
 
@@ -48,7 +52,7 @@ class Allocating(Living):
         Parameters
         ----------
         shape, dtype
-            As for `empty`.
+            As for `empty`: float32 if left out.
 
         Returns
         -------
@@ -62,9 +66,9 @@ class Allocating(Living):
         Parameters
         ----------
         shape, dtype
-            As for `empty`.
+            As for `empty`: float32 if left out, whatever the type of `fill_value`.
         fill_value
-            The value of every element.
+            The value of every element, rounded to that type.
 
         Returns
         -------

@@ -68,3 +68,33 @@ def missing_extension(exc: ImportError) -> BuildError:
         name=module,
         path=exc.path,
     )
+
+
+def missing_name(owner: str, name: str, comm: type) -> AttributeError:
+    """Turn the look-up of a name that there is not into an error that says which verbs there are.
+
+    Parameters
+    ----------
+    owner
+        What was asked, for the message.
+    name
+        What it was asked for: perhaps one of mpi4py's names.
+    comm
+        The class whose verbs there are.
+
+    Returns
+    -------
+    AttributeError
+        To be raised. Python appends the closest name there is, but for that of a verb of mpi4py for pickled objects:
+        ours of that name, for arrays, is not what was meant.
+    """
+    text = f"{owner} has no attribute {name!r}"
+    if name.startswith("_"):  # Python and other libraries ask for these, and know what it means
+        return AttributeError(text)
+    verbs = [one for one in dir(comm) if one[0].isupper() and not one.startswith("Get_")]
+    text += (
+        f"; nvcoll's verbs are {', '.join(verbs)}, for arrays: take mpi4py for all else, which may be used beside "
+        "nvcoll on ranks that mpiexec or srun starts"
+    )
+    pickled = name in {verb.lower() for verb in verbs}
+    return AttributeError(text, name=name) if pickled else AttributeError(text)

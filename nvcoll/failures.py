@@ -41,7 +41,8 @@ def failure(world: Any, told: Explanation, number: int | None = None) -> BaseExc
         vain = (
             f"{who(peer)} waited in vain for {who(about) if about >= 0 else 'data'} until its NVCOLL_TIMEOUT was over"
         )
-        return _timeout(f"{where}: {vain if own == 'peer failed' else 'no answer within NVCOLL_TIMEOUT'}", world)
+        here = f"no answer within NVCOLL_TIMEOUT ({world.planner.timeout:g} s)"
+        return _timeout(f"{where}: {vain if own == 'peer failed' else here}", world)
     if kind == "peer lost" and about >= 0:
         how = "has left" if boards[about][3] == "left" else "has ended"
         return PeerLostError(

@@ -289,8 +289,8 @@ class Between:
                 self._look()
             if waited > timeout + min(timeout, PATIENCE):
                 raise TimeoutError(
-                    f"{self._where()}: no answer within NVCOLL_TIMEOUT from {_ranks(self._notices.partners)}, on other "
-                    f"nodes, or one of them. {CURE}"
+                    f"{self._where()}: no answer within NVCOLL_TIMEOUT ({timeout:g} s) from "
+                    f"{_ranks(self._notices.partners)}, on other nodes, or one of them. {CURE}"
                 )
 
     def _look(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from nvcoll._plan import Plan, Plans
 from nvcoll.buffers import Spec, parse
-from nvcoll.errors import StateError
+from nvcoll.errors import StateError, missing_name
 from nvcoll.hosts import Between
 from nvcoll.world import World
 
@@ -49,7 +49,7 @@ class Living:
     def __getattr__(self, attribute: str) -> Any:
         # Only reached while the attribute is absent: a communicator that is alive pays nothing for this.
         if attribute not in LIVING:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
+            raise missing_name(f"{type(self).__name__!r} object", attribute, type(self))
         with self._opening:
             if attribute not in self.__dict__:
                 self._open()

@@ -90,6 +90,29 @@ def candidates(verb: str = "allreduce") -> list[str]:
     return [f"{name}/{protocol}" for name in names for protocol in PROTOCOLS]
 
 
+def parse_rules(text: str) -> dict[str, Any]:
+    """Return the rules in the text of a rules file.
+
+    Raises
+    ------
+    ValueError
+        They are wrong; the message names the rule.
+    """
+    rules: dict[str, Any] = json.loads(text, object_pairs_hook=_each_once)
+    _selection.check_rules(rules, candidates(), VERBS)
+    return rules
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON whose keys differ: of two that are equal, one would be lost without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in the same braces; make one of the two")
+    return found
+
+
 def read_rules(path: Path | None) -> dict[str, Any]:
     """Read and check a rules file; None is the one in the package, which also has what another file leaves out.
 
@@ -101,8 +124,7 @@ def read_rules(path: Path | None) -> dict[str, Any]:
     own = Path(__file__).with_name("rules.json")
     source = path or own
     try:
-        rules: dict[str, Any] = json.loads(source.read_text())
-        _selection.check_rules(rules, candidates(), VERBS)
+        rules = parse_rules(source.read_text())
     except (OSError, ValueError) as exc:
         raise ArgumentError(f"NVCOLL_RULES: {source}: {exc}; correct the file or unset the variable") from exc
     return rules if path is None else {LAUNCH: json.loads(own.read_text())[LAUNCH]} | rules

@@ -16,6 +16,8 @@ BACKENDS = ("auto", "shm", "nvshmem")
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
 LONGEST = 1_000_000
 """Seconds, about eleven days: poll and epoll cannot wait for much longer."""
+PAGE = 4096
+"""Bytes: heaps are made of whole pages, so that none is empty from this size on."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,16 @@ TABLE: tuple[Variable, ...] = (
         None,
         "Split the ranks of a host into nodes of so many, which treat each other as different hosts.",
     ),
-    Variable("NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator."),
+    Variable(
+        "NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator; on GPUs at least 128M."
+    ),
     Variable(
         "NVCOLL_HEAP",
         "heap",
-        "bytes or auto",
+        "pages or auto",
         "auto",
-        "Heap of a rank; auto: address space for the physical memory, on GPUs a quarter of the GPU for all its ranks.",
+        "Heap of a rank; auto: address space for the physical memory, on GPUs a quarter of the GPU for all its ranks; "
+        "for emulated ranks 1G at most, on a GPU no more than half of its free memory for all of them.",
     ),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
@@ -137,12 +142,12 @@ def _whole(text: str, *, least: int) -> int:
     return int(text)
 
 
-def _bytes(text: str) -> int:
+def _bytes(text: str, *, least: int = 1) -> int:
     found = re.fullmatch(r"([0-9]{1,18})([KMG]?)(?:i?B)?", text, re.IGNORECASE)
-    if found is None or int(found[1]) == 0:
+    if found is None:
         raise ValueError(text)
     size = int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2].upper()]
-    if size >= 1 << 63:
+    if not least <= size < 1 << 63:
         raise ValueError(text)
     return size
 
@@ -171,7 +176,10 @@ KINDS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "seconds": (f"a number of seconds above 0, at most {LONGEST:,}", _seconds),
     "microseconds or auto": ("a number of microseconds, or auto", _or_auto(_microseconds)),
     "bytes": ("a number of bytes, with K, M or G for powers of 1024", _bytes),
-    "bytes or auto": ("a number of bytes, with K, M or G for powers of 1024, or auto", _or_auto(_bytes)),
+    "pages or auto": (
+        f"a number of bytes, {PAGE} or more, with K, M or G for powers of 1024, or auto",
+        _or_auto(lambda text: _bytes(text, least=PAGE)),
+    ),
     "count": ("a whole number of 1 or more", lambda text: _whole(text, least=1)),
     "index or auto": ("a whole number of 0 or more, or auto", _or_auto(lambda text: _whole(text, least=0))),
     "index": ("a whole number of 0 or more", lambda text: _whole(text, least=0)),

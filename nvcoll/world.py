@@ -11,7 +11,7 @@ from nvcoll._plan import Queue
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.choice import agree_on_backend
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, open_ranks, reserve
-from nvcoll.backends.heap import Heap, Piece
+from nvcoll.backends.heap import INIT, Heap, Piece
 from nvcoll.backends.shm import SharedMemory
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
@@ -79,9 +79,10 @@ class World:
 def open_world() -> Any:
     """Find the other ranks and set everything up. Collective: every rank of the launch does it."""
     with contextlib.ExitStack() as undo:
-        exchange = _bootstrap.connect(settings_.read())
+        settings = settings_.read()
+        exchange = _bootstrap.connect(settings)
         undo.callback(exchange.close)
-        settings, rules = _agree_on_settings(exchange)
+        settings, rules = _agree_on_settings(exchange, settings)
         cores = exchange.allgather(_topology.usable_cpus())
         identities = exchange.allgather(_bootstrap.host_identity())
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
@@ -103,9 +104,8 @@ def open_world() -> Any:
     return world
 
 
-def _agree_on_settings(exchange: Any) -> tuple[Any, dict[str, Any]]:
+def _agree_on_settings(exchange: Any, settings: Any) -> tuple[Any, dict[str, Any]]:
     """Return this rank's settings with rank 0's values where ranks must not differ, and rank 0's rules."""
-    settings = settings_.read()
     offer: dict[str, Any] = {}
     if exchange.rank == 0:
         try:
@@ -156,7 +156,7 @@ def _build(
     """Set up the area of the ranks that share memory; `here` is the topology as their kernels see it."""
     heap = Heap(memory)
     layout = Layout(max(len(memory.members), *topology.node_sizes), settings.scratch)  # what is too little is so on all
-    piece = heap.allocate(settings.scratch, "Init")
+    piece = heap.allocate(settings.scratch, INIT)
     slices = min(topology.node_sizes)
     state = open_area(memory, piece, here, layout, settings, slices)
     exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet

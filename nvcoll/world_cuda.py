@@ -10,7 +10,7 @@ from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.emulated import Hub, open_ranks, reserve_on
 from nvcoll.backends.group import agree
-from nvcoll.backends.heap import Heap
+from nvcoll.backends.heap import INIT, Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
 from nvcoll.errors import BootstrapError, Error
 from nvcoll.jit_cuda import text_digest, toolchain
@@ -191,7 +191,7 @@ def build_world(
     device = kernels.device
     heap = Heap(memory)
     layout = DeviceLayout(len(memory.members), max(settings.scratch, SCRATCH))
-    piece = heap.allocate(layout.nbytes, "Init")
+    piece = heap.allocate(layout.nbytes, INIT)
     slices = min(topology.node_sizes)
     area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, far)
     answers = exchange.allgather(device.multiprocessors.to_bytes(4, "little"))  # and nobody writes before all areas are

@@ -146,6 +146,11 @@ cdef class State:
         if self.queue is not None:
             self.queue.drain()
 
+    def demand(self):
+        """Raise StateError once a call has failed or the communicator has ended: before anything is allocated on it."""
+        if self.world.error:
+            raise self.refusal()
+
     cdef object refusal(self):
         """Return the error of a call that cannot be: of the communicator's state, or of two calls at once."""
         from nvcoll.errors import StateError

@@ -4,6 +4,8 @@
 A local difference here is a deadlock, so nothing is read from the environment, the clock or the machine.
 """
 
+HARDWARE = ("host", "cuda")
+"""What rules may be for: the kinds of planners."""
 BLOCK_SIZES = (32, 64, 128, 256, 512)
 """Threads that a block on a GPU may have."""
 
@@ -81,24 +83,51 @@ def shape_launch(list rules, nbytes, far):
     raise ValueError(f"launch: no rule for {nbytes} bytes, far {far}")
 
 
-def _check_keys(where, rule, needed, known):
-    if not isinstance(rule, dict) or not set(needed) <= set(rule):
-        raise ValueError(f"{where}: needs {' and '.join(needed)}")
-    if set(rule) - known:
-        raise ValueError(f"{where}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+def _is_number(value, least):
+    return type(value) is int and value >= least  # true and false are no numbers here
+
+
+def _each_rule(where, listed, needed, known):
+    """Yield each rule with its place in words, once its keys are right."""
+    if not isinstance(listed, list):
+        raise ValueError(f"{where}: expected a list of rules")
+    for number, rule in enumerate(listed):
+        place = f"{where}, rule {number + 1}"
+        if not isinstance(rule, dict) or not set(needed) <= set(rule):
+            raise ValueError(f"{place}: needs {' and '.join(needed)}")
+        if set(rule) - known:
+            raise ValueError(f"{place}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+        yield place, rule
+
+
+def _check_range(where, key, limits):
+    if not isinstance(limits, list) or len(limits) != 2 or not all(x is None or _is_number(x, 1) for x in limits):
+        raise ValueError(f"{where}: {key} is [lowest, highest], each a number of 1 or more or null, got {limits!r}")
+    low, high = limits
+    if None not in limits and low > high:
+        raise ValueError(f"{where}: {key} is [lowest, highest], and {low} is above {high}")
+
+
+def _check_choices(kind, listed, names, verbs):
+    known = {"verb", "use", "upto", "ranks", "nodes", "oversubscribed", "note"}
+    for where, rule in _each_rule(kind, listed, ("verb", "use"), known):
+        if rule["verb"] not in verbs:
+            raise ValueError(f"{where}: verb is {rule['verb']!r}, expected one of {', '.join(verbs)}")
+        if rule["use"] not in names:
+            raise ValueError(f"{where}: use is {rule['use']!r}, expected one of {', '.join(sorted(names))}")
+        if not _is_number(rule.get("upto", 0), 0) or not isinstance(rule.get("oversubscribed", True), bool):
+            raise ValueError(f"{where}: upto is a number of bytes, 0 or more, oversubscribed is true or false")
+        for key in ("ranks", "nodes"):
+            _check_range(where, key, rule.get(key, [None, None]))
 
 
 def check_launch(rules):
     """Raise ValueError, naming the rule, unless `rules` shape every launch."""
     known = {"threads", "blocks", "deep", "upto", "far", "note"}
-    if not isinstance(rules, list):
-        raise ValueError("launch: expected a list of rules")
-    for number, rule in enumerate(rules):
-        where = f"launch, rule {number + 1}"
-        _check_keys(where, rule, ("threads",), known)
-        if rule["threads"] not in BLOCK_SIZES:
+    for where, rule in _each_rule("launch", rules, ("threads",), known):
+        if not _is_number(rule["threads"], 1) or rule["threads"] not in BLOCK_SIZES:
             raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {BLOCK_SIZES}")
-        if not all(type(rule.get(key, 1)) is int and rule.get(key, 1) > 0 for key in ("upto", "blocks")):
+        if not all(_is_number(rule.get(key, 1), 1) for key in ("upto", "blocks")):
             raise ValueError(f"{where}: upto is a number of bytes, blocks a number, above 0")
         if not all(isinstance(rule.get(key, True), bool) for key in ("deep", "far")):
             raise ValueError(f"{where}: deep and far are true or false")
@@ -123,24 +152,10 @@ def check_rules(rules, names, verbs=("allreduce",)):
     """
     if not isinstance(rules, dict):
         raise ValueError("expected an object of lists, one for each kind of hardware")
-    known = {"verb", "use", "upto", "ranks", "nodes", "oversubscribed", "note"}
     for kind, listed in rules.items():
         if kind == "launch":
             check_launch(listed)
-            continue
-        if not isinstance(listed, list):
-            raise ValueError(f"{kind}: expected a list of rules")
-        for number, rule in enumerate(listed):
-            where = f"{kind}, rule {number + 1}"
-            _check_keys(where, rule, ("verb", "use"), known)
-            if rule["verb"] not in verbs:
-                raise ValueError(f"{where}: verb is {rule['verb']!r}, expected one of {', '.join(verbs)}")
-            if rule["use"] not in names:
-                raise ValueError(f"{where}: use is {rule['use']!r}, expected one of {', '.join(sorted(names))}")
-            if not isinstance(rule.get("upto", 0), int) or not isinstance(rule.get("oversubscribed", True), bool):
-                raise ValueError(f"{where}: upto is a number of bytes, oversubscribed is true or false")
-            for key in ("ranks", "nodes"):
-                limits = rule.get(key, [None, None])
-                numbers = isinstance(limits, list) and all(x is None or isinstance(x, int) for x in limits)
-                if not numbers or len(limits) != 2:
-                    raise ValueError(f"{where}: {key} is [lowest, highest]")
+        elif kind in HARDWARE:
+            _check_choices(kind, listed, names, verbs)
+        else:
+            raise ValueError(f"{kind}: not known; known are {', '.join(HARDWARE)}, launch")

@@ -1,14 +1,19 @@
 """Symmetric arrays of real worlds: what they hold, that memory comes back, and that ranks agree or are told."""
 
 import gc
+import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import nvcoll
 from nvcoll import COMM_SELF
+from nvcoll.comm import Comm
+from nvcoll.device.common import STAMP_BITS
+from nvcoll.device_calls import DeviceCalls
 from nvcoll.ops import DATATYPES
 
 
@@ -62,6 +67,12 @@ class TestContents:
         for buffer in (COMM_SELF.empty(shape), COMM_SELF.zeros(shape), COMM_SELF.full(shape, 2)):
             assert (buffer.shape, buffer.dtype) == (expected, np.float32)
             buffer.free()
+
+    @pytest.mark.parametrize("name", ["empty", "zeros", "full"])
+    def test_the_type_that_is_given_if_none_is_asked_for_is_told(self, name):
+        default = inspect.signature(getattr(COMM_SELF, name)).parameters["dtype"].default
+        assert re.search(rf"\b{default.__name__}\b", inspect.getdoc(getattr(COMM_SELF, name)))
+        assert COMM_SELF.full(2, 16777217).tolist() == [16777216.0] * 2
 
     def test_array_takes_the_type_of_its_data_or_the_one_that_is_asked_for(self):
         assert COMM_SELF.array([1, 2, 3]).dtype == np.int64
@@ -206,6 +217,40 @@ class TestMemory:
 def resident():
     """Bytes of memory that this process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+ALLOCATIONS = [
+    lambda comm: comm.empty(3),
+    lambda comm: comm.zeros(3),
+    lambda comm: comm.full(3, 1),
+    lambda comm: comm.array([1, 2, 3]),
+]
+FAILED = "^an earlier call on this communicator failed; it can only be freed: call Finalize$"
+
+
+class TestAfterAFailedCall:
+    def test_no_memory_is_given(self):
+        def main(comm):
+            with pytest.raises(nvcoll.MismatchError):
+                comm.Allreduce(np.ones(3 + comm.rank))
+            for allocate in ALLOCATIONS:
+                with pytest.raises(nvcoll.StateError, match=FAILED):
+                    allocate(comm)
+            return True
+
+        assert nvcoll.emulate(2).run(main) == [True, True]
+
+    @pytest.mark.parametrize("allocate", ALLOCATIONS)
+    def test_on_gpus_its_error_is_raised_first(self, allocate):
+        state = SimpleNamespace(failed=True, sequence=3, demand=lambda: None)
+        planner = SimpleNamespace(state=state, area=SimpleNamespace(boards=lambda: [3 << STAMP_BITS, 2 << STAMP_BITS]))
+        world = SimpleNamespace(rank=0, size=2, target="cuda", planner=planner)
+        comm = Comm(lambda: world, "on GPUs")
+        comm.__dict__.update(_world=world, _calls=DeviceCalls(world))
+        with pytest.raises(nvcoll.TimeoutError, match=r"^empty: a call up to number 3 .* did not arrive: rank 1"):
+            allocate(comm)
+        with pytest.raises(nvcoll.StateError, match=FAILED):
+            allocate(comm)
 
 
 class TestDisagreement:

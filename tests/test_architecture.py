@@ -17,7 +17,7 @@ PACKAGE = ROOT / "nvcoll"
 
 # From top to bottom; a module may import those below it, and its neighbours as long as no circle comes about.
 LAYERS = (
-    {"__main__"},
+    {"__main__", "MPI"},
     {"cli"},
     {"__init__"},
     {"emulation", "session"},

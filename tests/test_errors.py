@@ -1,6 +1,7 @@
 """The exception classes, and what is said where the compiled extensions are missing."""
 
 import builtins
+import re
 import shutil
 import sys
 import sysconfig
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nvcoll import errors
+import nvcoll
+from nvcoll import COMM_SELF, errors
 
 PACKAGE = Path(errors.__file__).parent
 CLASSES = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.Error)]
@@ -58,6 +60,51 @@ def test_an_extension_that_does_not_load_tells_why():
     error = errors.missing_extension(cause)
     assert "nvcoll._bootstrap: undefined symbol: shm_open" in str(error)
     assert error.path == "/somewhere/_bootstrap.so"
+
+
+VERBS = "; nvcoll's verbs are Allreduce, Allreduce_init, Barrier, Iallreduce, for arrays: take mpi4py for all else"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        (COMM_SELF, "bcast", "'Comm' object has no attribute 'bcast'"),
+        (COMM_SELF, "allreduce", "'Comm' object has no attribute 'allreduce'"),
+        (nvcoll, "MPI", "module 'nvcoll' has no attribute 'MPI'"),
+        (nvcoll, "MAXLOC", "module 'nvcoll' has no attribute 'MAXLOC'"),
+    ],
+)
+def test_names_that_mpi4py_has_say_where_to_find_them(owner, name, told):
+    assert not hasattr(owner, name)
+    assert getattr(owner, name, 5) == 5
+    with pytest.raises(AttributeError, match="^" + re.escape(told + VERBS)) as caught:
+        getattr(owner, name)
+    assert "beside nvcoll on ranks that mpiexec or srun starts" in str(caught.value)
+
+
+def test_names_of_pythons_own_protocols_say_nothing_of_mpi():
+    for owner in (COMM_SELF, nvcoll):
+        with pytest.raises(AttributeError, match=r"has no attribute '__array__'$"):
+            getattr(owner, "__array__")  # noqa: B009 - the look-up is what is tried
+
+
+@pytest.mark.parametrize(
+    ("what", "hint"),
+    [("nvcoll.COMM_SELF.allreduce(1)", None), ("nvcoll.COMM_SELF.Alreduce", "Allreduce"), ("nvcoll.SUMM", "SUM")],
+)
+def test_python_s_own_hint_comes_where_it_helps(run_command, what, hint):
+    status, output = run_command([sys.executable, "-c", f"import nvcoll; {what}"])
+    assert status == 1
+    assert output.splitlines()[-1].startswith("AttributeError: ")
+    assert ("Did you mean" in output) == (hint is not None)
+    assert hint is None or f"Did you mean: '{hint}'?" in output
+
+
+def test_mpi_is_not_a_module():
+    with pytest.raises(
+        ImportError, match=r"^cannot import name 'MPI' .* `from nvcoll import COMM_WORLD, SUM`; .* mpi4py"
+    ):
+        from nvcoll import MPI  # noqa: F401
 
 
 def test_an_unbuilt_checkout_says_what_to_type(tmp_path, run_command):

@@ -207,7 +207,7 @@ class TestRules:
         assert "SUM: nvrar/simple" in nvcoll.emulate(2).run(main)[0][0]
 
     def test_rules_for_other_hardware_leave_the_choice_to_the_costs(self, tmp_path, monkeypatch):
-        self.write(tmp_path, monkeypatch, {"gpu": [{"verb": "allreduce", "use": "ring/simple"}]})
+        self.write(tmp_path, monkeypatch, {"cuda": [{"verb": "allreduce", "use": "ring/simple"}]})
         reasons = nvcoll.emulate(2).run(lambda comm: comm.explain("allreduce", 4).reason)
         assert reasons[0].startswith("no rule: lowest expected cost")
 
@@ -221,6 +221,12 @@ class TestRules:
             ),
             ('{"host": [{"verb": "allreduce"}]}', r"host, rule 1: needs verb and use"),
             ("[]", r"expected an object of lists"),
+            ('{"hosts": []}', r"hosts: not known; known are host, cuda, launch"),
+            ('{"host": [], "cuda": [], "host": []}', r"'host' stands twice in the same braces; make one of the two"),
+            (
+                '{"host": [{"verb": "allreduce", "use": "ring/simple", "upto": 1, "upto": 2}]}',
+                r"'upto' stands twice in the same braces",
+            ),
         ],
     )
     def test_a_wrong_file_is_named(self, tmp_path, monkeypatch, text, message):

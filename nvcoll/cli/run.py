@@ -60,6 +60,7 @@ def add_parser(subparsers: Any) -> None:
     cpus = len(os.sched_getaffinity(0))
     parser.add_argument(
         "-n",
+        "-np",  # what users of mpiexec type
         type=_checked("count"),
         default=str(cpus),
         metavar="N",

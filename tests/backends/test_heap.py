@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
-from nvcoll.backends.heap import ALIGN, Heap
+from nvcoll.backends.heap import ALIGN, INIT, Heap
 from nvcoll.buffers import Buffer
 from nvcoll.errors import AllocationError, MismatchError, PeerLostError, StateError
 
@@ -88,6 +88,20 @@ class TestAllocate:
             "free buffers or raise NVCOLL_HEAP"
         )
         assert offset == 0
+
+    def test_scratch_memory_that_is_too_large(self, monkeypatch):
+        def act(heap, rank):
+            first = outcome(heap.allocate, EXTENT + 1, INIT)
+
+            def full(offset, nbytes):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(heap.memory, "take", full)
+            return first, outcome(heap.allocate, 1, INIT)
+
+        told = [text for _, text in same(on_ranks(act))]
+        assert told[0].endswith("has no such room; raise NVCOLL_HEAP or lower NVCOLL_SCRATCH")
+        assert told[1].endswith("No space left on device; free some memory or lower NVCOLL_SCRATCH")
 
     def test_no_room_on_one_rank_is_an_error_on_all_and_gives_all_back(self, monkeypatch):
         def act(heap, rank):

@@ -59,10 +59,16 @@ FOREIGN = np.zeros(3, np.dtype("f4").newbyteorder("S"))
 REFUSALS = {
     "None": (None, ArgumentError, "recvbuf is None, expected an array; pass"),
     "None in a spec": ([None, 3, FLOAT], ArgumentError, r"recvbuf\[0\] is None, expected an array"),
-    "IN_PLACE": (IN_PLACE, ArgumentError, "recvbuf is IN_PLACE, .+; pass IN_PLACE as sendbuf only"),
+    "IN_PLACE": (IN_PLACE, ArgumentError, "recvbuf is IN_PLACE, .+; pass IN_PLACE alone, for one of the two buffers"),
     "number": (3.0, DatatypeError, r"recvbuf is of type float, expected memory .+; pass numpy\.asarray\(\)"),
     "string": ("abc", DatatypeError, "recvbuf is of type str, expected memory"),
-    "list of numbers": ([1.0, 2.0], DatatypeError, r"recvbuf\[0\] is of type float, expected memory"),
+    "list of numbers": (
+        [1.0, 2.0],
+        ArgumentError,
+        r"recvbuf is a list of 2 items, expected an array or \[buf, count, datatype\]; pass numpy\.array\(\) of it",
+    ),
+    "tuple of integers": ((1, 2, 3), ArgumentError, r"recvbuf is a tuple of 3 items, expected .+; pass numpy\.array"),
+    "list of lists": ([[1, 2], [3, 4]], ArgumentError, r"recvbuf is a list of 2 items, expected .+; pass numpy\.array"),
     "long list": (
         [1.0] * 9,
         ArgumentError,
@@ -118,8 +124,9 @@ REFUSALS = {
     "read-only": (
         read_only(np.zeros(3)),
         ArgumentError,
-        r"recvbuf is read-only, expected memory .+; pass a \.copy\(\)",
+        r"recvbuf is read-only, expected memory .+; pass numpy\.array\(\) of it",
     ),
+    "scalar": (np.float64(3), ArgumentError, r"recvbuf is read-only, expected memory .+; pass numpy\.array\(\) of it"),
     "bytes": ([bytes(8), FLOAT], ArgumentError, "recvbuf is read-only, .+; pass a bytearray"),
     "freed": (freed(), StateError, "recvbuf is a Buffer that was freed, .+, expected .+; allocate"),
     "freed, in a spec": ([freed(), 0], StateError, "is a Buffer that was freed"),
@@ -185,7 +192,7 @@ def test_sentinels_of_mpi4py():
     mpi = pytest.importorskip("mpi4py.MPI")
     assert is_in_place(mpi.IN_PLACE)
     assert not is_in_place(mpi.BOTTOM)
-    with pytest.raises(ArgumentError, match=r"^Allreduce: recvbuf is IN_PLACE, expected an array; pass IN_PLACE as"):
+    with pytest.raises(ArgumentError, match=r"^Allreduce: recvbuf is IN_PLACE, expected an array; pass IN_PLACE alone"):
         parse("Allreduce", "recvbuf", mpi.IN_PLACE, writable=True)
     with pytest.raises(
         ArgumentError, match=r"^Allreduce: sendbuf\[0\] is MPI\.BOTTOM, expected an array, .+; pass the"

@@ -89,6 +89,22 @@ def test_a_wrong_setting_is_told_and_the_rest_too(facts, told):
     assert re.search(r"^  NVCOLL_TIMEOUT +soon \(expected a number", told()[1], re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [(None, "No such file or directory"), ('{"hosts": []}', "hosts: not known; known are host, cuda, launch")],
+)
+def test_rules_that_cannot_be_used(facts, told, tmp_path, text, fact):
+    path = tmp_path / "rules.json"
+    if text is not None:
+        path.write_text(text)
+    status, found = facts(NVCOLL_RULES=str(path))
+    [row] = [row for row in found["settings"] if row["error"]]
+    assert (status, row["name"], row["value"]) == (1, "NVCOLL_RULES", str(path))
+    assert fact in row["error"]
+    assert row["error"].endswith("; correct the file or unset the variable")
+    assert re.search(rf"^  NVCOLL_RULES +{re.escape(str(path))} \(.*{fact}", told()[1], re.MULTILINE)
+
+
 def test_inside_of_a_run_the_key_stays_secret(facts, told):
     inside = {
         "NVCOLL_RANK": "1",

@@ -102,6 +102,11 @@ class TestPrograms:
         assert run.command(args) == command
         assert args.n == "3"
 
+    @pytest.mark.parametrize("words", [("-n", "3"), ("-n3",), ("-np", "3")])
+    def test_how_many(self, words):
+        args = parse(*words, __file__, "-np", "5")
+        assert (args.n, run.command(args)) == ("3", [sys.executable, __file__, "-np", "5"])
+
     def test_ranks_find_each_other(self, nvcoll):
         code = (
             "import os, sys; from nvcoll import settings; from nvcoll._bootstrap import connect\n"
@@ -167,7 +172,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (("-n", "0", "-c", "1"), "argument -n: expected a whole number of 1 or more, got '0'"),
+            (("-n", "0", "-c", "1"), "argument -n/-np: expected a whole number of 1 or more, got '0'"),
             (("--timeout", "never", "-c", "1"), "argument --timeout: expected a number of seconds above 0"),
             (("--env", "A", "-c", "1"), "argument --env: expected NAME=VALUE, got 'A'"),
             (("--pre", "-c", "1"), "unrecognized arguments: --pre"),

@@ -117,5 +117,11 @@ def commands(text):
     return [part for part in parts if part and part not in tried_elsewhere and part.split()[0] not in UNTRIED]
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "examples/README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+def test_extras_are_installed_from_a_checkout(page):
+    """The package is on no index, where its bare name would be looked for."""
+    assert "nvcoll" not in {what.strip('"').partition("[")[0] for _, what in INSTALL.findall(page.read_text())}
+
+
 def test_readme_is_one_screen():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 80

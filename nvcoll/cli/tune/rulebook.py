@@ -9,7 +9,7 @@ from typing import Any
 
 from nvcoll import _selection
 from nvcoll.errors import ArgumentError
-from nvcoll.planning import LAUNCH, VERBS, candidates, read_rules
+from nvcoll.planning import LAUNCH, VERBS, candidates, parse_rules, read_rules
 
 Rules = dict[str, Any]
 Rule = dict[str, Any]
@@ -94,11 +94,9 @@ def read(output: Path, in_force: Path | None) -> Rules:
             del rules[LAUNCH]  # where a file has none the package's are in force, also when they have changed
         return rules
     try:
-        found: Rules = json.loads(output.read_text())
-        check(found)
+        return parse_rules(output.read_text())
     except (OSError, ValueError) as exc:
         raise ArgumentError(f"--output: {output} is there and is no rules file ({exc}); name another one") from exc
-    return found
 
 
 def check(rules: Rules) -> None:
