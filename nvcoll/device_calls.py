@@ -54,6 +54,7 @@ class DeviceCalls:
 
     def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
+        self._check("empty")
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
         if world.heap.dropped:
@@ -218,8 +219,8 @@ class DeviceCalls:
         else:
             late = "those that can be seen from here have arrived by now" if others else "none can be seen from here"
         return TimeoutError(
-            f"{where}: no answer within NVCOLL_TIMEOUT; {late}. See what those ranks do, or raise NVCOLL_TIMEOUT if "
-            "they are only slow"
+            f"{where}: no answer within NVCOLL_TIMEOUT ({world.planner.timeout:g} s); {late}. See what those ranks do, "
+            "or raise NVCOLL_TIMEOUT if they are only slow"
         )
 
 

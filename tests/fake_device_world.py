@@ -60,7 +60,7 @@ class Planner:
     def __init__(self):
         self.state = State()
         self.area = SimpleNamespace(boards=lambda: self.tags, token=TOKEN)
-        self.tags, self.plans = [], []
+        self.tags, self.plans, self.timeout = [], [], 2.0
 
     def explain(self, verb, count, datatype, op, algorithm=None):
         return Told(verb, count, datatype.name, op.name, algorithm)

@@ -243,7 +243,8 @@ class TestAfterAFailedCall:
     @pytest.mark.parametrize("allocate", ALLOCATIONS)
     def test_on_gpus_its_error_is_raised_first(self, allocate):
         state = SimpleNamespace(failed=True, sequence=3, demand=lambda: None)
-        planner = SimpleNamespace(state=state, area=SimpleNamespace(boards=lambda: [3 << STAMP_BITS, 2 << STAMP_BITS]))
+        boards = [3 << STAMP_BITS, 2 << STAMP_BITS]
+        planner = SimpleNamespace(state=state, area=SimpleNamespace(boards=lambda: boards), timeout=2.0)
         world = SimpleNamespace(rank=0, size=2, target="cuda", planner=planner)
         comm = Comm(lambda: world, "on GPUs")
         comm.__dict__.update(_world=world, _calls=DeviceCalls(world))

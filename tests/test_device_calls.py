@@ -210,7 +210,7 @@ class TestFailures:
         error = self.error(world, calls, [tag(19), tag(20), tag(20), tag(3)])
         assert isinstance(error, nvcoll.TimeoutError)
         assert str(error) == (
-            "Allreduce: a call up to number 12 failed on the GPU of rank 1: no answer within NVCOLL_TIMEOUT; "
+            "Allreduce: a call up to number 12 failed on the GPU of rank 1: no answer within NVCOLL_TIMEOUT (2 s); "
             "did not arrive: rank 0, rank 3. See what those ranks do, or raise NVCOLL_TIMEOUT if they are only slow"
         )
 
