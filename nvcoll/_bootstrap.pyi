@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from nvcoll.settings import Settings
@@ -8,6 +8,7 @@ class Exchange:
     size: int
     kind: str
     mpi_comm: Any
+    verb: str
     def allgather(self, data: bytes | bytearray | memoryview) -> list[bytes]: ...
     def close(self) -> None: ...
 
@@ -47,3 +48,4 @@ class Segment(Anonymous):
 
 def anonymous(size: int) -> Anonymous: ...
 def host_identity() -> bytes: ...
+def late(verb: str, ranks: Sequence[int] | str, timeout: float) -> str: ...

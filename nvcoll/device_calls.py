@@ -42,11 +42,11 @@ class DeviceCalls:
         self._arrive: tuple[DeviceBuffer, DevicePlan] | None = None
         self._raised = False
 
-    def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
+    def empty(self, dims: tuple[int, ...], datatype: Datatype, verb: str = "empty") -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
-        return DeviceBuffer.on(world.heap.allocate(nbytes), dims, datatype, world.device, driver, world.stream)
+        return DeviceBuffer.on(world.heap.allocate(nbytes, verb), dims, datatype, world.device, driver, world.stream)
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
@@ -68,7 +68,7 @@ class DeviceCalls:
         told = replace(planner.explain("allreduce", 1, kind, SUM), verb="barrier")
         self._world.settle()
         plan = planner.plan(told, kind, SUM)
-        return self.empty((1,), kind), plan  # last, for others wait for a rank that fails before
+        return self.empty((1,), kind, "Barrier"), plan  # last, for others wait for a rank that fails before
 
     def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
         """Queue an all-reduce."""

@@ -39,7 +39,11 @@ class Exchange:
         How the ranks found each other: "run", "torchrun", "mpi" or "single".
     mpi_comm
         A duplicate of mpi4py's ``COMM_WORLD`` for kind "mpi", else None.
+    verb
+        What the user called, for messages: who exchanges bytes for another call sets it before.
     """
+
+    verb = "Init"
 
     def __init__(self, kind, rank, size, channel, timeout):
         self.kind, self.rank, self.size = kind, rank, size
@@ -74,19 +78,19 @@ class Exchange:
         """
         data = bytes(data)
         if len(data) > LARGEST:
-            raise ValueError(f"allgather: {len(data)} bytes were given, at most {LARGEST} are carried")
+            raise ValueError(f"{self.verb}: {len(data)} bytes were given, at most {LARGEST} are carried")
         if self._pid != os.getpid():
-            raise StateError(_forked("allgather", self.rank))
+            raise StateError(_forked(self.verb, self.rank))
         with self._lock:
             if self._channel is None:
-                raise StateError("allgather: the exchange is closed; connect anew")
+                raise StateError(f"{self.verb}: the exchange is closed; connect anew")
             if self._failed:
                 raise StateError(
-                    "allgather: an earlier call failed, and the ranks may be out of step; "
+                    f"{self.verb}: an earlier call failed, and the ranks may be out of step; "
                     "call Finalize on all of them, and Init starts anew"
                 )
             self._failed = True
-            everything = self._channel.allgather(data, self._timeout)
+            everything = self._channel.allgather(data, self._timeout, self.verb)
             self._failed = False
             return everything
 

@@ -94,19 +94,6 @@ def _ranks(ranks):
     return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
 
 
-def _patience(timeout):
-    """Return for how many seconds to wait for rank 0 or the server, which tells who is late when the time is over."""
-    return timeout + min(timeout, 5.0)
-
-
-def _late(ranks, timeout):
-    who = ranks if isinstance(ranks, str) else _ranks(ranks)
-    return (
-        f"allgather: {who} did not arrive within {timeout:g} s; all ranks must make the same calls, and NVCOLL_TIMEOUT "
-        "sets a longer limit"
-    )
-
-
 class _Refused(Exception):
     """What a peer sent is not accepted; the text is for the other side."""
 

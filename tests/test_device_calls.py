@@ -72,7 +72,13 @@ def world(monkeypatch):
     monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
     gpu = FakeGpu()
     world = SimpleNamespace(rank=1, size=4, device=gpu, stream=0, planner=Planner(), settled=0)
-    world.heap = SimpleNamespace(allocate=FakeAllocation)
+    world.asked = []
+
+    def allocate(nbytes, verb):
+        world.asked.append(verb)
+        return FakeAllocation(nbytes)
+
+    world.heap = SimpleNamespace(allocate=allocate)
     world.synchronized = []
     driver = FakeDriver(gpu)
     driver.stream_synchronize = world.synchronized.append
@@ -224,6 +230,7 @@ class TestBarrier:
         [plan] = world.planner.plans
         assert plan.told == Told("barrier", 1, "int32", "SUM", None)  # which no reduction is taken for
         assert world.synchronized == [99, 99]
+        assert world.asked == ["Barrier"]  # for memory, once
 
     def test_after_a_failure_it_meets_nobody(self, world, calls):
         world.planner.state.failed = True

@@ -101,6 +101,16 @@ class TestLeaving:
             assert isinstance(error, PeerLostError)
             assert "rank 1 has left" in str(error)
 
+    def test_messages_begin_with_the_call_of_the_user(self, ranks):
+        ranks[0].verb = "free"
+        ranks[1].close()
+        with pytest.raises(PeerLostError, match=r"^free: rank 1 has left while rank 0 waited"):
+            ranks[0].allgather(b"")
+        with pytest.raises(StateError, match=r"^free: an earlier call failed"):
+            ranks[0].allgather(b"")
+        with pytest.raises(StateError, match=r"^Init: the exchange is closed"):
+            ranks[1].allgather(b"")
+
     def test_one_that_left_before_others_joined_is_named_too(self, server):
         join(server, 0).close()
         with contextlib.closing(join(server, 1)) as late, pytest.raises(PeerLostError, match="rank 0 has left"):
