@@ -18,6 +18,18 @@ def late(verb, ranks, timeout):
     )
 
 
+def _poll(test, deadline):
+    """Call `test` until it is true; return False if the time is over before."""
+    # without yielding for a moment, then leave the core to ranks that may share it
+    pause = 0.0
+    while not test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause + 1e-6, 1e-3)
+    return True
+
+
 class _Alone:
     """One rank."""
 
@@ -200,15 +212,10 @@ class _OverMPI:
         return self.comm.Irecv([part, self.MPI.BYTE], rank, self.TAG)
 
     def _wait(self, requests, deadline):
-        # poll without yielding for a moment, then leave the core to ranks that may share it
-        pause = 0.0
-        while not self.MPI.Request.Testall(requests):
-            if time.monotonic() > deadline:
-                self.MPI.Request.Testsome(requests)
-                return False
-            time.sleep(pause)
-            pause = min(pause + 1e-6, 1e-3)
-        return True
+        done = _poll(lambda: self.MPI.Request.Testall(requests), deadline)
+        if not done:
+            self.MPI.Request.Testsome(requests)
+        return done
 
     def close(self, orderly):
         if orderly and not self.MPI.Is_finalized():

@@ -11,6 +11,7 @@ cdef dict MPI_LAUNCHERS = {
 cdef double LAUNCHER_SECONDS = 10.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
 
 _servers = {}  # (host, port) -> server; kept while the process lives, for ranks that leave and come back
+_duplicates = []  # of MPI's COMM_WORLD, with their requests, while not all ranks take part
 _joins = itertools.count()  # how often this process has joined through a store of torch's
 
 
@@ -149,6 +150,18 @@ def _serve_at(host, port, size, key):
     atexit.register(server.close)
 
 
+def _duplicate(world, timeout):
+    """Duplicate MPI's COMM_WORLD, in which no message of nvcoll's may appear: so nobody can say who is missing."""
+    if not _duplicates:  # else an earlier attempt failed; MPI cannot take it back, and it still matches the others'
+        _duplicates.append(world.Idup())
+    comm, request = _duplicates[0]
+    if not _poll(request.Test, time.monotonic() + timeout):
+        others = [rank for rank in range(world.Get_size()) if rank != world.Get_rank()]
+        raise TimeoutError(late("Init", _ranks(others) + (", or some of them," if len(others) > 1 else ""), timeout))
+    _duplicates.clear()
+    return comm
+
+
 def _from_mpi(settings):
     try:
         from mpi4py import MPI
@@ -169,5 +182,5 @@ def _from_mpi(settings):
             f"connect: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
             f"{world.Get_size()}; use the launcher of that library, or set NVCOLL_BOOTSTRAP=single for ranks apart"
         )
-    comm = world.Dup()
+    comm = _duplicate(world, settings.timeout)
     return comm.Get_rank(), comm.Get_size(), _OverMPI(MPI, comm)

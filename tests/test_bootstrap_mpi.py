@@ -64,6 +64,33 @@ def test_a_rank_that_does_not_come_is_named(run_ranks, missing):
 
 
 @mpi
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_first_use_has_a_deadline_and_may_be_tried_again(run_ranks, size):
+    code = """
+        from mpi4py import MPI
+        from nvcoll import COMM_WORLD as comm
+        import nvcoll, os, time
+
+        if MPI.COMM_WORLD.rank == 1:
+            time.sleep(1.5)
+        else:
+            try:
+                nvcoll.Init()
+            except nvcoll.TimeoutError as error:
+                print(error)
+        os.environ["NVCOLL_TIMEOUT"] = "20"
+        nvcoll.Init()
+        comm.Barrier()
+        print(comm.size)
+    """
+    found = run_ranks(code, size, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
+    others = {2: "rank 1", 3: "ranks 1, 2, or some of them,"}[size]
+    late = f"Init: {others} did not arrive within 0.5 s; all ranks must make the same calls, and NVCOLL_TIMEOUT sets"
+    assert found.stdout[0].startswith(late)
+    assert [told.splitlines()[-1] for told in found.stdout] == [f"{size}"] * size
+
+
+@mpi
 def test_an_mpi_that_this_program_started_is_used(run_ranks):
     code = """
         from mpi4py import MPI
