@@ -94,12 +94,18 @@ class Exchange:
             self._failed = False
             return everything
 
-    def close(self):
-        """Leave; collective for kind "mpi". A second call does nothing."""
-        ours = self._pid == os.getpid()
+    def close(self, failed=False):
+        """Leave; collective for kind "mpi" if nothing has failed. A second call does nothing.
+
+        Parameters
+        ----------
+        failed
+            Whether something else than an exchange has failed, so that the other ranks may never come to this call.
+        """
+        orderly = self._pid == os.getpid() and not self._failed
         channel, self._channel, self.mpi_comm = self._channel, None, None
         if channel is not None:
-            channel.close(ours and not self._failed)
+            channel.close(orderly, orderly and not failed)
 
     def __repr__(self):
         return f"<Exchange {self.kind}: rank {self.rank} of {self.size}>"

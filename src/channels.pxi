@@ -1,7 +1,9 @@
-# What carries bytes between ranks: allgather(data, timeout, verb) and close(orderly). Included by bootstrap.pyx.
+# What carries bytes between ranks: allgather(data, timeout, verb) and close(orderly, together).
+# Included by bootstrap.pyx.
 #
 # Messages begin with `verb`: what the user called.
-# orderly is false after a failed call and in a forked child: then what belongs to all ranks is left alone.
+# orderly is false after a failed call and in a forked child: then what belongs to all ranks is left alone. together is
+# false then too, and where the ranks are out of step for another reason: then nothing is done that may wait for them.
 
 
 def _patience(timeout):
@@ -36,7 +38,7 @@ class _Alone:
     def allgather(self, data, timeout, verb):
         return [data]
 
-    def close(self, orderly):
+    def close(self, orderly, together):
         pass
 
 
@@ -146,7 +148,7 @@ class _Client:
             raise TimeoutError(late(verb, who, timeout))
         raise PeerLostError(f"{verb}: {how} while rank {self.rank} waited; look at its own output for the cause")
 
-    def close(self, orderly):
+    def close(self, orderly, together):
         if orderly:
             try:
                 self.sock.settimeout(1.0)
@@ -217,8 +219,8 @@ class _OverMPI:
             self.MPI.Request.Testsome(requests)
         return done
 
-    def close(self, orderly):
-        if orderly and not self.MPI.Is_finalized():
+    def close(self, orderly, together):
+        if together and not self.MPI.Is_finalized():
             self.comm.Free()
 
 
@@ -252,5 +254,5 @@ class _OverStore:
             raise PeerLostError(f"{verb}: torch's store does not answer ({error}); has torchrun ended?") from error
         return everything
 
-    def close(self, orderly):
+    def close(self, orderly, together):
         pass

@@ -91,6 +91,29 @@ def test_the_first_use_has_a_deadline_and_may_be_tried_again(run_ranks, size):
 
 
 @mpi
+def test_ranks_leave_together_only_if_all_is_well(run_ranks):
+    code = """
+        from mpi4py import MPI
+        from nvcoll import COMM_WORLD as comm
+        import nvcoll
+
+        for late in (False, True):
+            comm.Barrier()
+            ours = comm._world.exchange.mpi_comm
+            if late and comm.rank == 0:
+                try:
+                    comm.Barrier()
+                except nvcoll.TimeoutError:
+                    pass
+            MPI.COMM_WORLD.Barrier()
+            nvcoll.Finalize()
+            print(ours == MPI.COMM_NULL)
+    """
+    found = run_ranks(code, 2, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
+    assert found.stdout[0] == "True\nFalse\n"
+
+
+@mpi
 def test_an_mpi_that_this_program_started_is_used(run_ranks):
     code = """
         from mpi4py import MPI

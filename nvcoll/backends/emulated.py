@@ -77,7 +77,7 @@ class LocalExchange:
         self._hub.abandoned = True
         self._hub.barrier.abort()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Nothing to close: the hub belongs to the emulation."""
 
 
