@@ -6,6 +6,11 @@
 # false then too, and where the ranks are out of step for another reason: then nothing is done that may wait for them.
 
 
+def _split_address(str address):
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def _patience(timeout):
     """Return for how many seconds to wait for rank 0 or the server, which tells who is late when the time is over."""
     return timeout + min(timeout, 5.0)
