@@ -1,14 +1,24 @@
 """How ranks that an MPI launcher started find each other."""
 
 import sys
+import textwrap
 
 import pytest
 
 from nvcoll import settings
 from nvcoll._bootstrap import connect
 from nvcoll.errors import BootstrapError
+from tests.conftest import OPEN_MPI, launch_command
 
 mpi = pytest.mark.mpi
+
+# MPICH leaves the names of its memory behind where a job is aborted; all ranks have it once MPI has begun.
+FORGET_NAMES = """
+        def forget_names():
+            names = {line.split()[-1] for line in open("/proc/self/maps") if "/dev/shm/mpich" in line}
+            for name in names:
+                os.unlink(name)
+"""
 
 
 @mpi
@@ -109,8 +119,27 @@ def test_ranks_leave_together_only_if_all_is_well(run_ranks):
             nvcoll.Finalize()
             print(ours == MPI.COMM_NULL)
     """
-    found = run_ranks(code, 2, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
+    found = run_ranks(code, 2, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "2"})
     assert found.stdout[0] == "True\nFalse\n"
+
+
+@mpi
+def test_an_exception_ends_the_job_if_mpi4py_runs_the_program(run_command, tmp_path):
+    code = f"""
+        import os, time
+        from nvcoll import COMM_WORLD as comm
+        {FORGET_NAMES}
+        comm.Barrier()
+        if comm.rank == 1:
+            forget_names()
+            time.sleep(60)
+        comm.Barrier()
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(code))
+    command = [*launch_command("mpiexec", 2), "-m", "mpi4py", tmp_path / "program.py"]
+    status, output = run_command(command, timeout=20, env={**OPEN_MPI, "NVCOLL_TIMEOUT": "2"})
+    assert status
+    assert "TimeoutError: Barrier (call 2 on rank 0): no answer within NVCOLL_TIMEOUT" in output
 
 
 @mpi
