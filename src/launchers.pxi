@@ -11,6 +11,7 @@ cdef dict MPI_LAUNCHERS = {
 cdef double LAUNCHER_SECONDS = 10.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
 
 _servers = {}  # (host, port) -> server; kept while the process lives, for ranks that leave and come back
+_started = []  # (process, MPI) where `connect` has started MPI; empty once a failure leaves its end to the launcher
 _duplicates = []  # of MPI's COMM_WORLD, with their requests, while not all ranks take part
 _joins = itertools.count()  # how often this process has joined through a store of torch's
 
@@ -162,6 +163,14 @@ def _duplicate(world, timeout):
     return comm
 
 
+def finalize_mpi():
+    """End MPI if `connect` has started it, and the ranks are in step: it waits for all. Once, as the process ends."""
+    while _started:
+        pid, MPI = _started.pop()
+        if pid == os.getpid() and not _duplicates and not MPI.Is_finalized():
+            MPI.Finalize()
+
+
 def _from_mpi(settings):
     try:
         from mpi4py import MPI
@@ -174,6 +183,7 @@ def _from_mpi(settings):
         raise StateError("connect: MPI is finalized and cannot be started again in this process")
     if not MPI.Is_initialized():
         MPI.Init_thread()
+        _started.append((os.getpid(), MPI))
     world = MPI.COMM_WORLD
     launcher = _mpi_launcher(os.environ)
     if launcher is not None and launcher[1] != world.Get_size():

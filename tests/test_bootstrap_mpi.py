@@ -181,6 +181,54 @@ def test_finalized(run_command):
     assert "StateError: connect: MPI is finalized and cannot be started again" in output
 
 
+@mpi
+@pytest.mark.parametrize(("starts", "ended"), [("", True), ("MPI.Init()", False)])
+def test_who_starts_mpi_ends_it(run_ranks, starts, ended):
+    code = f"""
+        import atexit
+        import mpi4py
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+
+        @atexit.register
+        def last():
+            print(MPI.Is_finalized())
+            if not MPI.Is_finalized():
+                MPI.Finalize()
+
+        {starts}
+        from nvcoll import COMM_WORLD as comm
+        import nvcoll
+        for _ in range(2):
+            comm.Barrier()
+            nvcoll.Finalize()
+        print(MPI.Is_finalized())
+        comm.Barrier()
+    """
+    assert run_ranks(code, 2, launcher="mpiexec").stdout == [f"False\n{ended}\n"] * 2
+
+
+@mpi
+@pytest.mark.parametrize("before", ["comm.Barrier()", "pass"], ids=["in a call", "in Init"])
+def test_an_mpi_that_nvcoll_started_does_not_wait_after_a_failure(run_ranks, before):
+    code = f"""
+        import mpi4py, os, time
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+        from nvcoll import COMM_WORLD as comm
+        {FORGET_NAMES}
+        {before}
+        if "1" in (os.environ.get("PMI_RANK"), os.environ.get("OMPI_COMM_WORLD_RANK")):
+            if not MPI.Is_initialized():
+                MPI.Init()
+            forget_names()
+            time.sleep(60)
+        comm.Barrier()
+    """
+    found = run_ranks(code, 2, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "2"}, timeout=20, check=False)
+    assert "did not arrive" in found.stderr
+
+
 def test_a_launcher_without_mpi4py_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(BootstrapError, match=r"mpi4py does not load .* `pip install nvcoll\[mpich\]`"):
