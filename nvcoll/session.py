@@ -2,6 +2,7 @@
 
 import atexit
 
+from nvcoll import _bootstrap
 from nvcoll.comm import Comm
 from nvcoll.world import open_self, open_world
 
@@ -39,4 +40,6 @@ def Is_initialized() -> bool:
     return COMM_WORLD.alive
 
 
+# the last that is registered is the first that runs: MPI goes when nothing of ours needs it any more
+atexit.register(_bootstrap.finalize_mpi)
 atexit.register(Finalize)

@@ -63,11 +63,12 @@ class World:
 
     def close(self) -> None:
         """Leave, and give everything back."""
+        failed = self.planner.state.failure is not None
         if self.leave():
             self.heap.close()
         else:  # a thread is in a call that does not end: the memory goes with it
             self.heap.retire()
-        self.exchange.close()
+        self.exchange.close(failed)
 
     def retire(self) -> None:
         """Leave, but keep the memory of Buffers, which goes with the last reference to them."""

@@ -83,12 +83,13 @@ class DeviceWorld:
 
     def close(self) -> None:
         """Leave, and give everything back."""
+        failed = self.planner.state.failed
         if self.leave():
             self._give_back()
             self.heap.close()
         else:
             self.heap.retire()
-        self.exchange.close()
+        self.exchange.close(failed)
 
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""

@@ -39,7 +39,11 @@ class Exchange:
         How the ranks found each other: "run", "torchrun", "mpi" or "single".
     mpi_comm
         A duplicate of mpi4py's ``COMM_WORLD`` for kind "mpi", else None.
+    verb
+        What the user called, for messages: who exchanges bytes for another call sets it before.
     """
+
+    verb = "Init"
 
     def __init__(self, kind, rank, size, channel, timeout):
         self.kind, self.rank, self.size = kind, rank, size
@@ -74,28 +78,34 @@ class Exchange:
         """
         data = bytes(data)
         if len(data) > LARGEST:
-            raise ValueError(f"allgather: {len(data)} bytes were given, at most {LARGEST} are carried")
+            raise ValueError(f"{self.verb}: {len(data)} bytes were given, at most {LARGEST} are carried")
         if self._pid != os.getpid():
-            raise StateError(_forked("allgather", self.rank))
+            raise StateError(_forked(self.verb, self.rank))
         with self._lock:
             if self._channel is None:
-                raise StateError("allgather: the exchange is closed; connect anew")
+                raise StateError(f"{self.verb}: the exchange is closed; connect anew")
             if self._failed:
                 raise StateError(
-                    "allgather: an earlier call failed, and the ranks may be out of step; "
+                    f"{self.verb}: an earlier call failed, and the ranks may be out of step; "
                     "call Finalize on all of them, and Init starts anew"
                 )
             self._failed = True
-            everything = self._channel.allgather(data, self._timeout)
+            everything = self._channel.allgather(data, self._timeout, self.verb)
             self._failed = False
             return everything
 
-    def close(self):
-        """Leave; collective for kind "mpi". A second call does nothing."""
-        ours = self._pid == os.getpid()
+    def close(self, failed=False):
+        """Leave; collective for kind "mpi" if nothing has failed. A second call does nothing.
+
+        Parameters
+        ----------
+        failed
+            Whether something else than an exchange has failed, so that the other ranks may never come to this call.
+        """
+        orderly = self._pid == os.getpid() and not self._failed
         channel, self._channel, self.mpi_comm = self._channel, None, None
         if channel is not None:
-            channel.close(ours and not self._failed)
+            channel.close(orderly, orderly and not failed)
 
     def __repr__(self):
         return f"<Exchange {self.kind}: rank {self.rank} of {self.size}>"

@@ -1,15 +1,49 @@
-# What carries bytes between ranks: allgather(data, timeout) and close(orderly). Included by bootstrap.pyx.
+# What carries bytes between ranks: allgather(data, timeout, verb) and close(orderly, together).
+# Included by bootstrap.pyx.
 #
-# orderly is false after a failed call and in a forked child: then what belongs to all ranks is left alone.
+# Messages begin with `verb`: what the user called.
+# orderly is false after a failed call and in a forked child: then what belongs to all ranks is left alone. together is
+# false then too, and where the ranks are out of step for another reason: then nothing is done that may wait for them.
+
+
+def _split_address(str address):
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _patience(timeout):
+    """Return for how many seconds to wait for rank 0 or the server, which tells who is late when the time is over."""
+    return timeout + min(timeout, 5.0)
+
+
+def late(verb, ranks, timeout):
+    """Return the message of a `TimeoutError`: which ranks did not come to what the user called."""
+    who = ranks if isinstance(ranks, str) else _ranks(ranks)
+    return (
+        f"{verb}: {who} did not arrive within {timeout:g} s; all ranks must make the same calls, and NVCOLL_TIMEOUT "
+        "sets a longer limit"
+    )
+
+
+def _poll(test, deadline):
+    """Call `test` until it is true; return False if the time is over before."""
+    # without yielding for a moment, then leave the core to ranks that may share it
+    pause = 0.0
+    while not test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(pause + 1e-6, 1e-3)
+    return True
 
 
 class _Alone:
     """One rank."""
 
-    def allgather(self, data, timeout):
+    def allgather(self, data, timeout, verb):
         return [data]
 
-    def close(self, orderly):
+    def close(self, orderly, together):
         pass
 
 
@@ -93,7 +127,7 @@ class _Client:
             data += piece
         return bytes(data)
 
-    def allgather(self, data, timeout):
+    def allgather(self, data, timeout, verb):
         """Give `data`, return what every rank gave."""
         deadline = time.monotonic() + _patience(timeout)
         milliseconds = min(int(timeout * 1000), 0xFFFFFFFF)
@@ -103,23 +137,23 @@ class _Client:
             kind, payload = self._read(deadline, (LARGEST + 8) * self.size)
         except builtins.TimeoutError as error:
             raise TimeoutError(
-                f"allgather: {self.address} did not answer rank {self.rank} within {timeout:g} s; "
+                f"{verb}: {self.address} did not answer rank {self.rank} within {timeout:g} s; "
                 "is the launcher, or the process of rank 0, stopped?"
             ) from error
         except (OSError, EOFError) as error:
             raise PeerLostError(
-                f"allgather: rank {self.rank} lost {self.address} ({error}); the launcher, or rank 0, has ended"
+                f"{verb}: rank {self.rank} lost {self.address} ({error}); the launcher, or rank 0, has ended"
             ) from error
         if kind == RESULT:
             return _split_all(payload, self.size)
         if kind == REFUSED:
-            raise BootstrapError(f"allgather: {self.address} refused rank {self.rank}: {payload.decode()}")
+            raise BootstrapError(f"{verb}: {self.address} refused rank {self.rank}: {payload.decode()}")
         who, how = (part.decode() for part in _split_all(payload, 2))
         if kind == LATE:
-            raise TimeoutError(_late(who, timeout))
-        raise PeerLostError(f"allgather: {how} while rank {self.rank} waited; look at its own output for the cause")
+            raise TimeoutError(late(verb, who, timeout))
+        raise PeerLostError(f"{verb}: {how} while rank {self.rank} waited; look at its own output for the cause")
 
-    def close(self, orderly):
+    def close(self, orderly, together):
         if orderly:
             try:
                 self.sock.settimeout(1.0)
@@ -144,7 +178,7 @@ class _OverMPI:
         self.MPI, self.comm = MPI, comm
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
-    def allgather(self, data, timeout):
+    def allgather(self, data, timeout, verb):
         now = time.monotonic()
         if self.rank == 0:
             lengths = self._gather(len(data), now + timeout)
@@ -152,7 +186,7 @@ class _OverMPI:
             lengths = self._report(len(data), now + _patience(timeout))
         missing = [rank for rank, length in enumerate(lengths) if length < 0]
         if missing:
-            raise TimeoutError(_late(missing, timeout))
+            raise TimeoutError(late(verb, missing, timeout))
         everything = bytearray(sum(lengths))
         self.comm.Allgatherv([data, self.MPI.BYTE], [everything, lengths, self.MPI.BYTE])
         ends = list(itertools.accumulate(lengths, initial=0))
@@ -185,18 +219,15 @@ class _OverMPI:
         return self.comm.Irecv([part, self.MPI.BYTE], rank, self.TAG)
 
     def _wait(self, requests, deadline):
-        # poll without yielding for a moment, then leave the core to ranks that may share it
-        pause = 0.0
-        while not self.MPI.Request.Testall(requests):
-            if time.monotonic() > deadline:
-                self.MPI.Request.Testsome(requests)
-                return False
-            time.sleep(pause)
-            pause = min(pause + 1e-6, 1e-3)
-        return True
+        done = _poll(lambda: self.MPI.Request.Testall(requests), deadline)
+        if not done:
+            self.MPI.Request.Testsome(requests)
+        return done
 
-    def close(self, orderly):
-        if orderly and not self.MPI.Is_finalized():
+    def close(self, orderly, together):
+        if not together:
+            _started.clear()  # MPI's end would wait for ranks that may never come; without it the launcher ends them
+        elif not self.MPI.Is_finalized():
             self.comm.Free()
 
 
@@ -210,7 +241,7 @@ class _OverStore:
     def _key(self, rank):
         return f"{self.prefix}/{self.calls}/{rank}"
 
-    def allgather(self, data, timeout):
+    def allgather(self, data, timeout, verb):
         deadline, pause = time.monotonic() + timeout, 0.0005
         previous = self._key(self.rank)
         self.calls += 1
@@ -220,15 +251,15 @@ class _OverStore:
             while awaited and not self.store.check([self._key(rank) for rank in awaited]):
                 if time.monotonic() > deadline:
                     awaited = [rank for rank in awaited if not self.store.check([self._key(rank)])]
-                    raise TimeoutError(_late(awaited, timeout))
+                    raise TimeoutError(late(verb, awaited, timeout))
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
             everything = [self.store.get(self._key(rank)) for rank in range(self.size)]
             # all ranks have set their keys of this call, so they have read those of the call before
             self.store.delete_key(previous)
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
-            raise PeerLostError(f"allgather: torch's store does not answer ({error}); has torchrun ended?") from error
+            raise PeerLostError(f"{verb}: torch's store does not answer ({error}); has torchrun ended?") from error
         return everything
 
-    def close(self, orderly):
+    def close(self, orderly, together):
         pass

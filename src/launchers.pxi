@@ -11,6 +11,8 @@ cdef dict MPI_LAUNCHERS = {
 cdef double LAUNCHER_SECONDS = 10.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
 
 _servers = {}  # (host, port) -> server; kept while the process lives, for ranks that leave and come back
+_started = []  # (process, MPI) where `connect` has started MPI; empty once a failure leaves its end to the launcher
+_duplicates = []  # of MPI's COMM_WORLD, with their requests, while not all ranks take part
 _joins = itertools.count()  # how often this process has joined through a store of torch's
 
 
@@ -149,6 +151,26 @@ def _serve_at(host, port, size, key):
     atexit.register(server.close)
 
 
+def _duplicate(world, timeout):
+    """Duplicate MPI's COMM_WORLD, in which no message of nvcoll's may appear: so nobody can say who is missing."""
+    if not _duplicates:  # else an earlier attempt failed; MPI cannot take it back, and it still matches the others'
+        _duplicates.append(world.Idup())
+    comm, request = _duplicates[0]
+    if not _poll(request.Test, time.monotonic() + timeout):
+        others = [rank for rank in range(world.Get_size()) if rank != world.Get_rank()]
+        raise TimeoutError(late("Init", _ranks(others) + (", or some of them," if len(others) > 1 else ""), timeout))
+    _duplicates.clear()
+    return comm
+
+
+def finalize_mpi():
+    """End MPI if `connect` has started it, and the ranks are in step: it waits for all. Once, as the process ends."""
+    while _started:
+        pid, MPI = _started.pop()
+        if pid == os.getpid() and not _duplicates and not MPI.Is_finalized():
+            MPI.Finalize()
+
+
 def _from_mpi(settings):
     try:
         from mpi4py import MPI
@@ -161,6 +183,7 @@ def _from_mpi(settings):
         raise StateError("connect: MPI is finalized and cannot be started again in this process")
     if not MPI.Is_initialized():
         MPI.Init_thread()
+        _started.append((os.getpid(), MPI))
     world = MPI.COMM_WORLD
     launcher = _mpi_launcher(os.environ)
     if launcher is not None and launcher[1] != world.Get_size():
@@ -169,5 +192,5 @@ def _from_mpi(settings):
             f"connect: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
             f"{world.Get_size()}; use the launcher of that library, or set NVCOLL_BOOTSTRAP=single for ranks apart"
         )
-    comm = world.Dup()
+    comm = _duplicate(world, settings.timeout)
     return comm.Get_rank(), comm.Get_size(), _OverMPI(MPI, comm)

@@ -66,11 +66,6 @@ def _as_key(key):
     return bytes.fromhex(key) if isinstance(key, str) else bytes(key)
 
 
-def _split_address(str address):
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def _join_address(str host, port):
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -92,19 +87,6 @@ def _ranks(ranks):
     if len(names) > 16:
         names[16:] = [f"{len(names) - 16} more"]
     return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
-
-
-def _patience(timeout):
-    """Return for how many seconds to wait for rank 0 or the server, which tells who is late when the time is over."""
-    return timeout + min(timeout, 5.0)
-
-
-def _late(ranks, timeout):
-    who = ranks if isinstance(ranks, str) else _ranks(ranks)
-    return (
-        f"allgather: {who} did not arrive within {timeout:g} s; all ranks must make the same calls, and NVCOLL_TIMEOUT "
-        "sets a longer limit"
-    )
 
 
 class _Refused(Exception):
@@ -180,6 +162,8 @@ class RendezvousServer:
         self._strangers = set()  # those of them that have not proved the key yet
         self._sessions = {}
         self._joined = [0] * size
+        self._ended = set()  # ranks whose processes have ended
+        self._closing = False
         self._pid = os.getpid()
         _sockets.add(self)
         self._thread = threading.Thread(target=self._serve, name="nvcoll-rendezvous", daemon=True)
@@ -189,8 +173,14 @@ class RendezvousServer:
         """Send what is still to be sent, for at most `linger` seconds, and stop. A second call does nothing."""
         if self._pid == os.getpid() and self._thread.is_alive():
             self._linger = time.monotonic() + linger
+            self._closing = True
             self._waker.send(b"x")
             self._thread.join(linger + 5.0)
+
+    def tell_ended(self, rank):
+        """Tell that the process of `rank` has ended: who waits for it to join, now or later, is told so."""
+        self._ended.add(rank)
+        self._waker.send(b"x")
 
     def __enter__(self):
         return self
@@ -199,15 +189,14 @@ class RendezvousServer:
         self.close()
 
     def _serve(self):
-        stop = False
         try:
-            while not stop or (any(c.to_send for c in self._connections) and time.monotonic() < self._linger):
-                for found, events in self._selector.select(0.05 if stop else self._patience()):
+            while not self._closing or (any(c.to_send for c in self._connections) and time.monotonic() < self._linger):
+                for found, events in self._selector.select(0.05 if self._closing else self._patience()):
                     if found.fileobj is self._listener:
                         self._accept()
                     elif found.fileobj is self._wake:
-                        self._selector.unregister(self._wake)
-                        stop = True
+                        self._wake.recv(1 << 12)
+                        self._lose_ended()
                     else:
                         self._attend(found.data, events)
                 self._expire(time.monotonic())
@@ -322,6 +311,7 @@ class RendezvousServer:
         connection.session = self._sessions.setdefault(self._joined[rank], _Session())
         connection.session.members[rank] = connection
         self._joined[rank] += 1
+        self._lose_ended()
         self._say(connection, WELCOME)
 
     def _collect(self, connection, payload):
@@ -385,10 +375,20 @@ class RendezvousServer:
             return
         del session.members[connection.rank]
         session.waiting.pop(connection.rank, None)
-        session.gone[connection.rank] = how
+        self._lose(session, connection.rank, how)
+
+    def _lose(self, session, rank, how):
+        session.gone[rank] = how
         if session.waiting:
             self._judge(session, LOST, sorted(session.gone))
         else:
             session.deadline = math.inf
         if len(session.gone) == self.size:
             self._sessions = {number: other for number, other in self._sessions.items() if other is not session}
+
+    def _lose_ended(self):
+        # what it has joined sees the end of its connection; what it has not, it never will
+        for rank in list(self._ended):
+            for number, session in list(self._sessions.items()):
+                if number >= self._joined[rank] and rank not in session.gone:
+                    self._lose(session, rank, "has ended")

@@ -187,7 +187,7 @@ tell(attempt(exchange.allgather, b""))
         for rank in (0, 2):
             [(kind, text, seconds)] = started[rank][1]()
             assert (kind, seconds < 5) == ("PeerLostError", True)
-            assert text.startswith(f"allgather: rank 1 has died while rank {rank} waited; look at its own output")
+            assert text.startswith(f"Init: rank 1 has died while rank {rank} waited; look at its own output")
 
     def test_a_forked_child_does_not_hide_the_death_of_its_parent(self, ranks, server):
         code = """
@@ -247,7 +247,7 @@ tell([part.decode() for part in exchange.allgather(b"r%d" % rank)])
 
     def test_a_child_is_told_that_it_is_no_rank_and_harms_none(self, ranks, server):
         for rank, (_, told) in enumerate(ranks(self.CODE, as_run(server))):
-            for verb in ("allgather", "connect"):
+            for verb in ("Init", "connect"):
                 [(kind, text, _)] = told()
                 assert kind == "StateError"
                 assert f"{verb}: this process was forked from rank {rank} and is no rank itself" in text
@@ -358,11 +358,11 @@ for again in range(2):
         assert len(list((tmp_path / "torch").glob("nvcoll_0_*"))) == 2 * 3
 
     def test_a_rank_that_does_not_come_is_named(self, ranks, environs):
-        code = "tell(attempt(exchange.allgather, b'')) if rank != 1 else time.sleep(100)"
+        code = "exchange.verb = 'free'\ntell(attempt(exchange.allgather, b'')) if rank != 1 else time.sleep(100)"
         environs = [environ | {"NVCOLL_TIMEOUT": "0.5"} for environ in environs]
         [(kind, text, _)] = ranks(code, environs)[2][1]()
         assert kind == "TimeoutError"
-        assert "rank 1 did not arrive within 0.5 s" in text
+        assert text.startswith("free: rank 1 did not arrive within 0.5 s; ")
 
     def test_a_restarted_run_has_keys_of_its_own(self, ranks, environs, tmp_path):
         environs = [environ | {"TORCHELASTIC_RESTART_COUNT": "4"} for environ in environs]

@@ -1,14 +1,24 @@
 """How ranks that an MPI launcher started find each other."""
 
 import sys
+import textwrap
 
 import pytest
 
 from nvcoll import settings
 from nvcoll._bootstrap import connect
 from nvcoll.errors import BootstrapError
+from tests.conftest import OPEN_MPI, launch_command
 
 mpi = pytest.mark.mpi
+
+# MPICH leaves the names of its memory behind where a job is aborted; all ranks have it once MPI has begun.
+FORGET_NAMES = """
+        def forget_names():
+            names = {line.split()[-1] for line in open("/proc/self/maps") if "/dev/shm/mpich" in line}
+            for name in names:
+                os.unlink(name)
+"""
 
 
 @mpi
@@ -42,6 +52,7 @@ def test_a_rank_that_does_not_come_is_named(run_ranks, missing):
 
         exchange = connect(settings.read())
         exchange.allgather(b"")
+        exchange.verb = "empty"
         if exchange.rank == int(sys.argv[1]):
             time.sleep(1.5)
             sys.exit()
@@ -58,8 +69,77 @@ def test_a_rank_that_does_not_come_is_named(run_ranks, missing):
     found = run_ranks(code, 3, missing, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
     for rank in {0, 1, 2} - {missing}:
         late, unusable = found.stdout[rank].splitlines()
-        assert late.startswith(f"allgather: rank {missing} did not arrive within 0.5 s")
-        assert "an earlier call failed" in unusable
+        assert late.startswith(f"empty: rank {missing} did not arrive within 0.5 s")
+        assert unusable.startswith("empty: an earlier call failed")
+
+
+@mpi
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_first_use_has_a_deadline_and_may_be_tried_again(run_ranks, size):
+    code = """
+        from mpi4py import MPI
+        from nvcoll import COMM_WORLD as comm
+        import nvcoll, os, time
+
+        if MPI.COMM_WORLD.rank == 1:
+            time.sleep(1.5)
+        else:
+            try:
+                nvcoll.Init()
+            except nvcoll.TimeoutError as error:
+                print(error)
+        os.environ["NVCOLL_TIMEOUT"] = "20"
+        nvcoll.Init()
+        comm.Barrier()
+        print(comm.size)
+    """
+    found = run_ranks(code, size, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
+    others = {2: "rank 1", 3: "ranks 1, 2, or some of them,"}[size]
+    late = f"Init: {others} did not arrive within 0.5 s; all ranks must make the same calls, and NVCOLL_TIMEOUT sets"
+    assert found.stdout[0].startswith(late)
+    assert [told.splitlines()[-1] for told in found.stdout] == [f"{size}"] * size
+
+
+@mpi
+def test_ranks_leave_together_only_if_all_is_well(run_ranks):
+    code = """
+        from mpi4py import MPI
+        from nvcoll import COMM_WORLD as comm
+        import nvcoll
+
+        for late in (False, True):
+            comm.Barrier()
+            ours = comm._world.exchange.mpi_comm
+            if late and comm.rank == 0:
+                try:
+                    comm.Barrier()
+                except nvcoll.TimeoutError:
+                    pass
+            MPI.COMM_WORLD.Barrier()
+            nvcoll.Finalize()
+            print(ours == MPI.COMM_NULL)
+    """
+    found = run_ranks(code, 2, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "2"})
+    assert found.stdout[0] == "True\nFalse\n"
+
+
+@mpi
+def test_an_exception_ends_the_job_if_mpi4py_runs_the_program(run_command, tmp_path):
+    code = f"""
+        import os, time
+        from nvcoll import COMM_WORLD as comm
+        {FORGET_NAMES}
+        comm.Barrier()
+        if comm.rank == 1:
+            forget_names()
+            time.sleep(60)
+        comm.Barrier()
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(code))
+    command = [*launch_command("mpiexec", 2), "-m", "mpi4py", tmp_path / "program.py"]
+    status, output = run_command(command, timeout=20, env={**OPEN_MPI, "NVCOLL_TIMEOUT": "2"})
+    assert status
+    assert "TimeoutError: Barrier (call 2 on rank 0): no answer within NVCOLL_TIMEOUT" in output
 
 
 @mpi
@@ -99,6 +179,54 @@ def test_finalized(run_command):
     status, output = run_command([sys.executable, "-c", code], env={"NVCOLL_BOOTSTRAP": "mpi"})
     assert status == 1
     assert "StateError: connect: MPI is finalized and cannot be started again" in output
+
+
+@mpi
+@pytest.mark.parametrize(("starts", "ended"), [("", True), ("MPI.Init()", False)])
+def test_who_starts_mpi_ends_it(run_ranks, starts, ended):
+    code = f"""
+        import atexit
+        import mpi4py
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+
+        @atexit.register
+        def last():
+            print(MPI.Is_finalized())
+            if not MPI.Is_finalized():
+                MPI.Finalize()
+
+        {starts}
+        from nvcoll import COMM_WORLD as comm
+        import nvcoll
+        for _ in range(2):
+            comm.Barrier()
+            nvcoll.Finalize()
+        print(MPI.Is_finalized())
+        comm.Barrier()
+    """
+    assert run_ranks(code, 2, launcher="mpiexec").stdout == [f"False\n{ended}\n"] * 2
+
+
+@mpi
+@pytest.mark.parametrize("before", ["comm.Barrier()", "pass"], ids=["in a call", "in Init"])
+def test_an_mpi_that_nvcoll_started_does_not_wait_after_a_failure(run_ranks, before):
+    code = f"""
+        import mpi4py, os, time
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+        from nvcoll import COMM_WORLD as comm
+        {FORGET_NAMES}
+        {before}
+        if "1" in (os.environ.get("PMI_RANK"), os.environ.get("OMPI_COMM_WORLD_RANK")):
+            if not MPI.Is_initialized():
+                MPI.Init()
+            forget_names()
+            time.sleep(60)
+        comm.Barrier()
+    """
+    found = run_ranks(code, 2, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "2"}, timeout=20, check=False)
+    assert "did not arrive" in found.stderr
 
 
 def test_a_launcher_without_mpi4py_names_what_to_install(monkeypatch):

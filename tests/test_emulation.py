@@ -259,15 +259,34 @@ class TestErrors:
 
     def test_a_rank_that_does_not_come_to_an_allocation(self, monkeypatch):
         monkeypatch.setenv("NVCOLL_TIMEOUT", "0.2")
+        messages = []
 
         def main(comm):
-            if comm.rank == 0:
+            if comm.rank == 1:
+                time.sleep(0.5)
+            with pytest.raises(nvcoll.TimeoutError) as caught:
                 comm.empty(3)
-            time.sleep(0.5)
+            messages.append(str(caught.value))
 
-        with pytest.raises(nvcoll.TimeoutError, match=r"within 0\.2 s") as caught:
+        nvcoll.emulate(3).run(main)
+        assert len(messages) == 3  # who comes later hears the same
+        assert all(message.startswith("empty: rank 1 did not arrive within 0.2 s; ") for message in messages)
+
+    def test_a_rank_that_fails_before_others_free(self):
+        messages = []
+
+        def main(comm):
+            buffer = comm.empty(3)
+            comm.Barrier()  # all have it
+            if comm.rank == 1:
+                raise ValueError("of its own")
+            with pytest.raises(nvcoll.PeerLostError) as caught:
+                buffer.free()
+            messages.append(str(caught.value))
+
+        with pytest.raises(ValueError, match="of its own"):
             nvcoll.emulate(2).run(main)
-        assert caught.value.__notes__ == ["raised on emulated rank 0"]
+        assert messages == ["free: rank 0 waits for a rank that failed; see its exception"]
 
     @pytest.mark.parametrize(
         ("first", "second", "told"),

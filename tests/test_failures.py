@@ -89,7 +89,7 @@ tell(**attempt(comm.empty, 100))
             for rank in (1, 2):
                 told = crew.told(rank)
                 assert told["kind"] == "PeerLostError"
-                assert "rank 0 has died" in told["text"]
+                assert told["text"].startswith(f"empty: rank 0 has died while rank {rank} waited; ")
                 assert told["seconds"] < SOON
 
     def test_a_rank_that_is_lost_while_all_set_up(self):
@@ -187,14 +187,18 @@ else:
             crew.let_go(1)
             assert crew.told(1) == {"clean": [True] * 3}
 
-    def test_missing_from_an_allocation(self):
-        program = """
+    @pytest.mark.parametrize("verb", ["Init", "empty", "free"])
+    def test_missing_from_another_call(self, verb):
+        program = f"""
 tell(imported=True)
 gate()
+buffer = comm.empty(3)
 tell(sum=total())
-if comm.rank == 1:
+if {verb!r} == "Init":
+    nvcoll.Finalize()
+if os.environ["NVCOLL_RANK"] == "1":
     gate()
-tell(**attempt(comm.empty, 100))
+tell(**attempt({{"Init": nvcoll.Init, "empty": lambda: comm.empty(100), "free": buffer.free}}[{verb!r}]))
 """
         with Crew(program, 3, NVCOLL_TIMEOUT=str(SHORT)) as crew:
             crew.all_told()
@@ -204,7 +208,7 @@ tell(**attempt(comm.empty, 100))
             crew.let_go(1)
             for told in [*found, crew.told(1)]:
                 assert told["kind"] == "TimeoutError"
-                assert f"rank 1 did not arrive within {SHORT} s" in told["text"]
+                assert told["text"].startswith(f"{verb}: rank 1 did not arrive within {SHORT} s; ")
 
 
 MISMATCHES = {  # name: what all ranks call but rank 1, what rank 1 calls, and words about it

@@ -101,10 +101,40 @@ class TestLeaving:
             assert isinstance(error, PeerLostError)
             assert "rank 1 has left" in str(error)
 
+    def test_messages_begin_with_the_call_of_the_user(self, ranks):
+        ranks[0].verb = "free"
+        ranks[1].close()
+        with pytest.raises(PeerLostError, match=r"^free: rank 1 has left while rank 0 waited"):
+            ranks[0].allgather(b"")
+        with pytest.raises(StateError, match=r"^free: an earlier call failed"):
+            ranks[0].allgather(b"")
+        with pytest.raises(StateError, match=r"^Init: the exchange is closed"):
+            ranks[1].allgather(b"")
+
     def test_one_that_left_before_others_joined_is_named_too(self, server):
         join(server, 0).close()
         with contextlib.closing(join(server, 1)) as late, pytest.raises(PeerLostError, match="rank 0 has left"):
             late.allgather(b"")
+
+    def test_one_whose_process_ended_is_not_waited_for(self, server):
+        early, late = join(server, 0), join(server, 2)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(early.allgather, b"")
+            time.sleep(0.1)
+            assert not waiting.done()
+            server.tell_ended(1)
+            assert "rank 1 has ended while rank 0 waited" in str(waiting.exception(5))
+        with pytest.raises(PeerLostError, match="rank 1 has ended"):
+            late.allgather(b"")
+        early.close()
+        late.close()
+
+    def test_one_whose_process_ended_takes_part_in_nothing_new(self, server, ranks):
+        server.tell_ended(1)
+        assert gather(ranks, b"a", b"b", b"c")[1] == [b"a", b"b", b"c"]  # what it has joined has an end of its own
+        ranks[0].close()
+        with contextlib.closing(join(server, 0)) as again, pytest.raises(PeerLostError, match="rank 1 has ended"):
+            again.allgather(b"")
 
     def test_after_a_failure_the_exchange_is_unusable(self, ranks):
         ranks[1].close()

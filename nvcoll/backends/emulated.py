@@ -32,6 +32,8 @@ class Hub:
         self.abandoned = False
         self.barrier = threading.Barrier(size)
         self.slots: list[bytes] = [b""] * size
+        self.arrivals = [0] * size
+        self.late: list[int] = []  # ranks that were missed first: who comes later hears the same
 
 
 class LocalExchange:
@@ -39,6 +41,7 @@ class LocalExchange:
 
     kind = "emulated"
     mpi_comm = None
+    verb = "Init"  # what the user called, for messages; who exchanges bytes for another call sets it before
 
     def __init__(self, hub: Hub, rank: int) -> None:
         self._hub = hub
@@ -56,21 +59,25 @@ class LocalExchange:
 
     def _meet(self) -> None:
         hub = self._hub
+        hub.arrivals[self.rank] += 1
         try:
             hub.barrier.wait(hub.timeout)
         except threading.BrokenBarrierError:
             if hub.abandoned:
                 raise PeerLostError(
-                    f"emulate: rank {self.rank} waits for a rank that failed; see its exception"
+                    f"{self.verb}: rank {self.rank} waits for a rank that failed; see its exception"
                 ) from None
-            raise TimeoutError(f"emulate: ranks did not arrive at rank {self.rank} within {hub.timeout:g} s") from None
+            here = hub.arrivals[self.rank]
+            hub.late = hub.late or [rank for rank, arrived in enumerate(hub.arrivals) if arrived < here]
+            who = hub.late or "a rank"  # it may come this very moment
+            raise TimeoutError(_bootstrap.late(self.verb, who, hub.timeout)) from None
 
     def abandon(self) -> None:
         """Let every rank that waits here, now or later, raise PeerLostError."""
         self._hub.abandoned = True
         self._hub.barrier.abort()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Nothing to close: the hub belongs to the emulation."""
 
 

@@ -65,7 +65,7 @@ class Heap:
             On all ranks, if they ask for different sizes.
         """
         with self._lock:
-            self._open(verb)
+            self._begin(verb)
             self._agree(verb, "a", nbytes)
             taken = max(1, -(-nbytes // ALIGN)) * ALIGN
             offset, problem = self._place(taken), ""
@@ -91,7 +91,7 @@ class Heap:
     def free(self, piece: Piece) -> None:
         """Free an allocation on all ranks. Collective."""
         with self._lock:
-            self._open("free")
+            self._begin("free")
             self._agree("free", "f", piece.number)
             self._release(piece.number)
 
@@ -108,9 +108,10 @@ class Heap:
         with self._lock:
             self._closed = True
 
-    def _open(self, verb: str) -> None:
+    def _begin(self, verb: str) -> None:
         if self._closed:
             raise StateError(f"{verb}: the heap was finalized; its buffers are gone")
+        self.memory.exchange.verb = verb
 
     def _agree(self, verb: str, kind: str, value: int) -> None:
         """Check that all ranks do the same, and free what all of them have dropped."""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO, Self
@@ -58,10 +59,13 @@ class Launcher:
     ----------
     prefix
         Write the ranks' lines with their rank in front; else they write to this process's output themselves.
+    tell_ended
+        Called with the number of every rank that has ended without a failure, while the others go on.
     """
 
-    def __init__(self, prefix: bool) -> None:
+    def __init__(self, prefix: bool, tell_ended: Callable[[int], None]) -> None:
         self.prefix = prefix
+        self.tell_ended = tell_ended
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.failed: int | None = None  # the rank that failed first
         self.passed: list[int] = []  # the signals that came for us
@@ -166,6 +170,9 @@ class Launcher:
 
     def _reap(self) -> None:
         ended = [rank for rank in self._running() if self.ranks[rank].poll() is not None]
+        for rank in ended:
+            if self.ranks[rank].returncode == 0:  # one that fails ends the others
+                self.tell_ended(rank)
         # of those that ended together one killed by a signal is the cause: the others complain that it is gone
         bad = sorted((self.ranks[rank].returncode > 0, rank) for rank in ended if self.ranks[rank].returncode)
         if not bad or self.failed is not None:

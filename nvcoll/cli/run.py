@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
 
     size, words, environ = int(args.n), command(args), variables(args, os.environ)
     key = secrets.token_hex(32)
-    with RendezvousServer(size, key) as server, Launcher(prefix=args.prefix) as launcher:
+    with RendezvousServer(size, key) as server, Launcher(args.prefix, server.tell_ended) as launcher:
         for rank in range(size):
             mine = {
                 "NVCOLL_RANK": str(rank),

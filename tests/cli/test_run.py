@@ -194,6 +194,19 @@ class TestStatus:
         assert (status, output) == (3, "nvcoll run: rank 1 ended with status 3; ending the other 2\n")
         assert time.monotonic() - start < 5
 
+    def test_a_rank_that_ends_before_its_first_use_is_not_waited_for(self, nvcoll):
+        code = "import os; from nvcoll import COMM_WORLD\nif os.environ['NVCOLL_RANK'] == '0': COMM_WORLD.Barrier()"
+        status, output = nvcoll("-n", "2", "-c", code)
+        assert status == 1
+        assert "PeerLostError: Init: rank 1 has ended while rank 0 waited; look at its own output" in output
+
+    def test_a_rank_may_end_before_others_if_none_waits_for_it(self, nvcoll):
+        code = (
+            "import os, time; from nvcoll import COMM_SELF, COMM_WORLD\nif os.environ['NVCOLL_RANK'] == '0':\n"
+            "    time.sleep(0.5)\n    COMM_SELF.Barrier()"
+        )
+        assert nvcoll("-n", "2", "-c", code) == (0, "")
+
     def test_a_signal_is_128_and_its_number(self, nvcoll):
         status, output = nvcoll("-n", "2", *shell("[ $R = 1 ] && kill -SEGV $$; sleep 60"))
         assert (status, output) == (128 + 11, "nvcoll run: rank 1 was killed by SIGSEGV; ending the other 1\n")
