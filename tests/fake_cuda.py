@@ -60,10 +60,13 @@ class FakeDriver(types.ModuleType):
         Streams that are being captured.
     pointers
         Address -> what attributes of it are, by number.
+    attributes
+        Kernel and attribute -> what it was set to.
     """
 
     CUresult = Result
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
+    CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9)
     CUpointer_attribute = types.SimpleNamespace(
         CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_IS_MANAGED=8, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
     )
@@ -83,7 +86,7 @@ class FakeDriver(types.ModuleType):
         super().__init__("cuda.bindings.driver")
         self.gpus, self.version = gpus, version
         self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
-        self.recorded, self.looks, self.capturing, self.pointers = [], 0, set(), {}
+        self.recorded, self.looks, self.capturing, self.pointers, self.attributes = [], 0, set(), {}, {}
         self._threads = threading.local()
 
     @property
@@ -236,6 +239,10 @@ class FakeDriver(types.ModuleType):
         return (Result(0), FUNCTION) if name == b"kernel" else (Result.CUDA_ERROR_NOT_FOUND, None)
 
     def cuFuncLoad(self, function):
+        return Result(0)
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.attributes[function, attribute] = value
         return Result(0)
 
     def cuOccupancyMaxActiveBlocksPerMultiprocessor(self, function, threads, shared):

@@ -151,4 +151,6 @@ def _cures(verb: str) -> tuple[str, str]:
 
 def _did(kind: bytes, value: Any) -> str:
     """Describe what a rank asked of the heap."""
+    if kind == b"c":  # what backends say when they close
+        return "finalizes"
     return f"allocates {value} bytes" if kind == b"a" else f"frees allocation {value}"

@@ -175,6 +175,7 @@ class SymmetricMemory(Member):
         base, ours, self._base, self._ours = self._base, self._ours, 0, False
         if not (base or ours) or self.device is None:
             return
+        self.exchange.verb = "Finalize"
         try:
             together = set(self.exchange.allgather(CLOSING)) == {CLOSING}
         except Error:

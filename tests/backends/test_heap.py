@@ -9,6 +9,7 @@ import pytest
 
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
 from nvcoll.backends.heap import ALIGN, INIT, Heap
+from nvcoll.backends.nvshmem import CLOSING
 from nvcoll.buffers import Buffer
 from nvcoll.errors import AllocationError, MismatchError, PeerLostError, StateError
 
@@ -146,6 +147,14 @@ class TestMismatches:
         cure = "; allocate and free in the same order on all ranks"
         assert found[0][1] == "empty: rank 0 allocates 100 bytes, rank 2 allocates 101 bytes" + cure
         assert found[2][1] == "empty: rank 2 allocates 101 bytes, rank 0 allocates 100 bytes" + cure
+
+    def test_a_rank_that_finalizes(self):
+        def act(heap, rank):
+            return outcome(heap.allocate, 5) if rank == 0 else heap.memory.exchange.allgather(CLOSING)
+
+        kind, text = on_ranks(act)[0]
+        assert kind is MismatchError
+        assert text.startswith("empty: rank 0 allocates 5 bytes, rank 1 finalizes; ")
 
     def test_orders(self):
         def act(heap, rank):
