@@ -34,11 +34,15 @@ class Kernels:
         Where cubins are kept between processes.
     remote
         Whether they reach far ranks.
+    together
+        Whether ranks run side by side on the GPU. Then other work of a rank, such as a kernel of torch, must be able to
+        begin while those of other ranks wait for it. Messages of 1 MiB take 4 % longer for that, small ones no longer.
     """
 
-    def __init__(self, device: Any, cache_dir: Path, remote: bool = False) -> None:
+    def __init__(self, device: Any, cache_dir: Path, remote: bool = False, together: bool = False) -> None:
         self.device = device
         self.remote = remote
+        self._together = together
         self._cubins = CubinCache(cache_dir)
         self._loaded: dict[tuple[Any, ...], tuple[Any, int]] = {}
         self._lock = threading.Lock()
@@ -53,7 +57,10 @@ class Kernels:
                     module = driver.load_module(cubin)
                     if self.remote:
                         nvshmem.introduce(module.handle)
-                    self._loaded[key] = module, module.function(ENTRY)
+                    function = module.function(ENTRY)
+                    if self._together:
+                        driver.share_multiprocessors(function)
+                    self._loaded[key] = module, function
             return self._loaded[key][1]
 
     def unload(self) -> None:

@@ -110,7 +110,7 @@ def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> li
     device = driver.Device(ordinal)
     hub = Hub(size, settings.timeout)
     segment = reserve_on(device, size, settings.heap)
-    kernels = Kernels(device, settings.cache_dir)
+    kernels = Kernels(device, settings.cache_dir, together=True)
 
     def build(exchange: Any, topology: Any, memory: Any) -> DeviceWorld:
         return build_world(exchange, topology, memory, settings, rules, kernels, size, "emulated")

@@ -15,8 +15,6 @@ from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 OLDEST = (13, 0)
 """Oldest CUDA version that the driver must support: that of the packages of the extra ``cuda``."""
 
-ALL_SHARED = 100
-"""Percent of what a multiprocessor may have as shared memory."""
 OF_GPU = 2
 """``CU_MEMORYTYPE_DEVICE``."""
 
@@ -305,19 +303,23 @@ class Module:
         """Return the handle of a kernel, which is on the GPU by then.
 
         Loading one may wait for all that runs in the context: too late when a sibling already waits for its launch.
-
-        A multiprocessor divides its memory into cache and shared memory, and does so anew only when it is idle. Next to
-        a kernel that waits for other ranks, others that need shared memory could not begin. So it gets all it can have.
         """
         function = _call("cuModuleGetFunction", self.handle, name.encode())
         _call("cuFuncLoad", function)
-        carveout = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        _call("cuFuncSetAttribute", function, carveout, ALL_SHARED)
         return int(function)
 
     def unload(self) -> None:
         """Remove the kernels from the GPU."""
         _call("cuModuleUnload", self.handle)
+
+
+def share_multiprocessors(function: int) -> None:
+    """Let kernels that need shared memory begin beside one that needs none.
+
+    A multiprocessor divides its memory into cache and shared memory, and does so anew only when it is idle.
+    """
+    carveout = _driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    _call("cuFuncSetAttribute", function, carveout, 100)  # per cent of what can be shared memory
 
 
 def load_module(image: bytes) -> Module:

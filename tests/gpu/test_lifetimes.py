@@ -88,11 +88,15 @@ def test_memory_of_a_buffer_is_not_given_to_another_during_the_call():
     def work(comm, meet):
         dropped = comm.full(COUNT, comm.rank + 1)
         place = dropped.address
+        with comm._world.device:
+            side = driver.stream_create()  # where the communicator's own does not wait for it
         meet()
-        comm.Allreduce(dropped)
+        comm.Allreduce(dropped, stream=side)
         del dropped
         kept = [comm.zeros(COUNT) for _ in range(2)]
-        finish(comm)
+        comm.Barrier()
+        with comm._world.device:
+            driver.stream_destroy(side)
         return place in [one.address for one in kept], [one.copy_to().max().item() for one in kept]
 
     assert on_both(work) == [(True, [0.0, 0.0])] * 2
