@@ -5,6 +5,9 @@ CALL_FIELDS: tuple[str, ...]
 WORLD_FIELDS: tuple[str, ...]
 STATES: tuple[str, ...]
 ERRORS: tuple[str, ...]
+OVER: str
+BROKEN: str
+TAKE_TURNS: str
 DEVICE_FIELDS: tuple[str, ...]
 DLPACK_VERSION: tuple[int, int]
 
@@ -102,6 +105,8 @@ class DeviceState:
     def __init__(self, values: dict[str, int], context: int, event: int, report: int, keep: Any) -> None: ...
     @property
     def failed(self) -> bool: ...
+    @property
+    def reported(self) -> bool: ...
     @property
     def over(self) -> bool: ...
     def end(self) -> None: ...

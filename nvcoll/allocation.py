@@ -37,6 +37,10 @@ class Allocating(Living):
             On all ranks, if they ask for different sizes.
         StateError
             An earlier call failed. On GPUs, the error of that call if none has raised it yet.
+
+        Notes
+        -----
+        On GPUs it waits for this rank's calls, if they may still use memory that was dropped.
         """
         datatype = as_datatype(dtype, "empty", "dtype")
         dims = dimensions(shape)  # judged before anything is sent or taken

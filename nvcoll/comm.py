@@ -108,8 +108,8 @@ class Comm(Allocating):
         if others is not None:
             others.barrier()
             return
-        plan = self._meeting("barrier")
-        if not plan.run(self._token.address, self._token.address):
+        token, plan = self._token, self._meeting("barrier")  # both before another thread may finalize
+        if not plan.run(token.address, token.address):
             raise self._failure(plan)
 
     def _meeting(self, verb: str) -> Plan:
@@ -185,6 +185,8 @@ class Comm(Allocating):
     def _matched(self, send: Spec, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> tuple[Spec, Spec, Plan]:
         """Return what a call reduces, and its plan. Without elements the ranks meet, to see that all have none."""
         if recv.count == 0:
+            if algorithm is not None:
+                self._world.planner.explain("allreduce", 1, recv.datatype, handle, algorithm)  # which judges it
             return self._token, self._token, self._meeting(EMPTY)
         return send, recv, self._plan(recv, op, handle, algorithm)
 
@@ -278,7 +280,7 @@ class Comm(Allocating):
         """Return the error of a call that ended early."""
         world = self.__dict__.get("_world")  # looked up as an attribute, it would come to life again
         if world is None or world.planner.state.failure is None:
-            return StateError(f"{verb_of(plan.describe)}: another thread finalized {self.name} meanwhile")
+            return StateError(f"{verb_of(plan.describe.verb)}: another thread finalized {self.name} meanwhile")
         return failure(world, plan.describe)
 
     def explain(self, verb: str, nbytes: int, dtype: Any = np.float32, op: Any = SUM) -> Explanation:

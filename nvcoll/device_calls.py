@@ -1,6 +1,7 @@
 """The verbs of a communicator on GPUs: arguments are judged, the plan is found, and the launch is queued on a stream.
 
-The host never waits here, but in `barrier`. What fails on a GPU is known after the fact: the next call raises it.
+The host never waits here, but in `barrier`, and in `empty` for calls that may use the memory which it gives out. What
+fails on a GPU is known after the fact: the next call raises it.
 """
 
 import math
@@ -9,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nvcoll._plan import DevicePlan, DevicePlans
+from nvcoll._plan import BROKEN, DevicePlan, DevicePlans
 from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
 from nvcoll.buffers import (
@@ -23,7 +24,7 @@ from nvcoll.buffers import (
     parse_device,
 )
 from nvcoll.device.common import STAMP_BITS
-from nvcoll.device_requests import OnStream
+from nvcoll.device_requests import OnStream, sweep
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
 from nvcoll.ops import DATATYPES, SUM, Datatype, Op
 from nvcoll.planning import EMPTY
@@ -57,19 +58,11 @@ class DeviceCalls:
         self._check("empty")
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
-        if world.heap.dropped:
-            self._finish()  # calls that still run may use what nobody refers to any more, and what comes next gets it
+        sweep()
         allocation = world.heap.allocate(nbytes)
         return DeviceBuffer.on(
             allocation, dims, datatype, world.device, driver, world.stream, world.planner.state.precede
         )
-
-    def _finish(self) -> None:
-        """Wait until this rank's calls are done, on whatever streams they are."""
-        stream = self._world.stream
-        self._world.planner.state.precede(stream)
-        with self._world.device:
-            driver.stream_synchronize(stream)
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here."""
@@ -175,8 +168,10 @@ class DeviceCalls:
     ) -> tuple[DevicePlan, int, int]:
         """Return the plan of a call, and its places. Without elements the ranks meet, to see that all have none."""
         if recv.count == 0:
-            token = self._world.planner.area.token
-            return self._meeting(EMPTY), token, token
+            planner = self._world.planner
+            if algorithm is not None:
+                planner.explain("allreduce", 1, recv.datatype, handle, algorithm)  # which judges it
+            return self._meeting(EMPTY), planner.area.token, planner.area.token
         return self._plan(recv, op, handle, algorithm), send.address, recv.address
 
     def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> DevicePlan:
@@ -198,7 +193,7 @@ class DeviceCalls:
     def _failure(self, verb: str) -> Exception:
         """Return the error of the call that failed on the GPU; once, for the communicator is of no use from then on."""
         if self._raised:
-            return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
+            return StateError(BROKEN)
         self._raised = True
         world, state = self._world, self._world.planner.state
         boards = world.planner.area.boards()
@@ -234,5 +229,5 @@ def _refuse_to_miss_a_graph(verb: str, queue: int) -> None:
         library = type(captured).__module__.partition(".")[0]
         raise StateError(
             f"{verb}: a graph is being captured on the current stream of {library}, and this call would go to another "
-            "one, for its arrays are of no library's; name the stream with stream="
+            "one; name the stream with stream="
         )

@@ -35,7 +35,7 @@ class OnStream:
     def __init__(
         self, device: Any, stream: int, check: Callable[[], None], over: Callable[[], bool], owners: tuple[Any, ...]
     ) -> None:
-        _sweep()
+        sweep()
         self._device = device
         self._check = check
         self._over = over
@@ -76,7 +76,7 @@ def _let_go(device: Any, event: int, owners: list[Any]) -> None:
         _destroy(device, event)
 
 
-def _sweep() -> None:
+def sweep() -> None:
     """Let go of what dropped requests have left, where the GPU is done with it."""
     for _ in range(len(_dropped)):
         try:

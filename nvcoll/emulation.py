@@ -8,6 +8,7 @@ from typing import Any
 
 from nvcoll.backends.emulated import on_gpu
 from nvcoll.comm import Comm
+from nvcoll.device_requests import sweep
 from nvcoll.errors import ArgumentError, PeerLostError
 
 
@@ -74,6 +75,8 @@ class Emulation:
             raise
         for world in worlds:
             world.retire()
+        if self.device is not None:
+            sweep()  # what the ranks' requests have left is done
         if failures:
             raise _first(failures)
         return outcomes

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from nvcoll._plan import ERRORS, Plan
+from nvcoll._plan import ERRORS, TAKE_TURNS, Plan
 from nvcoll.buffers import Spec, parse
 from nvcoll.errors import ArgumentError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
 from nvcoll.failures import cause, failure
 from nvcoll.ops import DATATYPES, SUM, Datatype, Op
-from nvcoll.planning import EMPTY, Candidate, Explanation, describe_signature, pack_signature
+from nvcoll.planning import EMPTY, Candidate, Explanation, describe_signature, pack_signature, verb_of
 
 NAME = "mpi"
 ORDER = "rank order in a node, MPI's order between the nodes"
@@ -195,7 +195,7 @@ class Between:
         self._refuse_finalized()
         self._world.planner.state.drain()
         if not self._turn.acquire(blocking=False):
-            raise StateError("another thread is in a call on this communicator; calls on one communicator take turns")
+            raise StateError(TAKE_TURNS)
         try:
             self._calls += 1
             self._verb = verb
@@ -316,7 +316,7 @@ class Between:
         return PeerLostError(f"{self._where()}: rank {who} {how} in or before call {self._calls}; see its output")
 
     def _where(self) -> str:
-        return f"{self._verb.capitalize()} (call {self._calls} on rank {self._world.rank})"
+        return f"{verb_of(self._verb)} (call {self._calls} on rank {self._world.rank})"
 
     def close(self) -> None:
         """Tell the other nodes, and free the communicator between them if MPI is through with it."""

@@ -317,9 +317,9 @@ def pack_stamp(signature: int, *numbers: int) -> int:
     return zlib.crc32(struct.pack(f"<{1 + len(numbers)}q", signature, *numbers)) & ((1 << STAMP_BITS) - 1)
 
 
-def verb_of(told: Explanation) -> str:
-    """Return the verb of a call as users write it."""
-    return told.verb.partition(" ")[0].capitalize()
+def verb_of(call: str) -> str:
+    """Return the verb of one of CALLS as users write it."""
+    return call.partition(" ")[0].capitalize()
 
 
 def describe_signature(number: int, count: int) -> str:

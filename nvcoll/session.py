@@ -24,9 +24,9 @@ def Init() -> None:
 def Finalize() -> None:
     """Leave `COMM_WORLD` and `COMM_SELF` and give their memory back; buffers of theirs are gone. Runs at exit too.
 
-    Not collective: ranks that still wait for this one raise PeerLostError. Only on GPUs of several processes it waits
-    for the other ranks, ``NVCOLL_TIMEOUT`` at most, for NVSHMEM ends on all together. A later use, or `Init`, starts
-    anew.
+    Ranks that still wait for this one in a call raise PeerLostError. It may wait for the other ranks to finalize too:
+    under MPI, whose communicators end on all together, and on GPUs of several processes, for NVSHMEM does, there
+    ``NVCOLL_TIMEOUT`` at most. A later use, or `Init`, starts anew.
     """
     COMM_WORLD._close()
     COMM_SELF._close()

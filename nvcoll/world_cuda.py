@@ -8,7 +8,7 @@ from nvcoll import _topology
 from nvcoll import settings as settings_
 from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
-from nvcoll.backends.emulated import Hub, open_ranks, reserve_on
+from nvcoll.backends.emulated import Hub, open_ranks, reserve_on, when_none_runs
 from nvcoll.backends.group import agree
 from nvcoll.backends.heap import INIT, Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
@@ -66,9 +66,12 @@ class DeviceWorld:
 
     def leave(self) -> bool:
         """Take no more part. Returns whether no kernel of this rank runs any more."""
-        self.planner.state.end()
+        state = self.planner.state
         try:
             with self.device:
+                if self.stream:
+                    state.precede(self.stream)  # calls on other streams are waited for, too
+                state.end()
                 # Kernels end by their deadline at the latest.
                 if self.stream:
                     driver.stream_synchronize(self.stream)
@@ -78,13 +81,15 @@ class DeviceWorld:
         except Error:  # the context is lost, and all that ran in it
             return False
         finally:
+            state.end()
             self.stream = 0
         return True
 
     def close(self) -> None:
         """Leave, and give everything back."""
-        failed = self.planner.state.failed
-        if self.leave():
+        left = self.leave()
+        failed = not left or self.planner.state.reported
+        if left:
             self._give_back()
             self.heap.close()
         else:
@@ -94,8 +99,14 @@ class DeviceWorld:
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
         if self.leave():
-            self._give_back()
+            when_none_runs(self._give_back)
         self.heap.retire()
+
+    def finish(self) -> None:
+        """Wait until this rank's calls are done, on whatever streams they are."""
+        self.planner.state.precede(self.stream)
+        with self.device:
+            driver.stream_synchronize(self.stream)
 
     def _give_back(self) -> None:
         self.planner.area.close()
@@ -200,4 +211,6 @@ def build_world(
     planner = DevicePlanner(area, topology, slices, rules, kernels, sharers, smallest, settings.timeout, kernels.remote)
     with device:
         stream = driver.stream_create() if backend == "emulated" else 0
-    return DeviceWorld(exchange, topology, planner, heap, device, backend, stream)
+    world = DeviceWorld(exchange, topology, planner, heap, device, backend, stream)
+    heap.finish = world.finish
+    return world

@@ -225,9 +225,9 @@ class _OverMPI:
         return done
 
     def close(self, orderly, together):
-        if not together:
-            _started.clear()  # MPI's end would wait for ranks that may never come; without it the launcher ends them
-        elif not self.MPI.Is_finalized():
+        global _in_step
+        _in_step = together
+        if together and not self.MPI.Is_finalized():
             self.comm.Free()
 
 

@@ -144,7 +144,12 @@ cdef class DeviceState:
     @property
     def failed(self):
         """Whether a wait was over its deadline."""
-        return not self.ended and nv_load(self.report) != 0
+        return not self.ended and self.reported
+
+    @property
+    def reported(self):
+        """The same, also after the end; not after the memory is gone in which kernels report it."""
+        return nv_load(self.report) != 0
 
     @property
     def over(self):
@@ -163,7 +168,7 @@ cdef class DeviceState:
         if self.ended:  # before anything else: what kernels report to is gone then
             from nvcoll.errors import StateError
 
-            raise StateError("this communicator was finalized; take a new one, or call Init")
+            raise StateError(OVER)
         return nv_load(self.report) != 0
 
     def precede(self, uintptr_t stream):
@@ -175,8 +180,11 @@ cdef class DeviceState:
         cdef void* popped
         cdef int error = 0, captured = 0
         cdef bint pushed = False
+        while self.busy:  # another thread is in a launch, which changes what is looked at here
+            sleep(0)
         if self.ended:
             return
+        self.busy = True
         with nogil:
             nv_get_context(&current)
             if current != self.context:
@@ -186,6 +194,7 @@ cdef class DeviceState:
                 error = self.order(stream, &captured)
             if pushed:
                 nv_pop_context(&popped)
+        self.busy = False
         if error and error != CAPTURING:
             raise refused("to put a stream behind a call", error)
 

@@ -11,7 +11,8 @@ cdef dict MPI_LAUNCHERS = {
 cdef double LAUNCHER_SECONDS = 10.0  # `nvcoll run` listens before it starts a rank, so nobody waits long for it
 
 _servers = {}  # (host, port) -> server; kept while the process lives, for ranks that leave and come back
-_started = []  # (process, MPI) where `connect` has started MPI; empty once a failure leaves its end to the launcher
+_started = []  # (process, MPI) where `connect` has started MPI
+_in_step = True  # whether the ranks parted in order when they last did; else MPI's end, which waits, is the launcher's
 _duplicates = []  # of MPI's COMM_WORLD, with their requests, while not all ranks take part
 _joins = itertools.count()  # how often this process has joined through a store of torch's
 
@@ -167,7 +168,7 @@ def finalize_mpi():
     """End MPI if `connect` has started it, and the ranks are in step: it waits for all. Once, as the process ends."""
     while _started:
         pid, MPI = _started.pop()
-        if pid == os.getpid() and not _duplicates and not MPI.Is_finalized():
+        if pid == os.getpid() and _in_step and not _duplicates and not MPI.Is_finalized():
             MPI.Finalize()
 
 

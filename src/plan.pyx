@@ -15,6 +15,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memmove, memset
 
+from time import sleep
+
 include "waiting.pxi"
 include "dlpack.pxi"
 include "spans.pxi"

@@ -20,6 +20,9 @@ cdef struct Call:
 
 ctypedef int64_t (*kernel_t)(int64_t) noexcept nogil
 
+# Why a call is refused, on hosts and on GPUs.
+OVER = "this communicator was finalized; take a new one, or call Init"
+BROKEN = "an earlier call on this communicator failed; it can only be freed: call Finalize"
 TAKE_TURNS = "another thread is in a call on this communicator; calls on one communicator take turns"
 
 if not nv_little():
@@ -156,9 +159,9 @@ cdef class State:
         from nvcoll.errors import StateError
 
         if self.world.error == FINALIZED:
-            return StateError("this communicator was finalized; take a new one, or call Init")
+            return StateError(OVER)
         if self.world.error:
-            return StateError("an earlier call on this communicator failed; it can only be freed: call Finalize")
+            return StateError(BROKEN)
         return StateError(TAKE_TURNS)
 
     @property

@@ -88,7 +88,7 @@ def fake_world(monkeypatch):
     monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
     gpu = FakeGpu()
     world = SimpleNamespace(rank=1, size=4, device=gpu, stream=0, planner=Planner(), settled=0)
-    world.heap = SimpleNamespace(allocate=FakeAllocation, dropped=[])
+    world.heap = SimpleNamespace(allocate=FakeAllocation)
     world.synchronized = []
     driver = FakeDriver(gpu)
     driver.stream_synchronize = world.synchronized.append

@@ -240,15 +240,6 @@ class TestFailures:
         assert str(caught.value) == ("an earlier call on this communicator failed; it can only be freed: call Finalize")
 
 
-def test_memory_that_was_dropped_is_given_out_when_no_call_uses_it(world, calls):
-    calls.empty((2,), DATATYPES["int16"])
-    assert (world.planner.state.preceded, world.synchronized) == ([], [])
-    world.heap.dropped.append(1)
-    world.stream = 9
-    calls.empty((2,), DATATYPES["int16"])
-    assert (world.planner.state.preceded, world.synchronized) == ([9], [9])
-
-
 def test_arrays_are_made_on_the_heap(world, calls):
     world.stream = 9
     x = calls.empty((2, 3), DATATYPES["int16"])

@@ -1,6 +1,5 @@
 """The table of environment variables, and what `read` makes of them."""
 
-import contextlib
 import ctypes
 import dataclasses
 import subprocess
@@ -38,16 +37,6 @@ def test_the_table_tells_what_memory_is_taken():
     assert f"for emulated ranks {emulated.EXTENT >> 30}G at most" in docs["heap"]
     assert agreement.SHARE == 4
     assert "on GPUs a quarter of the GPU" in docs["heap"]
-
-
-@pytest.mark.parametrize(("size", "each"), [(1, 1 << 30), (2, 1 << 30), (8, 384 << 20)])
-def test_emulated_ranks_on_a_gpu_take_half_of_its_free_memory(monkeypatch, size, each):
-    monkeypatch.setattr(emulated.driver, "memory_info", lambda: (6 << 30, 8 << 30))
-    monkeypatch.setattr(emulated.driver, "allocate", lambda nbytes: 4096)
-    monkeypatch.setattr(emulated.driver, "free", lambda address: None)
-    monkeypatch.setattr(emulated, "_ended", [])
-    assert emulated.reserve_on(contextlib.nullcontext(), size, None).size == each * size
-    assert emulated.reserve_on(contextlib.nullcontext(), size, 5 << 20).size == (5 << 20) * size
 
 
 def test_defaults():

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from nvcoll import _bootstrap, _topology
@@ -158,7 +159,7 @@ class DeviceSegment:
         self.size = size
         with device:
             self.address = driver.allocate(size)
-        weakref.finalize(self, _ended.append, (device, self.address)).atexit = False
+        weakref.finalize(self, when_none_runs, partial(_free, device, self.address)).atexit = False
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Nothing to take: the memory is there."""
@@ -170,25 +171,43 @@ class DeviceSegment:
         """Nothing to do: the last reference ends it."""
 
 
-_ended: list[tuple[Any, int]] = []  # memory that nothing refers to any more
-_running: list[int] = []  # the threads that run emulations on GPUs
+_ended: list[Callable[[], None]] = []  # what gives back memory that nothing refers to any more
+_running: set[object] = set()  # emulations on GPUs
 _lock = threading.Lock()
+
+
+def when_none_runs(act: Callable[[], None]) -> None:
+    """Call a function when no emulation runs on a GPU: it may wait for all that runs there."""
+    _ended.append(act)
 
 
 @contextlib.contextmanager
 def on_gpu() -> Iterator[None]:
-    """Hold memory back while emulations run on a GPU, those that ranks of another run among them; then free it."""
+    """Hold back, while emulations run on a GPU, what may wait for them; one that a rank of another runs is among them.
+
+    Kernels of the other ranks may wait for that very rank.
+    """
+    this = object()
     with _lock:
-        _running.append(threading.get_ident())
+        _catch_up()
+        _running.add(this)
     try:
         yield
     finally:
         with _lock:
-            _running.pop()
-            while _ended and not _running:
-                gpu, address = _ended.pop()
-                with contextlib.suppress(Error), gpu:
-                    driver.free(address)
+            _running.remove(this)
+            _catch_up()
+
+
+def _catch_up() -> None:
+    while _ended and not _running:
+        with contextlib.suppress(Error):
+            _ended.pop()()
+
+
+def _free(device: Any, address: int) -> None:
+    with device:
+        driver.free(address)
 
 
 def reserve_on(device: Any, size: int, extent: int | None) -> DeviceSegment:

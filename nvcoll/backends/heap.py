@@ -6,6 +6,7 @@ free, and what every rank has dropped is freed then.
 
 import struct
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from nvcoll.backends.group import Member, agree
@@ -49,6 +50,7 @@ class Heap:
     def __init__(self, memory: Member) -> None:
         self.memory = memory
         self.dropped: list[int] = []  # appended to by finalizers, at any time, on any thread
+        self.finish: Callable[[], None] | None = None  # waits for calls that may still use what was dropped
         self._pieces: dict[int, tuple[int, int]] = {}  # number -> (offset, bytes taken)
         self._count = 0
         self._closed = False
@@ -98,7 +100,7 @@ class Heap:
     def close(self) -> None:
         """Give everything back. Buffers become freed ones; while views of them live on, their memory does."""
         with self._lock:
-            self._closed = True
+            self._closed, self.finish = True, None
             self._pieces.clear()
             if not invalidate(self.memory.address(self.memory.place), self.memory.extent):
                 self.memory.close()  # else it goes with the last of them: to touch a view must not crash the process
@@ -106,7 +108,7 @@ class Heap:
     def retire(self) -> None:
         """Refuse to allocate and free from here on, but leave the memory where it is."""
         with self._lock:
-            self._closed = True
+            self._closed, self.finish = True, None
 
     def _begin(self, verb: str) -> None:
         if self._closed:
@@ -116,6 +118,8 @@ class Heap:
     def _agree(self, verb: str, kind: str, value: int) -> None:
         """Check that all ranks do the same, and free what all of them have dropped."""
         mine = list(self.dropped)
+        if mine and self.finish is not None:
+            self.finish()
         data = struct.pack(f"<cq{len(mine)}q", kind.encode(), value, *mine)
         answers = [struct.unpack(f"<cq{(len(a) - 9) // 8}q", a) for a in self.memory.exchange.allgather(data)]
         for rank, answer in enumerate(answers):

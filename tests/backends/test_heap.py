@@ -174,6 +174,21 @@ class TestMismatches:
 
 
 class TestDropped:
+    def test_is_given_out_when_no_call_uses_it(self):
+        """Whatever the ranks do together next, they wait first, if they have dropped anything."""
+
+        def act(heap, rank):
+            waited, other = [], heap.allocate(3)
+            heap.finish = lambda: waited.append(list(heap.dropped))
+            dropped = heap.allocate(1)
+            dropped.drop()
+            other.free()
+            heap.allocate(2).drop()
+            heap.retire()
+            return waited, heap.finish
+
+        assert same(on_ranks(act)) == ([[2]], None)
+
     def test_is_given_back_when_all_ranks_have_dropped_it(self):
         def act(heap, rank):
             pieces = [heap.allocate(ALIGN) for _ in range(3)]

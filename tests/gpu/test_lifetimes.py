@@ -11,6 +11,7 @@ import pytest
 
 import nvcoll
 from nvcoll.backends import driver
+from tests.gpu.soak.graph import CAPTURE
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("loaded")]
@@ -104,16 +105,18 @@ def test_memory_of_a_buffer_is_not_given_to_another_during_the_call():
 
 def test_a_graph_of_torch_is_not_missed():
     def work(comm, meet):
-        x, graph = comm.full(COUNT, 2), torch.cuda.CUDAGraph()
-        comm.Allreduce(x)
-        finish(comm)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        x, y, graph = comm.full(COUNT, comm.rank + 1), comm.zeros(COUNT), torch.cuda.CUDAGraph()
+        comm.Allreduce(x, y)
+        comm.Barrier()
+        y.fill(0)
+        with CAPTURE, torch.cuda.graph(graph, capture_error_mode="thread_local"):
             with pytest.raises(nvcoll.StateError, match=r"^Allreduce: a graph is being captured on the current stream"):
-                comm.Allreduce(x)
-            comm.Allreduce(x, stream=torch.cuda.current_stream())
-        for _ in range(3):
-            graph.replay()
-        torch.cuda.synchronize()
-        return np.unique(x.copy_to()).tolist()
+                comm.Allreduce(x, y)
+            comm.Allreduce(x, y, stream=torch.cuda.current_stream())
+        before = y.copy_to().max().item()
+        meet()
+        graph.replay()
+        torch.cuda.current_stream().synchronize()
+        return before, np.unique(y.copy_to()).tolist()
 
-    assert nvcoll.emulate(1, device=0).run(lambda comm: work(comm, None)) == [[2.0]]
+    assert on_both(work) == [(0.0, [3.0])] * 2
