@@ -182,11 +182,16 @@ def test_finalized(run_command):
 
 
 @mpi
-@pytest.mark.parametrize(("starts", "ended"), [("", True), ("MPI.Init()", False)])
-def test_who_starts_mpi_ends_it(run_ranks, starts, ended):
+@pytest.mark.parametrize(
+    ("starts", "counts", "ended"),
+    [("", "3", True), ("MPI.Init()", "3", False), ("", "3 + comm.rank", True)],
+    ids=["nvcoll", "the program", "nvcoll, and a call failed meanwhile"],
+)
+def test_who_starts_mpi_ends_it(run_ranks, starts, counts, ended):
     code = f"""
-        import atexit
+        import atexit, contextlib
         import mpi4py
+        import numpy as np
         mpi4py.rc(initialize=False, finalize=False)
         from mpi4py import MPI
 
@@ -200,7 +205,8 @@ def test_who_starts_mpi_ends_it(run_ranks, starts, ended):
         from nvcoll import COMM_WORLD as comm
         import nvcoll
         for _ in range(2):
-            comm.Barrier()
+            with contextlib.suppress(nvcoll.MismatchError):
+                comm.Allreduce(np.ones({counts}))
             nvcoll.Finalize()
         print(MPI.Is_finalized())
         comm.Barrier()
