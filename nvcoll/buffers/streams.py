@@ -1,6 +1,5 @@
 """Streams: from the stream objects of CUDA libraries to the handle that a launch takes."""
 
-import contextlib
 import operator
 import sys
 from typing import Any
@@ -152,9 +151,11 @@ def keep_for(stream: int, *arrays: Any) -> None:
 def captured_stream() -> Any:
     """Return the stream of a library which captures what this thread queues there into a graph, or None."""
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    with contextlib.suppress(RuntimeError):  # of CUDA: the launch meets it too, and says what is wrong
+    try:  # not contextlib, which takes longer than all else here
         if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return torch.cuda.current_stream()
         if cupy is not None and cupy.cuda.get_current_stream().is_capturing():
             return cupy.cuda.get_current_stream()
+    except RuntimeError:  # of CUDA: the launch meets it too, and says what is wrong
+        return None
     return None

@@ -169,6 +169,12 @@ def test_a_stream_that_is_captured(monkeypatch):
     assert captured_stream() is None
     capturing = True
     assert captured_stream() is stream
+    stream.is_capturing = raising_cuda_error
+    assert captured_stream() is None  # the launch will meet it
+
+
+def raising_cuda_error():
+    raise RuntimeError("cudaErrorStreamCaptureImplicit")
 
 
 @pytest.mark.gpu
