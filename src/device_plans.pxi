@@ -85,6 +85,8 @@ cdef class DevicePlan:
         """
         cdef int error
         cdef bint moved = stream != self.state.last_stream
+        while self.state.ordering:
+            sleep(0)
         if self.state.check():
             return False
         if self.state.busy:

@@ -120,7 +120,8 @@ cdef class DeviceState:
     cdef object last_owner          # what has that stream, which must not be destroyed yet
     cdef bint started               # whether there was such a call
     cdef bint recorded              # whether the event stands behind it already
-    cdef bint busy                  # whether a thread is in a launch
+    cdef bint busy                  # whether a thread is in a launch, with which another call is refused
+    cdef bint ordering              # whether a thread is in `precede`, which others wait for
     cdef readonly int64_t sequence
     cdef int64_t ended
     cdef readonly object keep
@@ -180,11 +181,11 @@ cdef class DeviceState:
         cdef void* popped
         cdef int error = 0, captured = 0
         cdef bint pushed = False
-        while self.busy:  # another thread is in a launch, which changes what is looked at here
+        while self.busy or self.ordering:  # both change what is looked at here
             sleep(0)
         if self.ended:
             return
-        self.busy = True
+        self.ordering = True
         with nogil:
             nv_get_context(&current)
             if current != self.context:
@@ -194,7 +195,7 @@ cdef class DeviceState:
                 error = self.order(stream, &captured)
             if pushed:
                 nv_pop_context(&popped)
-        self.busy = False
+        self.ordering = False
         if error and error != CAPTURING:
             raise refused("to put a stream behind a call", error)
 

@@ -30,7 +30,11 @@ int cuEventRecord(void *event, void *stream) {
     return stream && stream == gone ? 400 : 0;
 }
 int cuCtxSynchronize(void) { note("synchronize", 0, 0); return 0; }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { note("wait", stream, event); return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    note("wait", stream, event);
+    if (slow) usleep(1000 * slow);
+    return 0;
+}
 int cuStreamIsCapturing(void *stream, int *answer) {
     *answer = capturing && stream == capturing;
     return stream ? 0 : confused;
@@ -353,6 +357,29 @@ calls(); plan.run(1, 2, 0x50)
 """
     told = see(program, "[refused, state.sequence]")
     assert told == ["another thread is in a call on this communicator; calls on one communicator take turns", 2]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("plan.run(1, 2, 0x50)", "state.precede(0x60)"), ("state.precede(0x60)", "plan.run(1, 2, 0x60)")],
+)
+def test_streams_are_put_in_order_between_launches(see, first, second):
+    program = f"""
+import threading
+pointer("current").value = 0xC0
+plan.run(1, 2, 0x50); calls()
+number("slow").value = 300
+other = threading.Thread(target=lambda: {first})
+other.start()
+while not text.value: pass
+{second}
+other.join()
+"""
+    told = see(program, "calls()")
+    if first.startswith("plan"):
+        assert told[-3:] == ["launch(f0,50)", "record(e0,50)", "wait(60,e0)"]
+    else:
+        assert told[-4:] == ["record(e0,50)", "wait(60,e0)", "wait(60,e0)", "launch(f0,60)"]
 
 
 @pytest.mark.parametrize(
