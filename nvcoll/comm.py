@@ -108,12 +108,16 @@ class Comm(Allocating):
         if others is not None:
             others.barrier()
             return
-        token, plan = self._token, self._meeting("barrier")  # both before another thread may finalize
+        token, plan = self._token, self._meeting("barrier")
         if not plan.run(token.address, token.address):
             raise self._failure(plan)
 
     def _meeting(self, verb: str) -> Plan:
-        """Return the plan of a call in which ranks only meet: it reduces a token, and matches no other call."""
+        """Return the plan of a call in which ranks only meet: it reduces a token, and matches no other call.
+
+        Who calls this has looked up the token before: should another thread finalize meanwhile, to look then would
+        begin anew.
+        """
         planner, token, kept = self._world.planner, self._token, self._kept
         plan = kept.get(verb)
         if plan is None:
@@ -185,9 +189,10 @@ class Comm(Allocating):
     def _matched(self, send: Spec, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> tuple[Spec, Spec, Plan]:
         """Return what a call reduces, and its plan. Without elements the ranks meet, to see that all have none."""
         if recv.count == 0:
+            token, planner = self._token, self._world.planner
             if algorithm is not None:
-                self._world.planner.explain("allreduce", 1, recv.datatype, handle, algorithm)  # which judges it
-            return self._token, self._token, self._meeting(EMPTY)
+                planner.explain("allreduce", 1, recv.datatype, handle, algorithm)  # which judges it
+            return token, token, self._meeting(EMPTY)
         return send, recv, self._plan(recv, op, handle, algorithm)
 
     def _plan(self, recv: Spec, op: Any, handle: Op, algorithm: str | None) -> Plan:

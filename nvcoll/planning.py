@@ -26,7 +26,7 @@ LAUNCH = "launch"
 VERBS = ("allreduce",)
 EMPTY = "allreduce of no elements"
 CALLS = (*VERBS, "barrier", EMPTY)
-"""What a rank's board may name: a barrier runs as the all-reduce of a byte, but matches no other."""
+"""What a rank's board may name: the last two run as the all-reduce of a token, but match no other call."""
 ROUND = 384 << 10
 """Bytes of a message that go through scratch memory at a time, so that slots stay in a core's second-level cache."""
 SLOT_ALIGN = 2 * LINE

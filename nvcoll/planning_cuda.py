@@ -36,7 +36,7 @@ class Kernels:
         Whether they reach far ranks.
     together
         Whether ranks run side by side on the GPU. Then other work of a rank, such as a kernel of torch, must be able to
-        begin while those of other ranks wait for it. Messages of 1 MiB take 4 % longer for that, small ones no longer.
+        begin while those of other ranks wait for it. That costs a few per cent of the speed of large messages.
     """
 
     def __init__(self, device: Any, cache_dir: Path, remote: bool = False, together: bool = False) -> None:

@@ -168,6 +168,8 @@ class TestForms:
                 comm.Iallreduce(x).Wait()
             for algorithm in comm.algorithms():
                 comm.Allreduce(np.empty(shape), algorithm=algorithm)
+            with pytest.raises(nvcoll.ArgumentError, match="rang"):
+                comm.Allreduce(np.empty(shape), algorithm="rang")
             x = np.ones(())
             comm.Allreduce(x)
             return float(x)
