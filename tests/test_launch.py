@@ -1,120 +1,22 @@
-"""Launches, on a driver that only takes notes: a library called libcuda.so.1, found before any other."""
+"""Launches, on a driver that only takes notes."""
 
-import json
-import shutil
-import subprocess
 import sys
 
 import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
-
-DRIVER = r"""
-#include <string.h>
-#include <unistd.h>
-typedef struct { unsigned grid[3], block[3], shared; void *stream; int *attributes; unsigned count; } config;
-char calls[4096];               /* what was called, and with which handles */
-long long arguments[256], fields;
-unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
-void *current, *capturing, *gone;
-int fail, confused, slow;       /* slow: milliseconds of a launch */
-#include <stdio.h>
-static void note(const char *name, void *one, void *two) {
-    sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
-}
-int cuCtxGetCurrent(void **context) { *context = current; return 0; }
-int cuCtxPushCurrent_v2(void *context) { note("push", context, 0); current = context; return 0; }
-int cuCtxPopCurrent_v2(void **context) { note("pop", current, 0); *context = current; current = 0; return 0; }
-int cuEventRecord(void *event, void *stream) {
-    note("record", event, stream);
-    return stream && stream == gone ? 400 : 0;
-}
-int cuCtxSynchronize(void) { note("synchronize", 0, 0); return 0; }
-int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
-    note("wait", stream, event);
-    if (slow) usleep(1000 * slow);
-    return 0;
-}
-int cuStreamIsCapturing(void *stream, int *answer) {
-    *answer = capturing && stream == capturing;
-    return stream ? 0 : confused;
-}
-int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long source, size_t nbytes, void *stream) {
-    note("copy", (void *)to, (void *)source);
-    note("bytes", (void *)nbytes, stream);
-    return 0;
-}
-int cuGetErrorString(int error, const char **text) { *text = error == 700 ? "an illegal address" : 0; return 0; }
-int cuLaunchKernelEx(const config *c, void *function, void **given, void **extra) {
-    note("launch", function, c->stream);
-    if (slow) usleep(1000 * slow);
-    memcpy(shape, c->grid, 28);
-    shape[7] = c->count;
-    shape[8] = c->count ? c->attributes[0] : 0;
-    for (int k = 0; k < fields; k++) arguments[k] = *(long long *)given[k];
-    return fail;
-}
-"""
-
-PROGRAM = """
-import ctypes, json
-from nvcoll._plan import DEVICE_FIELDS, DevicePlan, DeviceState
-from nvcoll.errors import StateError
-
-cuda = ctypes.CDLL("libcuda.so.1")
-number = lambda name: ctypes.c_int.in_dll(cuda, name)
-pointer = lambda name: ctypes.c_void_p.in_dll(cuda, name)
-ctypes.c_longlong.in_dll(cuda, "fields").value = len(DEVICE_FIELDS)
-text = (ctypes.c_char * 4096).in_dll(cuda, "calls")
-
-def calls():
-    found = text.value.decode().split()
-    text.value = b""
-    return found
-
-def arguments():
-    values = (ctypes.c_longlong * 256).in_dll(cuda, "arguments")
-    return dict(zip(DEVICE_FIELDS, values))
-
-def refusal(call, *args):
-    try:
-        call(*args)
-    except StateError as error:
-        return str(error)
-
-report = (ctypes.c_int64 * 8)()
-everything = {name: 1000 + k for k, name in enumerate(DEVICE_FIELDS)}
-state = DeviceState(everything, 0xC0, 0xE0, ctypes.addressof(report), "kept")
-call = {"count": 7, "capacity": 8, "stride": 9, "stamp": 10, "ranks": 11}
-plan = DevicePlan(state, 0xF0, call, 3, 64, "also kept", "told")
-"""
+from tests.fake_libcuda import build, seeing
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the library lies."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    folder = tmp_path_factory.mktemp("driver")
-    source = folder / "driver.c"
-    source.write_text(DRIVER)
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source]
-    subprocess.run(command, check=True)
-    return folder
+    return build(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture
 def see(folder, run_command):
-    """Run a program on that driver; return what its last expression, a dictionary, holds."""
-
-    def run(program, facts):
-        command = [sys.executable, "-c", f"{PROGRAM}{program}\nprint(json.dumps({facts}))"]
-        status, output = run_command(command, env={"LD_LIBRARY_PATH": str(folder)})
-        assert status == 0, output
-        return json.loads(output)
-
-    return run
+    return seeing(folder, run_command)
 
 
 def test_arguments_are_packed_in_the_order_of_the_fields(see):
@@ -258,65 +160,6 @@ one = DevicePlan(state, 0, {"count": 256}, 1, 1)
 one.run(0x1000, 0x2000, 0x50); one.run(0x1000, 0x1000, 0x50)
 """
     assert see(program, "calls()") == ["copy(2000,1000)", "bytes(100,50)"]
-
-
-FAST = """
-from types import SimpleNamespace
-from nvcoll._plan import DeviceMemory, DevicePlans, DeviceSpan
-pointer("current").value = 0xC0
-memory = DeviceMemory(0x10000, 4096, 0)
-x, y = DeviceSpan(memory, 0, 7, 4, 11), DeviceSpan(memory, 1024, 7, 4, 11)
-in_place, op = "in place", object()
-captured = []
-plans = DevicePlans(in_place, 0x99, lambda: captured[-1] if captured else None)
-plans.add(11, 28, op, plan)
-
-def tried(*args):
-    done = plans.run(*args)
-    sent = arguments() if done else {}
-    return [done, sent.get("send"), sent.get("recv"), *calls()]
-"""
-
-
-def test_the_fast_route(see):
-    told = see(
-        FAST,
-        "[tried(x, y, op, None), tried(x, None, op, 0x50), tried(in_place, y, op, SimpleNamespace(cuda_stream=0x50))]",
-    )
-    assert told[0] == [True, 0x10000, 0x10400, "launch(f0,99)"]
-    assert told[1] == [True, 0x10000, 0x10000, "record(e0,99)", "wait(50,e0)", "launch(f0,50)"]
-    assert told[2] == [True, 0x10400, 0x10400, "launch(f0,50)"]
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        "x, y, object(), None",  # another operator
-        "x, DeviceSpan(memory, 1024, 6, 4, 11), op, None",
-        "DeviceSpan(memory, 0, 6, 4, 11), None, op, None",  # another count
-        "DeviceSpan(memory, 0, 7, 4, 12), None, op, None",  # another type
-        "x, DeviceSpan(memory, 4, 7, 4, 11), op, None",  # overlap
-        "x, y, op, -1",
-        "x, y, op, 'stream'",
-        "[x, 7], y, op, None",
-        "in_place, None, op, None",
-    ],
-)
-def test_all_else_takes_the_long_way(see, args):
-    assert see(FAST, f"tried({args})") == [None, None, None]
-
-
-def test_where_a_library_captures_a_graph_a_call_must_name_its_stream(see):
-    told = see(f"{FAST}\ncaptured.append('stream')", "[tried(x, y, op, None), tried(x, y, op, 0x50)]")
-    assert told == [[None, None, None], [True, 0x10000, 0x10400, "launch(f0,50)"]]
-
-
-def test_the_fast_route_ends_with_the_memory(see):
-    assert see(f"{FAST}\nmemory.end()", "tried(x, y, op, None)") == [None, None, None]
-
-
-def test_the_fast_route_tells_of_failures(see):
-    assert see(f"{FAST}\nreport[0] = 1", "tried(x, y, op, None)") == [False, None, None]
 
 
 def test_errors_of_the_driver_are_told_in_its_words(see):

@@ -1,0 +1,112 @@
+"""A library libcuda.so.1 that only takes notes, and programs that launch on it: they find it before any other."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+DRIVER = r"""
+#include <string.h>
+#include <unistd.h>
+typedef struct { unsigned grid[3], block[3], shared; void *stream; int *attributes; unsigned count; } config;
+char calls[4096];               /* what was called, and with which handles */
+long long arguments[256], fields;
+unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
+void *current, *capturing, *gone;
+int fail, confused, slow;       /* slow: milliseconds of a launch */
+#include <stdio.h>
+static void note(const char *name, void *one, void *two) {
+    sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
+}
+int cuCtxGetCurrent(void **context) { *context = current; return 0; }
+int cuCtxPushCurrent_v2(void *context) { note("push", context, 0); current = context; return 0; }
+int cuCtxPopCurrent_v2(void **context) { note("pop", current, 0); *context = current; current = 0; return 0; }
+int cuEventRecord(void *event, void *stream) {
+    note("record", event, stream);
+    return stream && stream == gone ? 400 : 0;
+}
+int cuCtxSynchronize(void) { note("synchronize", 0, 0); return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    note("wait", stream, event);
+    if (slow) usleep(1000 * slow);
+    return 0;
+}
+int cuStreamIsCapturing(void *stream, int *answer) {
+    *answer = capturing && stream == capturing;
+    return stream ? 0 : confused;
+}
+int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long source, size_t nbytes, void *stream) {
+    note("copy", (void *)to, (void *)source);
+    note("bytes", (void *)nbytes, stream);
+    return 0;
+}
+int cuGetErrorString(int error, const char **text) { *text = error == 700 ? "an illegal address" : 0; return 0; }
+int cuLaunchKernelEx(const config *c, void *function, void **given, void **extra) {
+    note("launch", function, c->stream);
+    if (slow) usleep(1000 * slow);
+    memcpy(shape, c->grid, 28);
+    shape[7] = c->count;
+    shape[8] = c->count ? c->attributes[0] : 0;
+    for (int k = 0; k < fields; k++) arguments[k] = *(long long *)given[k];
+    return fail;
+}
+"""
+
+PROGRAM = """
+import ctypes, json
+from nvcoll._plan import DEVICE_FIELDS, DevicePlan, DeviceState
+from nvcoll.errors import StateError
+
+cuda = ctypes.CDLL("libcuda.so.1")
+number = lambda name: ctypes.c_int.in_dll(cuda, name)
+pointer = lambda name: ctypes.c_void_p.in_dll(cuda, name)
+ctypes.c_longlong.in_dll(cuda, "fields").value = len(DEVICE_FIELDS)
+text = (ctypes.c_char * 4096).in_dll(cuda, "calls")
+
+def calls():
+    found = text.value.decode().split()
+    text.value = b""
+    return found
+
+def arguments():
+    values = (ctypes.c_longlong * 256).in_dll(cuda, "arguments")
+    return dict(zip(DEVICE_FIELDS, values))
+
+def refusal(call, *args):
+    try:
+        call(*args)
+    except StateError as error:
+        return str(error)
+
+report = (ctypes.c_int64 * 8)()
+everything = {name: 1000 + k for k, name in enumerate(DEVICE_FIELDS)}
+state = DeviceState(everything, 0xC0, 0xE0, ctypes.addressof(report), "kept")
+call = {"count": 7, "capacity": 8, "stride": 9, "stamp": 10, "ranks": 11}
+plan = DevicePlan(state, 0xF0, call, 3, 64, "also kept", "told")
+"""
+
+
+def build(folder):
+    """Compile the library into a folder, and return that."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = folder / "driver.c"
+    source.write_text(DRIVER)
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def seeing(folder, run_command):
+    """Return what runs a program on that driver, and returns what its last expression holds."""
+
+    def run(program, facts):
+        command = [sys.executable, "-c", f"{PROGRAM}{program}\nprint(json.dumps({facts}))"]
+        status, output = run_command(command, env={"LD_LIBRARY_PATH": str(folder)})
+        assert status == 0, output
+        return json.loads(output)
+
+    return run
