@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import nvcoll
+from nvcoll import emulation
+from nvcoll.world import open_emulated
 from tests.fake_cuda import FakeDriver, install
 
 
@@ -22,6 +24,17 @@ def total(comm, value=1.0):
     x = np.full(3, value)
     comm.Allreduce(x)
     return x[0]
+
+
+def test_what_requests_have_left_on_a_gpu_goes_with_the_emulation(monkeypatch):
+    swept = []
+    monkeypatch.setattr(emulation, "sweep", lambda: swept.append(threading.active_count()))
+    monkeypatch.setattr(emulation.Emulation, "_open", lambda self: list(open_emulated(self.size, self.node_sizes)))
+    threads = threading.active_count()
+    assert nvcoll.emulate(2).run(total) == [2.0] * 2
+    assert swept == []
+    assert nvcoll.emulate(2, device=0).run(total) == [2.0] * 2
+    assert swept == [threads]  # when no rank runs any more
 
 
 class TestRun:

@@ -149,6 +149,7 @@ MISMATCHES = {
     "datatype": ("comm.Allreduce(np.ones(4, 'int64'))", "Allreduce of 4 int64, SUM"),
     "size": ("comm.Allreduce(np.ones(100_000))", "Allreduce of 100000 float64, SUM"),
     "barrier": ("comm.Barrier()", "Barrier"),
+    "no elements": ("comm.Allreduce(np.ones(0))", "Allreduce of no elements"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Worlds on GPUs: who is far from whom, agreed by all ranks. What opens them needs GPUs."""
+"""Worlds on GPUs: who is far from whom, agreed by all ranks, and their ends. What opens them needs GPUs."""
 
 import dataclasses
 import threading
@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from nvcoll import settings, world_cuda
-from nvcoll.backends.emulated import Hub, LocalExchange
+from nvcoll.backends.driver import Device
+from nvcoll.backends.emulated import Hub, LocalExchange, on_gpu
 from nvcoll.errors import BootstrapError
+from nvcoll.world_cuda import DeviceWorld
+from tests.fake_cuda import STREAM, FakeDriver, Result, install
 
 HOSTS = [b"a", b"a", b"b", b"b"]
 
@@ -98,3 +101,70 @@ def test_a_transport_that_kernels_cannot_use_is_refused_on_all_ranks_if_it_is_ne
     _, raised = reach({0: {2}})
     assert len(raised) == 4
     assert all("other nodes cannot be reached" in text and "NVSHMEM_IB_ENABLE_IBGDA" in text for text in raised)
+
+
+class TestEnds:
+    """What a world does at its end, in order."""
+
+    @pytest.fixture
+    def done(self):
+        return []
+
+    @pytest.fixture
+    def world(self, monkeypatch, done):
+        """What makes a world, on a driver without a GPU, that writes down what it does."""
+        fake = FakeDriver()
+        install(monkeypatch, fake)
+        monkeypatch.setattr(fake, "cuStreamSynchronize", lambda stream: done.append(("wait", stream)) or Result(0))
+
+        def note(name):
+            return lambda *args: done.append((name, *args))
+
+        def make(backend, stream, reported=False):
+            state = SimpleNamespace(precede=note("precede"), end=note("end"), reported=reported)
+            area, kernels = SimpleNamespace(close=note("close area")), SimpleNamespace(unload=note("unload"))
+            planner = SimpleNamespace(state=state, area=area, kernels=kernels)
+            heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"))
+            exchange = SimpleNamespace(rank=0, size=2, close=note("leave"))
+            return DeviceWorld(exchange, None, planner, heap, Device(0), backend, stream)
+
+        make.driver = fake
+        return make
+
+    @pytest.mark.parametrize("reported", [False, True])
+    def test_of_a_process(self, world, done, reported):
+        world("nvshmem", 0, reported).close()
+        assert done == [
+            ("end",), ("end",), ("close area",), ("unload",), ("close heap",), ("leave", reported),
+        ]  # fmt: skip
+
+    def test_of_a_process_whose_context_is_lost(self, world, done):
+        world.driver.fail["cuCtxSynchronize"] = Result.CUDA_ERROR_INVALID_CONTEXT
+        world("nvshmem", 0).close()
+        assert done[-2:] == [("retire heap",), ("leave", True)]
+        assert ("close area",) not in done
+
+    def test_of_an_emulated_rank(self, world, done):
+        """Calls on other streams are waited for, and what may wait for ranks that run is put off until none does."""
+        one = world("emulated", STREAM)
+        with on_gpu():
+            one.retire()
+            assert done == [("precede", STREAM), ("end",), ("wait", STREAM), ("end",), ("retire heap",)]
+        assert done[-2:] == [("close area",), ("unload",)]
+
+    def test_calls_are_finished_on_all_streams(self, world, done):
+        world("emulated", STREAM).finish()
+        world("nvshmem", 0).finish()
+        assert done == [("precede", STREAM), ("wait", STREAM), ("precede", 0), ("wait", 0)]
+
+    def test_the_heap_waits_for_calls_before_it_gives_out_what_was_dropped(self, monkeypatch, world):
+        install(monkeypatch, world.driver)
+        heap = SimpleNamespace(allocate=lambda nbytes, verb: None, finish=None)
+        planner = SimpleNamespace(state=None)
+        for name, made in {"Heap": heap, "DeviceArea": None, "DevicePlanner": planner}.items():
+            monkeypatch.setattr(world_cuda, name, lambda *args, made=made: made)
+        exchange = SimpleNamespace(rank=0, size=1, allgather=lambda data: [data])
+        memory, topology = SimpleNamespace(members=(0,)), SimpleNamespace(node_sizes=(1,))
+        kernels = SimpleNamespace(device=Device(0), remote=False)
+        built = world_cuda.build_world(exchange, topology, memory, settings.read({}), {}, kernels, 1, "nvshmem")
+        assert heap.finish == built.finish
