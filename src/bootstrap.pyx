@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 import atexit
 import builtins
+import contextlib
 import datetime
 import hmac
 import itertools

@@ -174,13 +174,17 @@ class RendezvousServer:
         if self._pid == os.getpid() and self._thread.is_alive():
             self._linger = time.monotonic() + linger
             self._closing = True
-            self._waker.send(b"x")
+            self._rouse()
             self._thread.join(linger + 5.0)
 
     def tell_ended(self, rank):
         """Tell that the process of `rank` has ended: who waits for it to join, now or later, is told so."""
         self._ended.add(rank)
-        self._waker.send(b"x")
+        self._rouse()
+
+    def _rouse(self):
+        with contextlib.suppress(OSError):  # the thread, roused by something else, has ended, and closed its sockets
+            self._waker.send(b"x")
 
     def __enter__(self):
         return self

@@ -343,6 +343,11 @@ class TestServer:
             server.close()
             assert [future.result(10) for future in futures] == [data] * 3
 
+    def test_nobody_needs_to_hear_of_ranks_after_the_end(self, server):
+        server.close()
+        server.tell_ended(1)
+        server.close()
+
     def test_many_ranks(self):
         with RendezvousServer(40) as server, ThreadPoolExecutor(40) as pool:
             ranks = list(pool.map(lambda rank: join(server, rank), range(40)))
