@@ -14,7 +14,7 @@ from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea,
 from nvcoll.backends.driver import Device
 from nvcoll.device.cuda.layout import BLOCKS
 from nvcoll.errors import AllocationError, ArgumentError
-from tests.fake_cuda import CONTEXT, EVENT, FakeDriver, Result, install
+from tests.fake_cuda import CONTEXT, EVENT, Result
 
 LOCAL = {"send", "recv", "count", "part", "capacity", "stride", "stamp", "ranks"}  # a plan gives these
 
@@ -59,13 +59,6 @@ class Memory:
 
     def address(self, place):
         return ctypes.addressof(self.taken[place]) if place < 2 else 0
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    found = FakeDriver()
-    install(monkeypatch, found)
-    return found
 
 
 @pytest.fixture

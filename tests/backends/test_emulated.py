@@ -9,14 +9,7 @@ from nvcoll.backends import emulated
 from nvcoll.backends.driver import Device
 from nvcoll.backends.emulated import on_gpu, reserve_on, when_none_runs
 from nvcoll.errors import DeviceError
-from tests.fake_cuda import MEMORY, FakeDriver, install
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    found = FakeDriver()
-    install(monkeypatch, found)
-    return found
+from tests.fake_cuda import MEMORY
 
 
 def test_memory_goes_with_the_emulation(driver):

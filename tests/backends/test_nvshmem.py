@@ -12,7 +12,6 @@ from nvcoll.backends import nvshmem
 from nvcoll.backends.emulated import Hub, LocalExchange
 from nvcoll.backends.heap import Heap
 from nvcoll.errors import AllocationError, BootstrapError, PeerLostError, TimeoutError
-from tests.fake_cuda import FakeDriver, install
 from tests.fake_nvshmem import FAR, FakeNvshmem, NVSHMEMError
 
 HEAP = 8 << 20
@@ -33,13 +32,6 @@ class Pair:
 
 
 LOOK, IDENTITY, START, RANKS, MEMORY, DEVICE, CLOSE = range(1, 8)  # calls of the exchange
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    found = FakeDriver()
-    install(monkeypatch, found)
-    return found
 
 
 @pytest.fixture

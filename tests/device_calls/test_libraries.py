@@ -6,19 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 import nvcoll
-from nvcoll.device_calls import DeviceCalls
 from tests.buffers.gpu import CudaInterface, on_gpu
-from tests.fake_device_world import fake_world, reduce, values
-
-
-@pytest.fixture
-def world(monkeypatch):
-    return fake_world(monkeypatch)
-
-
-@pytest.fixture
-def calls(world):
-    return DeviceCalls(world)
+from tests.fake_device_world import reduce, values
 
 
 @pytest.fixture

@@ -5,18 +5,6 @@ import sys
 import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
-from tests.fake_libcuda import build, seeing
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the library lies."""
-    return build(tmp_path_factory.mktemp("driver"))
-
-
-@pytest.fixture
-def see(folder, run_command):
-    return seeing(folder, run_command)
 
 
 def test_arguments_are_packed_in_the_order_of_the_fields(see):

@@ -8,20 +8,9 @@ import pytest
 import nvcoll
 from nvcoll import IN_PLACE, device_calls
 from nvcoll.device.common import STAMP_BITS
-from nvcoll.device_calls import DeviceCalls
 from nvcoll.ops import DATATYPES, MAX, SUM
 from tests.buffers.gpu import CudaInterface, on_gpu
-from tests.fake_device_world import TOKEN, Told, fake_world, reduce, values
-
-
-@pytest.fixture
-def world(monkeypatch):
-    return fake_world(monkeypatch)
-
-
-@pytest.fixture
-def calls(world):
-    return DeviceCalls(world)
+from tests.fake_device_world import TOKEN, Told, reduce, values
 
 
 class TestJudgement:

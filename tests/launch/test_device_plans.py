@@ -2,20 +2,6 @@
 
 import pytest
 
-from tests.fake_libcuda import build, seeing
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the library lies."""
-    return build(tmp_path_factory.mktemp("driver"))
-
-
-@pytest.fixture
-def see(folder, run_command):
-    return seeing(folder, run_command)
-
-
 FAST = """
 from types import SimpleNamespace
 from nvcoll._plan import DeviceMemory, DevicePlans, DeviceSpan

@@ -88,11 +88,13 @@ plan = DevicePlan(state, 0xF0, call, 3, 64, "also kept", "told")
 """
 
 
-def build(folder):
-    """Compile the library into a folder, and return that."""
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Where the library lies."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("driver")
     source = folder / "driver.c"
     source.write_text(DRIVER)
     command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", source]
@@ -100,8 +102,9 @@ def build(folder):
     return folder
 
 
-def seeing(folder, run_command):
-    """Return what runs a program on that driver, and returns what its last expression holds."""
+@pytest.fixture
+def see(folder, run_command):
+    """Run a program on that driver; return what its last expression holds: ``see(program, facts)``."""
 
     def run(program, facts):
         command = [sys.executable, "-c", f"{PROGRAM}{program}\nprint(json.dumps({facts}))"]
