@@ -1,7 +1,6 @@
 """Comm: MPI's verbs. Each has its arguments judged, finds the plan and runs it, or puts it in the queue."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from nvcoll.buffers import IN_PLACE, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
 from nvcoll.ops import SUM, Op
-from nvcoll.planning import EMPTY, Explanation, verb_of
+from nvcoll.planning import EMPTY, Explanation, plan_meeting, verb_of
 from nvcoll.requests import Pending, Prequest, Request
 
 MOST_KEPT = 16384
@@ -121,8 +120,7 @@ class Comm(Allocating):
         planner, token, kept = self._world.planner, self._token, self._kept
         plan = kept.get(verb)
         if plan is None:
-            told = replace(planner.explain("allreduce", 1, token.datatype, SUM), verb=verb)
-            plan = kept[verb] = planner.plan(told, token.datatype, SUM)
+            plan = kept[verb] = plan_meeting(planner, verb, token.datatype)
         return plan
 
     def Allreduce(

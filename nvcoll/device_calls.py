@@ -6,7 +6,6 @@ fails on a GPU is known after the fact: the next call raises it.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +25,8 @@ from nvcoll.buffers import (
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream, sweep
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
-from nvcoll.ops import DATATYPES, SUM, Datatype, Op
-from nvcoll.planning import EMPTY
+from nvcoll.ops import DATATYPES, Datatype, Op
+from nvcoll.planning import EMPTY, plan_meeting
 from nvcoll.requests import Pending
 from nvcoll.world_cuda import DeviceWorld
 
@@ -79,9 +78,8 @@ class DeviceCalls:
         plan = self._meetings.get(verb)
         if plan is None:
             planner, kind = self._world.planner, DATATYPES["int32"]
-            told = replace(planner.explain("allreduce", 1, kind, SUM), verb=verb)
             self._world.settle()
-            plan = self._meetings[verb] = planner.plan(told, kind, SUM)
+            plan = self._meetings[verb] = plan_meeting(planner, verb, kind)
         return plan
 
     def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
@@ -94,7 +92,7 @@ class DeviceCalls:
             plan, from_, to = self._matched(send, recv, op, handle, algorithm)
             done = plan.run(from_, to, queue, owner)
             if stream is not None or self._world.stream:  # it need not be the stream on which the library works
-                keep_for(queue, *((recv.owner,) if send.owner is recv.owner else (send.owner, recv.owner)))
+                keep_for(queue, send.owner, recv.owner)
         if not done:
             raise self._failure(verb)
 
@@ -144,7 +142,7 @@ class DeviceCalls:
         queue = as_stream(owner, None, verb)
         if stream is None:
             _refuse_to_miss_a_graph(verb, queue)
-        send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, op, partial(parse_device, stream=queue or 1))
+        send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, op, partial(parse_device, stream=queue))
         for name, spec in (("sendbuf", send), ("recvbuf", recv)):
             gpu = spec.device
             if gpu is None and spec.count:

@@ -4,7 +4,7 @@ import json
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.low_latency import PAYLOAD
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
-from nvcoll.ops import DATATYPES, OPS, Datatype, Op
+from nvcoll.ops import DATATYPES, OPS, SUM, Datatype, Op
 
 PROTOCOLS = ("low_latency", "simple")
 LINK = Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)
@@ -315,6 +315,12 @@ def pack_stamp(signature: int, *numbers: int) -> int:
     The numbers are the count, and how the message is cut where ranks might do so differently.
     """
     return zlib.crc32(struct.pack(f"<{1 + len(numbers)}q", signature, *numbers)) & ((1 << STAMP_BITS) - 1)
+
+
+def plan_meeting(planner: Any, verb: str, datatype: Datatype) -> Any:
+    """Make the plan of a call in which ranks only meet, and reduce a token of a datatype."""
+    told = planner.explain("allreduce", 1, datatype, SUM)
+    return planner.plan(replace(told, verb=verb), datatype, SUM)
 
 
 def verb_of(call: str) -> str:

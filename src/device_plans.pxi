@@ -49,19 +49,14 @@ cdef class DevicePlan:
         cdef int64_t values[FIELDS]
         cdef void* arguments[FIELDS]
         cdef nv_launch_config shape = self.shape
-        cdef void* current = NULL
-        cdef void* popped
-        cdef int k, error = 0, captured = 0
-        cdef bint pushed = False
+        cdef int k, error, captured = 0
+        cdef bint pushed
         memcpy(values, self.values, sizeof(values))
         values[0], values[1] = <int64_t>send, <int64_t>recv
         for k in range(FIELDS):
             arguments[k] = &values[k]
         shape.stream = <void*>stream
-        nv_get_context(&current)
-        if current != self.state.context:
-            error = nv_push_context(self.state.context)
-            pushed = not error
+        error = self.state.enter(&pushed)
         if not error:
             error = self.state.order(stream, &captured)
         if not error and self.function:
@@ -70,8 +65,7 @@ cdef class DevicePlan:
             error = nv_copy_async(recv, send, <size_t>self.values[2], <void*>stream)
         if not error and not captured:
             error = self.state.launched(stream)
-        if pushed:
-            nv_pop_context(&popped)
+        self.state.exit(pushed)
         self.state.sequence += 1
         return error
 

@@ -177,27 +177,37 @@ cdef class DeviceState:
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """
-        cdef void* current = NULL
-        cdef void* popped
-        cdef int error = 0, captured = 0
-        cdef bint pushed = False
+        cdef int error, captured = 0
+        cdef bint pushed
         while self.busy or self.ordering:  # both change what is looked at here
             sleep(0)
         if self.ended:
             return
         self.ordering = True
         with nogil:
-            nv_get_context(&current)
-            if current != self.context:
-                error = nv_push_context(self.context)
-                pushed = not error
+            error = self.enter(&pushed)
             if not error:
                 error = self.order(stream, &captured)
-            if pushed:
-                nv_pop_context(&popped)
+            self.exit(pushed)
         self.ordering = False
         if error and error != CAPTURING:
             raise refused("to put a stream behind a call", error)
+
+    cdef int enter(self, bint* pushed) noexcept nogil:
+        """Make the context current on this thread; tell whether it was not before, for `exit`."""
+        cdef void* current = NULL
+        cdef int error = 0
+        nv_get_context(&current)
+        if current != self.context:
+            error = nv_push_context(self.context)
+        pushed[0] = current != self.context and not error
+        return error
+
+    cdef void exit(self, bint pushed) noexcept nogil:
+        """Make current what was before."""
+        cdef void* popped
+        if pushed:
+            nv_pop_context(&popped)
 
     cdef int order(self, uintptr_t stream, int* captured) noexcept nogil:
         """Let work on a stream begin after this communicator's latest on another one; tell whether it is captured."""

@@ -142,7 +142,7 @@ def keep_for(stream: int, *arrays: Any) -> None:
     torch = sys.modules.get("torch")
     if torch is None:
         return
-    for tensor in arrays:
+    for tensor in {id(one): one for one in arrays}.values():  # in place, both are the same
         if isinstance(tensor, torch.Tensor):
             handle = LEGACY if stream == LEGACY_BY_NAME else stream  # torch knows it by no other name
             tensor.record_stream(torch.cuda.ExternalStream(handle, device=tensor.device))

@@ -48,11 +48,6 @@ def on_both(work):
     return nvcoll.emulate(2, device=0).run(main)
 
 
-def finish(comm):
-    with comm._world.device:
-        driver.stream_synchronize(comm.stream)
-
-
 def test_what_takes_a_buffer_through_dlpack_comes_after_the_call():
     def work(comm, meet):
         x = comm.full(COUNT, comm.rank + 1)
@@ -79,7 +74,7 @@ def test_memory_of_a_tensor_is_not_given_to_another_during_the_call():
         del sent
         other = torch.full((COUNT,), 7.0, device="cuda")
         torch.cuda.current_stream().synchronize()
-        finish(comm)
+        comm._world.settle()
         return out.unique().tolist(), other.data_ptr() != place
 
     assert on_both(work) == [([3.0], True)] * 2
