@@ -138,9 +138,9 @@ class TestBuffers:
     @pytest.mark.parametrize("place", ["plain", "symmetric", "specification"])
     def test_live_until_the_call_has_ended(self, place):
         def main(comm):
-            if comm.rank == 0:
-                late.wait(SOON)
             x = comm.full(40_000, 1.0) if place == "symmetric" else np.ones(40_000)
+            if comm.rank == 0:  # after the allocation, which is collective
+                late.wait(SOON)
             alive = weakref.ref(x)
             request = comm.Iallreduce([x, nvcoll.DOUBLE] if place == "specification" else x)
             del x
@@ -152,8 +152,6 @@ class TestBuffers:
             return alive() is None
 
         late = threading.Event()
-        if place == "symmetric":  # the allocation is collective
-            late.set()
         assert run(main)[2] is True
 
     def test_are_let_go_then(self):
