@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from nvcoll.arguments import dimensions
+from nvcoll.arguments import dimensions, elements
 from nvcoll.buffers import Buffer
 from nvcoll.lifecycle import Living
-from nvcoll.ops import as_datatype
+from nvcoll.ops import Datatype, as_datatype
 
 
 class Allocating(Living):
@@ -42,12 +42,7 @@ class Allocating(Living):
         -----
         On GPUs it waits for this rank's calls, if they may still use memory that was dropped.
         """
-        datatype = as_datatype(dtype, "empty", "dtype")
-        dims = dimensions(shape)  # judged before anything is sent or taken
-        if self._calls is not None:
-            return self._calls.empty(dims, datatype)  # type: ignore[no-any-return]
-        self._world.planner.state.demand()
-        return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize), dims, datatype)
+        return self._allocate("empty", dimensions("empty", shape), as_datatype(dtype, "empty", "dtype"))
 
     def zeros(self, shape: Any, dtype: Any = np.float32) -> Buffer:
         """Allocate an array of zeros on the symmetric heap. Collective; see `empty`.
@@ -61,7 +56,7 @@ class Allocating(Living):
         -------
         Buffer
         """
-        return self.full(shape, 0, dtype)
+        return self._full("zeros", shape, 0, dtype)
 
     def full(self, shape: Any, fill_value: Any, dtype: Any = np.float32) -> Buffer:
         """Allocate an array of one value on the symmetric heap. Collective; see `empty`.
@@ -76,10 +71,13 @@ class Allocating(Living):
         Returns
         -------
         Buffer
+
+        Raises
+        ------
+        ArgumentError
+            `fill_value` is not one number that the type can hold; nothing was allocated.
         """
-        buffer = self.empty(shape, dtype)
-        buffer.fill(fill_value)
-        return buffer
+        return self._full("full", shape, fill_value, dtype)
 
     def array(self, data: Any, dtype: Any = None) -> Buffer:
         """Copy an array to the symmetric heap. Collective; see `empty`.
@@ -94,12 +92,33 @@ class Allocating(Living):
         Returns
         -------
         Buffer
+
+        Raises
+        ------
+        ArgumentError
+            `data` cannot become an array of that type; nothing was allocated.
         """
-        source = np.asarray(data)
-        buffer = self.empty(source.shape, source.dtype if dtype is None else dtype)
+        datatype = None if dtype is None else as_datatype(dtype, "array", "dtype")
+        source = elements("array", "data", datatype, lambda kind: np.asarray(np.asarray(data), kind))
+        buffer = self._allocate("array", source.shape, datatype or as_datatype(source.dtype, "array", "dtype"))
         to: Any = buffer
         if self._calls is not None:
             to.copy_from(source)
         else:
             to[...] = source
         return buffer
+
+    def _full(self, verb: str, shape: Any, value: Any, dtype: Any) -> Buffer:
+        """Allocate an array of one value."""
+        dims, datatype = dimensions(verb, shape), as_datatype(dtype, verb, "dtype")
+        one = elements(verb, "fill_value", datatype, lambda kind: np.asarray(value, kind).reshape(()))
+        buffer = self._allocate(verb, dims, datatype)
+        buffer.fill(one)
+        return buffer
+
+    def _allocate(self, verb: str, dims: tuple[int, ...], datatype: Datatype) -> Buffer:
+        """Allocate for a verb, all of whose arguments were judged: from here on something is sent, and taken."""
+        if self._calls is not None:
+            return self._calls.allocate(verb, dims, datatype)  # type: ignore[no-any-return]
+        self._world.planner.state.demand()
+        return Buffer.on(self._world.heap.allocate(math.prod(dims) * datatype.itemsize, verb), dims, datatype)

@@ -15,17 +15,29 @@ MOST_ELEMENTS = 2**59
 """Elements of an array, so that the bytes of the widest type fit an address."""
 
 
-def dimensions(shape: Any) -> tuple[int, ...]:
+def dimensions(verb: str, shape: Any) -> tuple[int, ...]:
     """Return a shape as whole numbers whose product fits an address."""
     try:
         dims = tuple(operator.index(length) for length in np.atleast_1d(np.asarray(shape, dtype=object)))
     except TypeError:
-        raise ArgumentError(f"empty: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
+        raise ArgumentError(f"{verb}: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
     if min(dims, default=0) < 0:
-        raise ArgumentError(f"empty: shape {shape} has a negative dimension; give sizes of 0 or more")
+        raise ArgumentError(f"{verb}: shape {shape} has a negative dimension; give sizes of 0 or more")
     if math.prod(dims) >= MOST_ELEMENTS:
-        raise ArgumentError(f"empty: shape {dims} has more elements than addresses; give a product below 2**59")
+        raise ArgumentError(f"{verb}: shape {dims} has more elements than addresses; give a product below 2**59")
     return dims
+
+
+def elements(
+    verb: str, name: str, datatype: Datatype | None, make: Callable[[np.dtype[Any] | None], np.ndarray]
+) -> np.ndarray:
+    """Return an array that `make` makes of an argument, for the dtype of a datatype or, without one, for any."""
+    try:
+        return make(datatype.dtype if datatype else None)
+    except (TypeError, ValueError, OverflowError) as exc:
+        wanted = f"what {datatype.name} can hold" if datatype else "an array of numbers"
+        message = f"{verb}: {name} is refused by NumPy ({exc}), expected {wanted}; pass such values, or another dtype"
+        raise ArgumentError(message) from exc
 
 
 def judge(verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op]:

@@ -52,13 +52,13 @@ class DeviceCalls:
         self._meetings: dict[str, DevicePlan] = {}
         self._raised = False
 
-    def empty(self, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
+    def allocate(self, verb: str, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
-        self._check("empty")
+        self._check(verb)
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
         sweep()
-        allocation = world.heap.allocate(nbytes)
+        allocation = world.heap.allocate(nbytes, verb)
         return DeviceBuffer.on(
             allocation, dims, datatype, world.device, driver, world.stream, world.planner.state.precede
         )

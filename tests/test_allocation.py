@@ -85,17 +85,36 @@ class TestContents:
         ("call", "message"),
         [
             (lambda comm: comm.empty(-1), "empty: shape -1 has a negative dimension; give sizes of 0 or more"),
-            (lambda comm: comm.zeros((-2, -3)), "empty: shape (-2, -3) has a negative dimension"),
-            (lambda comm: comm.full((0, -1), 0), "empty: shape (0, -1) has a negative dimension"),
+            (lambda comm: comm.zeros((-2, -3)), "zeros: shape (-2, -3) has a negative dimension"),
+            (lambda comm: comm.full((0, -1), 0), "full: shape (0, -1) has a negative dimension"),
             (lambda comm: comm.empty(3, None), "empty: dtype is None, expected a datatype"),
             (lambda comm: comm.empty(3, "float80"), "empty: dtype is 'float80', expected a datatype"),
-            (lambda comm: comm.array([object()]), "empty: dtype is object, expected one of bool, int8"),
-            (lambda comm: comm.array(["text"]), "empty: dtype is <U4, expected one of bool, int8"),
+            (lambda comm: comm.zeros(3, "float80"), "zeros: dtype is 'float80', expected a datatype"),
+            (lambda comm: comm.array([object()]), "array: dtype is object, expected one of bool, int8"),
+            (lambda comm: comm.array(["text"]), "array: dtype is <U4, expected one of bool, int8"),
+            (lambda comm: comm.array([1], "float80"), "array: dtype is 'float80', expected a datatype"),
         ],
     )
     def test_refusals(self, call, message):
         with pytest.raises(nvcoll.ArgumentError, match="^" + re.escape(message)):
             call(COMM_SELF)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda comm: comm.full(3, "abc"), r"full: fill_value .* expected what float32 can hold"),
+            (lambda comm: comm.full(3, [1, 2, 3]), r"full: fill_value .* expected what float32 can hold"),
+            (lambda comm: comm.full(3, 300, np.uint8), r"full: fill_value .* expected what uint8 can hold"),
+            (lambda comm: comm.full(3, 1j), r"full: fill_value .* expected what float32 can hold"),
+            (lambda comm: comm.array([[1, 2], [3]]), r"array: data .* expected an array of numbers"),
+            (lambda comm: comm.array(["text"], "float32"), r"array: data .* expected what float32 can hold"),
+        ],
+    )
+    def test_values_that_numpy_refuses_take_no_memory(self, call, message):
+        first = COMM_SELF.empty(1)
+        with pytest.raises(nvcoll.ArgumentError, match=f"^{message}"):
+            call(COMM_SELF)
+        assert place(COMM_SELF.empty(1)) == place(first) + 4096
 
     @pytest.mark.parametrize("shape", [(2**40, 2**40), 2.5, "3"])
     def test_shapes_that_cannot_be_take_no_memory(self, shape):
@@ -248,7 +267,7 @@ class TestAfterAFailedCall:
         world = SimpleNamespace(rank=0, size=2, target="cuda", planner=planner)
         comm = Comm(lambda: world, "on GPUs")
         comm.__dict__.update(_world=world, _calls=DeviceCalls(world))
-        with pytest.raises(nvcoll.TimeoutError, match=r"^empty: a call up to number 3 .* did not arrive: rank 1"):
+        with pytest.raises(nvcoll.TimeoutError, match=r"^\w+: a call up to number 3 .* did not arrive: rank 1"):
             allocate(comm)
         with pytest.raises(nvcoll.StateError, match=FAILED):
             allocate(comm)

@@ -233,7 +233,7 @@ def test_arrays_are_made_on_the_heap(world, calls, monkeypatch):
     swept = []
     monkeypatch.setattr(device_calls, "sweep", lambda: swept.append(1))
     world.stream = 9
-    x = calls.empty((2, 3), DATATYPES["int16"])
+    x = calls.allocate("empty", (2, 3), DATATYPES["int16"])
     assert (x.shape, x.dtype, x.nbytes) == ((2, 3), np.int16, 12)
     x.copy_from(np.ones((2, 3), np.int16))
     assert device_calls.driver.calls == [("copy", 12, 9)]  # on the rank's own stream
