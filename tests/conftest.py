@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 SHM = Path("/dev/shm")
@@ -62,6 +63,8 @@ def pytest_configure(config):
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # emulated ranks need it, and only a new driver heeds it
     if without_gpu() is None:  # tests of GPUs say that they are, all others are of hosts
         os.environ["NVCOLL_BACKEND"] = "shm"
+    hypothesis.settings.register_profile("nvcoll", deadline=None)  # its 200 ms for an example are few on a busy machine
+    hypothesis.settings.load_profile("nvcoll")
     config.nvcoll_cache = tempfile.mkdtemp(prefix="nvcoll-cache-")
     os.environ["NVCOLL_CACHE_DIR"] = config.nvcoll_cache
 

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # import only the module that is asked for: `nvcoll run` should start fast
     args = parser(argv[:1] if argv and argv[0] in known else known).parse_args(argv)
     try:
-        return int(importlib.import_module(f"nvcoll.cli.{args.subcommand}").main(args))
+        status = int(importlib.import_module(f"nvcoll.cli.{args.subcommand}").main(args))
+        print(end="", flush=True)  # what the reader does not take is told here, not as the interpreter ends
+        return status
     except Error as error:
         print(f"nvcoll {args.subcommand}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ArgumentError) else 1

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-import time
+import threading
 
 import pytest
 
@@ -276,10 +276,12 @@ class TestProblems:
         assert driver.stack == []
 
     def test_a_start_that_hangs(self, fake, monkeypatch):
-        monkeypatch.setattr(FakeNvshmem, "init", lambda *args, **options: time.sleep(1))
+        hangs = threading.Event()
+        monkeypatch.setattr(FakeNvshmem, "init", lambda *args, **options: hangs.wait(60))
         fake.install(monkeypatch)
         with pytest.raises(BootstrapError, match=r"rank 0: NVSHMEM: expected an answer within 0\.1 s, none came"):
             open_memory(timeout=0.1)
+        hangs.set()
 
     def test_no_memory_here(self, fake):
         fake.room = False
@@ -303,10 +305,12 @@ class TestWithin:
             nvshmem.within(10, "it", lambda: 1 / 0)
 
     def test_a_deadline(self):
+        hangs = threading.Event()
         with pytest.raises(
             TimeoutError, match=r"^it: expected an answer within 0\.05 s, none came; raise NVCOLL_TIMEOUT"
         ):
-            nvshmem.within(0.05, "it", lambda: time.sleep(0.5))
+            nvshmem.within(0.05, "it", lambda: hangs.wait(60))
+        hangs.set()
 
 
 REAL = """

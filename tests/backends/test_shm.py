@@ -1,5 +1,6 @@
 """Shared memory of a node, on the ranks that a single process can be; tests of real ranks are in test_world."""
 
+import os
 import secrets
 from pathlib import Path
 
@@ -17,8 +18,8 @@ PAGE = 4096
 @pytest.fixture
 def path(monkeypatch):
     """Where the next segment is."""
-    monkeypatch.setattr(secrets, "token_hex", lambda n: "test-shm")
-    path = Path("/dev/shm/nvcoll-test-shm")
+    monkeypatch.setattr(secrets, "token_hex", lambda n: f"test-shm-{os.getpid()}")
+    path = Path(f"/dev/shm/nvcoll-test-shm-{os.getpid()}")
     path.unlink(missing_ok=True)
     return path
 
@@ -77,11 +78,11 @@ def test_what_cannot_be_created(path):
 
 def test_what_cannot_be_mapped(path):
     """The second rank of a node: in one process it finds the segment open already, and says so to all."""
-    first = _bootstrap.Segment.create("/nvcoll-test-shm", 2 * PAGE)
+    first = _bootstrap.Segment.create(f"/{path.name}", 2 * PAGE)
 
     class Second(LocalExchange):
         def allgather(self, data):
-            return [b"\0/nvcoll-test-shm", data]
+            return [b"\0/" + path.name.encode(), data]
 
     with pytest.raises(AllocationError, match=r"^shared memory cannot be mapped: rank 1: .*already open"):
         SharedMemory(Second(Hub(2, 10), 1), _topology.detect(1, [b"", b""]), PAGE)

@@ -17,6 +17,13 @@ def small_worlds(monkeypatch):
     monkeypatch.setenv("NVCOLL_HEAP", "256M")
 
 
+def pytest_collection_modifyitems(items):
+    """Give the first test the time that compilation takes: it may be any of those that need the kernels."""
+    for item in items:
+        if {"compiled", "compiled_far"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @pytest.fixture(scope="session")
 def gpu():
     """The first GPU."""

@@ -10,6 +10,8 @@ from tests.gpu.kernels import DEEP_PAIRS
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 ROOT = str(Path(__file__).parents[2])
 ENV = {"NVCOLL_BACKEND": "nvshmem", "NVCOLL_HEAP": "512M"}
+SOON = "5"
+"""NVCOLL_TIMEOUT where a rank is lost: it bounds each step of Init, too."""
 
 EVERYTHING = """
 import hashlib, sys
@@ -96,18 +98,18 @@ tell(**attempt(comm.Allreduce, x))
 
 
 def test_a_rank_that_does_not_come():
-    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT="2") as crew:
+    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT=SOON) as crew:
         crew.all_told()
         crew.let_go(0)
         told, then = crew.told(0), crew.told(0)
         assert told["kind"] == "TimeoutError", told
         assert "did not arrive: rank 1" in told["text"]
-        assert 1.5 < told["seconds"] < 8
+        assert 4 < told["seconds"] < 20
         assert then["kind"] == "StateError"
 
 
 def test_a_rank_that_is_killed():
-    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT="2") as crew:
+    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT=SOON) as crew:
         crew.all_told()
         crew.send(1, 9)
         crew.ranks[1].wait(10)
@@ -115,7 +117,7 @@ def test_a_rank_that_is_killed():
         told = crew.told(0)
         # Its memory may be gone, and what the GPU then meets ends the context of this rank: an error in any case.
         assert told["kind"] in {"TimeoutError", "DeviceError", "StateError"}, told
-        assert told["seconds"] < 15
+        assert told["seconds"] < 20
 
 
 @pytest.mark.parametrize("algorithm", ["one_shot/simple", "ring/simple", "two_shot/simple"])
@@ -135,13 +137,13 @@ def again():
 tell(**attempt(again))
 tell(**attempt(comm.Allreduce, x))
 """
-    with Crew(program, 2, **ENV, NVCOLL_TIMEOUT="2") as crew:
+    with Crew(program, 2, **ENV, NVCOLL_TIMEOUT=SOON) as crew:
         crew.all_told()
         crew.let_go()
         for rank, told in crew.all_told().items():
             assert told["kind"] == "MismatchError", told
             assert f"rank {1 - rank} calls something else" in told["text"]
-            assert told["seconds"] < 8
+            assert told["seconds"] < 20
         assert {told["kind"] for told in crew.all_told().values()} == {"StateError"}
 
 
@@ -160,7 +162,7 @@ with comm._world.device:
 
 def test_the_gpus_are_free_again_after_a_rank_was_killed(run_ranks):
     before = [int(text) for text in run_ranks(FRESH, 2, timeout=60, env=ENV).stdout]
-    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT="2") as crew:
+    with Crew(AFTER_A_CALL, 2, **ENV, NVCOLL_TIMEOUT=SOON) as crew:
         crew.all_told()
         crew.let_go(0)  # its kernel waits for rank 1
         crew.send(1, 9)

@@ -121,7 +121,7 @@ def test_unknown_names(capsys):
 
 
 def test_processes_of_a_host(run_ranks):
-    ranks = run_ranks(PROGRAM, 2, *QUICK, "--calls", "100", "--seconds", "20", env=ENV | {"NVCOLL_BACKEND": "shm"})
+    ranks = run_ranks(PROGRAM, 2, *QUICK, "--calls", "100", "--seconds", "1000", env=ENV | {"NVCOLL_BACKEND": "shm"})
     assert "eager: 100 of 100 calls, 0 wrong elements" in ranks.stdout[0]
 
 

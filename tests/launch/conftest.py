@@ -15,7 +15,7 @@ char calls[4096];               /* what was called, and with which handles */
 long long arguments[256], fields;
 unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
 void *current, *capturing, *gone;
-int fail, confused, slow;       /* slow: milliseconds of a launch */
+int fail, confused, slow;       /* slow: milliseconds of a launch; below 0: until it is no more */
 #include <stdio.h>
 static void note(const char *name, void *one, void *two) {
     sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
@@ -45,7 +45,8 @@ int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long source, size_
 int cuGetErrorString(int error, const char **text) { *text = error == 700 ? "an illegal address" : 0; return 0; }
 int cuLaunchKernelEx(const config *c, void *function, void **given, void **extra) {
     note("launch", function, c->stream);
-    if (slow) usleep(1000 * slow);
+    if (slow > 0) usleep(1000 * slow);
+    while (slow < 0) usleep(1000);
     memcpy(shape, c->grid, 28);
     shape[7] = c->count;
     shape[8] = c->count ? c->attributes[0] : 0;

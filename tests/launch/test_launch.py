@@ -177,13 +177,13 @@ def test_after_the_end_nothing_is_launched(see):
 def test_threads_take_turns(see):
     program = """
 import threading
-number("slow").value = 500
+number("slow").value = -1
 other = threading.Thread(target=plan.run, args=(1, 2, 0x50))
 other.start()
 while not text.value: pass
 refused = refusal(plan.run, 1, 2, 0x60)
-other.join()
 number("slow").value = 0
+other.join()
 calls(); plan.run(1, 2, 0x50)
 """
     told = see(program, "[refused, state.sequence]")
