@@ -105,6 +105,7 @@ class DeviceCalls:
         plan, from_, to = self._matched(send, recv, op, handle, algorithm)
 
         def start() -> Pending:
+            state.demand()
             for spec in (send, recv):
                 if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
                     raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; make another request")

@@ -83,16 +83,22 @@ def sweep() -> None:
             device, event, owners = _dropped.pop(0)
         except IndexError:  # another thread sweeps too
             return
-        with contextlib.suppress(Error):
-            if device.is_open and not _done(device, event):
-                _dropped.append((device, event, owners))
-                continue
-        _destroy(device, event)
+        if device.is_open and not _surely_done(device, event):
+            _dropped.append((device, event, owners))
+        else:
+            _destroy(device, event)
 
 
 def _done(device: Any, event: int) -> bool:
     with device:
         return driver.event_query(event)
+
+
+def _surely_done(device: Any, event: int) -> bool:
+    try:
+        return _done(device, event)
+    except Error:  # which tells nothing of the call
+        return False
 
 
 def _destroy(device: Any, event: int) -> None:

@@ -26,6 +26,8 @@ LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
 class Kernels:
     """The kernels of a GPU that are loaded; ranks that are threads share them.
 
+    They stay until the context ends: graphs of the program that hold them may live longer than a communicator.
+
     Parameters
     ----------
     device
@@ -62,15 +64,6 @@ class Kernels:
                         driver.share_multiprocessors(function)
                     self._loaded[key] = module, function
             return self._loaded[key][1]
-
-    def unload(self) -> None:
-        """Remove them from the GPU, when none of them runs any more; those that NVSHMEM knows are left to it."""
-        with self._lock:
-            loaded, self._loaded = self._loaded, {}
-        if not self.remote:
-            with self.device:
-                for module, _ in loaded.values():
-                    module.unload()
 
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""

@@ -1,7 +1,11 @@
 """What stands behind a communicator on GPUs; the counterpart of `nvcoll.world`, whose `World` it resembles."""
 
 import json
+import threading
+from collections import defaultdict
 from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from nvcoll import _topology
@@ -53,6 +57,8 @@ class DeviceWorld:
         self.stream = stream
         self.rank: int = exchange.rank
         self.size: int = exchange.size
+        self._leaving = threading.Lock()
+        self._left: bool | None = None
 
     def settle(self) -> None:
         """Wait for this rank's earlier calls, where its siblings' kernels share the context.
@@ -61,28 +67,34 @@ class DeviceWorld:
         of its siblings have all they need.
         """
         if self.stream:
-            with self.device:
-                driver.stream_synchronize(self.stream)
+            self.finish()
 
     def leave(self) -> bool:
         """Take no more part. Returns whether no kernel of this rank runs any more."""
-        state = self.planner.state
+        with self._leaving:
+            if self._left is None:
+                self._left = self._leave()
+        return self._left
+
+    def _leave(self) -> bool:
+        state, stream = self.planner.state, self.stream
         try:
             with self.device:
-                if self.stream:
-                    state.precede(self.stream)  # calls on other streams are waited for, too
+                if stream:
+                    state.precede(stream)  # calls on other streams are waited for, too
                 state.end()
                 # Kernels end by their deadline at the latest.
-                if self.stream:
-                    driver.stream_synchronize(self.stream)
-                    driver.stream_destroy(self.stream)
-                elif self.backend != "emulated":
+                if stream:
+                    driver.stream_synchronize(stream)
+                else:
                     driver.synchronize()
         except Error:  # the context is lost, and all that ran in it
             return False
         finally:
             state.end()
             self.stream = 0
+        if stream:
+            _idle[self.device.ordinal].append(stream)
         return True
 
     def close(self) -> None:
@@ -90,7 +102,7 @@ class DeviceWorld:
         left = self.leave()
         failed = not left or self.planner.state.reported
         if left:
-            self._give_back()
+            self.planner.area.close()
             self.heap.close()
         else:
             self.heap.retire()
@@ -99,7 +111,7 @@ class DeviceWorld:
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
         if self.leave():
-            when_none_runs(self._give_back)
+            when_none_runs(self.planner.area.close)
         self.heap.retire()
 
     def finish(self) -> None:
@@ -108,9 +120,27 @@ class DeviceWorld:
         with self.device:
             driver.stream_synchronize(self.stream)
 
-    def _give_back(self) -> None:
-        self.planner.area.close()
-        self.planner.kernels.unload()
+
+_idle: defaultdict[int, list[int]] = defaultdict(list)
+"""Streams of emulated ranks that have ended, by GPU: for other ranks, and never destroyed. Others may name them still.
+
+Torch does when it frees a tensor which such a stream has used, and so do buffers, which outlive their rank.
+"""
+
+
+def _stream_on(device: Any) -> int:
+    """Return a stream for an emulated rank."""
+    try:
+        return _idle[device.ordinal].pop()
+    except IndexError:
+        with device:
+            return driver.stream_create()
+
+
+@cache
+def _shared_kernels(ordinal: int, cache_dir: Path) -> Kernels:
+    """Return the kernels of all emulated ranks on a GPU, in this process."""
+    return Kernels(driver.Device(ordinal), cache_dir, together=True)
 
 
 def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> list[DeviceWorld]:
@@ -118,10 +148,9 @@ def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> li
     settings = settings_.read()
     settings_.let_streams_run_side_by_side()
     rules = read_rules(settings.rules)
-    device = driver.Device(ordinal)
+    kernels = _shared_kernels(ordinal, settings.cache_dir)
     hub = Hub(size, settings.timeout)
-    segment = reserve_on(device, size, settings.heap)
-    kernels = Kernels(device, settings.cache_dir, together=True)
+    segment = reserve_on(kernels.device, size, settings.heap)
 
     def build(exchange: Any, topology: Any, memory: Any) -> DeviceWorld:
         return build_world(exchange, topology, memory, settings, rules, kernels, size, "emulated")
@@ -209,8 +238,7 @@ def build_world(
     answers = exchange.allgather(device.multiprocessors.to_bytes(4, "little"))  # and nobody writes before all areas are
     smallest = min(int.from_bytes(answer, "little") for answer in answers)
     planner = DevicePlanner(area, topology, slices, rules, kernels, sharers, smallest, settings.timeout, kernels.remote)
-    with device:
-        stream = driver.stream_create() if backend == "emulated" else 0
+    stream = _stream_on(device) if backend == "emulated" else 0
     world = DeviceWorld(exchange, topology, planner, heap, device, backend, stream)
     heap.finish = world.finish
     return world

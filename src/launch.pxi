@@ -92,6 +92,7 @@ cdef enum:
     PER_THREAD = 2          # CU_STREAM_PER_THREAD: means another stream in each thread
     CAPTURING = 900         # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
     GONE = 400              # CUDA_ERROR_INVALID_HANDLE
+    GONE_TOO = 709          # CUDA_ERROR_CONTEXT_IS_DESTROYED: what some drivers say of a stream that was destroyed
 if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
 
@@ -223,7 +224,7 @@ cdef class DeviceState:
                 return CAPTURING  # an event would become part of that graph
             if not error:
                 error = nv_record_event(self.event, <void*>self.last_stream)
-            if error == GONE:
+            if error == GONE or error == GONE_TOO:
                 return nv_synchronize()  # the stream was destroyed, which does not end what was queued there
             if error:
                 return error

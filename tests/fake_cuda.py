@@ -22,6 +22,7 @@ Result = IntEnum(
         "CUDA_ERROR_STRANGE": 99999,
     },
 )
+Mode = IntEnum("Mode", {"CU_STREAM_CAPTURE_MODE_GLOBAL": 0, "CU_STREAM_CAPTURE_MODE_RELAXED": 2})
 MEMORY = 64 << 20
 FUNCTION, MODULE, STREAM, EVENT, CONTEXT = 0x8888, 0x7777, 0xABCD, 0x9999, 0xC000
 
@@ -65,6 +66,7 @@ class FakeDriver(types.ModuleType):
     """
 
     CUresult = Result
+    CUstreamCaptureMode = Mode
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9)
     CUpointer_attribute = types.SimpleNamespace(
@@ -87,6 +89,7 @@ class FakeDriver(types.ModuleType):
         self.gpus, self.version = gpus, version
         self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
         self.recorded, self.looks, self.capturing, self.pointers, self.attributes = [], 0, set(), {}, {}
+        self.mode = Mode.CU_STREAM_CAPTURE_MODE_GLOBAL
         self._threads = threading.local()
 
     @property
@@ -172,7 +175,12 @@ class FakeDriver(types.ModuleType):
         self.recorded.append((event, stream))
         return Result(0) if self.stack else Result.CUDA_ERROR_INVALID_CONTEXT
 
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        self.mode, before = mode, self.mode
+        return Result(0), before
+
     def cuEventQuery(self, event):
+        assert self.mode == Mode.CU_STREAM_CAPTURE_MODE_RELAXED, "a graph that another thread captures is spoiled"
         self.looks -= 1
         return Result.CUDA_ERROR_NOT_READY if self.looks >= 0 else Result(0)
 
@@ -231,9 +239,6 @@ class FakeDriver(types.ModuleType):
 
     def cuModuleLoadData(self, image):
         return Result(0), MODULE
-
-    def cuModuleUnload(self, module):
-        return Result(0)
 
     def cuModuleGetFunction(self, module, name):
         return (Result(0), FUNCTION) if name == b"kernel" else (Result.CUDA_ERROR_NOT_FOUND, None)

@@ -10,7 +10,7 @@ from nvcoll.backends.driver import Device
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import DeviceError, TimeoutError
 from nvcoll.requests import Request
-from tests.fake_cuda import EVENT, FakeDriver, Result, install
+from tests.fake_cuda import EVENT, FakeDriver, Mode, Result, install
 
 
 @pytest.fixture
@@ -108,6 +108,24 @@ def test_buffers_of_a_request_that_is_dropped_live_until_its_end(begun):
         assert alive() is not None
     begun().Wait()
     assert alive() is None
+
+
+def test_buffers_of_a_request_that_is_dropped_live_on_where_the_driver_tells_nothing(begun):
+    owner = set()
+    alive = weakref.ref(owner)
+    begun(owner)
+    del owner
+    begun.driver.fail["cuEventQuery"] = Result.CUDA_ERROR_INVALID_VALUE
+    begun()
+    assert alive() is not None
+    begun.driver.fail.clear()
+    begun()
+    assert alive() is None
+
+
+def test_graphs_that_other_threads_capture_are_not_spoiled(begun):
+    begun().Test()
+    assert begun.driver.mode == Mode.CU_STREAM_CAPTURE_MODE_GLOBAL  # as before; the fake minds what it is meanwhile
 
 
 def test_what_was_dropped_goes_with_the_context(begun):

@@ -330,20 +330,6 @@ class TestKernels:
             assert kernels.get("ring", "simple", "SUM", "int8", True) == 5
             assert roomy == [(5, 1)] * together
 
-    def test_they_are_removed_when_none_runs_any_more(self, monkeypatch, tmp_path):
-        gpu, removed = self.Gpu(), []
-        module = SimpleNamespace(handle=77, function=lambda name: 5, unload=lambda: removed.append(gpu.inside))
-        monkeypatch.setattr(planning_cuda.driver, "load_module", lambda cubin: module)
-        monkeypatch.setattr(planning_cuda.nvshmem, "introduce", lambda module: None)
-        for remote in (False, True):  # those are left to NVSHMEM
-            kernels = planning_cuda.Kernels(gpu, tmp_path, remote=remote)
-            monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
-            for op in ("SUM", "MAX"):
-                kernels.get("ring", "simple", op, "int8", True)
-            for _ in range(2):
-                kernels.unload()
-            assert removed == [1, 1]
-
     def test_those_that_reach_far_ranks_are_introduced_to_nvshmem(self, monkeypatch, tmp_path):
         gpu, met = self.Gpu(), []
 

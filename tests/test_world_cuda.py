@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -122,8 +123,7 @@ class TestEnds:
 
         def make(backend, stream, reported=False):
             state = SimpleNamespace(precede=note("precede"), end=note("end"), reported=reported)
-            area, kernels = SimpleNamespace(close=note("close area")), SimpleNamespace(unload=note("unload"))
-            planner = SimpleNamespace(state=state, area=area, kernels=kernels)
+            planner = SimpleNamespace(state=state, area=SimpleNamespace(close=note("close area")))
             heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"))
             exchange = SimpleNamespace(rank=0, size=2, close=note("leave"))
             return DeviceWorld(exchange, None, planner, heap, Device(0), backend, stream)
@@ -134,9 +134,7 @@ class TestEnds:
     @pytest.mark.parametrize("reported", [False, True])
     def test_of_a_process(self, world, done, reported):
         world("nvshmem", 0, reported).close()
-        assert done == [
-            ("end",), ("end",), ("close area",), ("unload",), ("close heap",), ("leave", reported),
-        ]  # fmt: skip
+        assert done == [("end",), ("end",), ("close area",), ("close heap",), ("leave", reported)]
 
     def test_of_a_process_whose_context_is_lost(self, world, done):
         world.driver.fail["cuCtxSynchronize"] = Result.CUDA_ERROR_INVALID_CONTEXT
@@ -150,7 +148,32 @@ class TestEnds:
         with on_gpu():
             one.retire()
             assert done == [("precede", STREAM), ("end",), ("wait", STREAM), ("end",), ("retire heap",)]
-        assert done[-2:] == [("close area",), ("unload",)]
+        assert done[-1] == ("close area",)
+
+    def test_streams_of_emulated_ranks_are_used_again(self, monkeypatch, world, done):
+        """They are never destroyed: others may name them still, and none is given out twice."""
+        gpu, ranks = Device(0), []
+        monkeypatch.setattr(world_cuda, "_idle", defaultdict(list))
+        handles = iter([50, 60, 70])
+        monkeypatch.setattr(world.driver, "cuStreamCreate", lambda flags: (Result(0), next(handles)))
+        ranks = [world("emulated", world_cuda._stream_on(gpu)) for _ in range(2)]
+        assert [rank.stream for rank in ranks] == [50, 60]
+        for rank in ranks:
+            assert [rank.leave(), rank.leave()] == [True, True]
+        assert sorted(world_cuda._stream_on(gpu) for _ in range(3)) == [50, 60, 70]
+        assert "cuStreamDestroy" not in world.driver.calls
+
+    def test_a_stream_on_which_something_went_wrong_is_not_used_again(self, monkeypatch, world, done):
+        monkeypatch.setattr(world_cuda, "_idle", defaultdict(list))
+        rank = world("emulated", STREAM)
+        world.driver.fail["cuStreamSynchronize"] = Result.CUDA_ERROR_INVALID_VALUE
+        assert [rank.leave(), rank.leave()] == [False, False]
+        assert not world_cuda._idle[0]
+
+    def test_before_a_kernel_is_loaded_calls_on_all_streams_are_waited_for(self, world, done):
+        world("emulated", STREAM).settle()
+        world("nvshmem", 0).settle()  # whose siblings have contexts of their own
+        assert done == [("precede", STREAM), ("wait", STREAM)]
 
     def test_calls_are_finished_on_all_streams(self, world, done):
         world("emulated", STREAM).finish()

@@ -272,9 +272,11 @@ def event_record(event: int, stream: int) -> None:
 
 
 def event_query(event: int) -> bool:
-    """Tell whether what an event stands for is done."""
+    """Tell whether what an event stands for is done; no graph that a thread captures meanwhile is spoiled."""
     driver = _driver()
+    mode = _call("cuThreadExchangeStreamCaptureMode", driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
     result, *_ = driver.cuEventQuery(event)
+    driver.cuThreadExchangeStreamCaptureMode(mode)
     if int(result) == int(driver.CUresult.CUDA_ERROR_NOT_READY):
         return False
     if int(result):
@@ -307,10 +309,6 @@ class Module:
         function = _call("cuModuleGetFunction", self.handle, name.encode())
         _call("cuFuncLoad", function)
         return int(function)
-
-    def unload(self) -> None:
-        """Remove the kernels from the GPU."""
-        _call("cuModuleUnload", self.handle)
 
 
 def share_multiprocessors(function: int) -> None:

@@ -1,5 +1,6 @@
 """Streams: from the stream objects of CUDA libraries to the handle that a launch takes."""
 
+import contextlib
 import operator
 import sys
 from typing import Any
@@ -144,8 +145,12 @@ def keep_for(stream: int, *arrays: Any) -> None:
         return
     for tensor in {id(one): one for one in arrays}.values():  # in place, both are the same
         if isinstance(tensor, torch.Tensor):
-            handle = LEGACY if stream == LEGACY_BY_NAME else stream  # torch knows it by no other name
-            tensor.record_stream(torch.cuda.ExternalStream(handle, device=tensor.device))
+            if stream in (LEGACY, LEGACY_BY_NAME):
+                its = torch.cuda.default_stream(tensor.device)
+            else:
+                its = torch.cuda.ExternalStream(stream, device=tensor.device)  # of 0 it makes a stream of its own
+            with contextlib.suppress(RuntimeError):  # memory that is not torch's lives as long as whose it is
+                tensor.record_stream(its)
 
 
 def captured_stream() -> Any:
@@ -154,8 +159,11 @@ def captured_stream() -> Any:
     try:  # not contextlib, which takes longer than all else here
         if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return torch.cuda.current_stream()
-        if cupy is not None and cupy.cuda.get_current_stream().is_capturing():
-            return cupy.cuda.get_current_stream()
+        if cupy is not None:
+            current = cupy.cuda.get_current_stream()
+            # The default stream cannot be captured, and to ask would make a context on the current GPU.
+            if current.ptr not in (LEGACY, LEGACY_BY_NAME) and current.is_capturing():
+                return current
     except RuntimeError:  # of CUDA: the launch meets it too, and says what is wrong
         return None
     return None

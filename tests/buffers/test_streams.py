@@ -151,7 +151,7 @@ def test_no_stream_is_cupy_s_current_one_for_its_arrays(monkeypatch):
 
 def test_a_stream_that_is_captured(monkeypatch):
     assert captured_stream() is None
-    stream = types.SimpleNamespace(is_capturing=lambda: capturing)
+    stream = types.SimpleNamespace(is_capturing=lambda: capturing, ptr=HANDLE)
     state = types.SimpleNamespace(started=False, capturing=True)
     torch = library(
         "torch",
@@ -171,6 +171,9 @@ def test_a_stream_that_is_captured(monkeypatch):
     assert captured_stream() is stream
     stream.is_capturing = raising_cuda_error
     assert captured_stream() is None  # the launch will meet it
+    for stream.ptr in (0, 1):
+        stream.is_capturing = pytest.fail  # of the default stream: would make a context on any GPU
+        assert captured_stream() is None
 
 
 def raising_cuda_error():

@@ -32,7 +32,8 @@ def torch(monkeypatch):
         current_stream=lambda device=None: torch.current,
         is_initialized=lambda: True,
         is_current_stream_capturing=lambda: torch.capturing,
-        ExternalStream=lambda handle, device: (handle, device.index),
+        ExternalStream=lambda handle, device: (handle, device.index) if handle else "one of its own",
+        default_stream=lambda device: (0, device.index),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setattr("nvcoll.buffers.device_specs.refuse_uncomputed", lambda *args: None)
@@ -67,6 +68,16 @@ def test_torch_keeps_memory_that_another_stream_uses(world, calls, torch, stream
     send, recv = torch.Tensor(values()), torch.Tensor(values())
     reduce(calls, send, recv, stream=stream)
     assert send.recorded == recv.recorded == [(known, 3)]
+
+
+def test_torch_need_not_keep_memory_of_others(world, calls, torch):
+    def refuse(stream):
+        raise RuntimeError("no memory of this allocator")
+
+    tensor = torch.Tensor(values())
+    tensor.record_stream = refuse
+    reduce(calls, tensor, stream=88)
+    assert streams(world) == [88]
 
 
 def test_torch_keeps_memory_that_the_stream_of_an_emulated_rank_uses(world, calls, torch):

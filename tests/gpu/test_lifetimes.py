@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("loaded")]
 COUNT = 1 << 18
 LATE = 0.3
 """Seconds."""
+CYCLES = 500_000_000
+"""About as long on a GPU."""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,7 @@ def loaded():
     x = torch.ones(COUNT, device="cuda") * 2
     torch.from_dlpack(x).clone().fill_(1).add_(1)
     torch.full((COUNT,), 7.0, device="cuda")
+    torch.cuda._sleep(1)
     torch.cuda.synchronize()
 
 
@@ -87,7 +90,9 @@ def test_memory_of_a_buffer_is_not_given_to_another_during_the_call():
         place = dropped.address
         with comm._world.device:
             side = driver.stream_create()  # where the communicator's own does not wait for it
-        meet()
+        if comm.rank == 1:  # late on the GPU, for what comes next meets the other rank on the host
+            with torch.cuda.stream(torch.cuda.ExternalStream(side)):
+                torch.cuda._sleep(CYCLES)
         comm.Allreduce(dropped, stream=side)
         del dropped
         kept = [comm.zeros(COUNT) for _ in range(2)]
@@ -111,8 +116,9 @@ def test_a_graph_of_torch_is_not_missed():
             comm.Allreduce(x, y, stream=torch.cuda.current_stream())
         before = y.copy_to().max().item()
         meet()
-        graph.replay()
-        torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(torch.cuda.ExternalStream(comm.stream)):  # on the default one ranks would queue up
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
         return before, np.unique(y.copy_to()).tolist()
 
     assert on_both(work) == [(0.0, [3.0])] * 2

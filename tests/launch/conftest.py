@@ -15,6 +15,7 @@ char calls[4096];               /* what was called, and with which handles */
 long long arguments[256], fields;
 unsigned shape[9];              /* grid, block, shared bytes, attributes, the first one's kind */
 void *current, *capturing, *gone;
+int how_gone = 400;
 int fail, confused, slow;       /* slow: milliseconds of a launch; below 0: until it is no more */
 #include <stdio.h>
 static void note(const char *name, void *one, void *two) {
@@ -25,7 +26,7 @@ int cuCtxPushCurrent_v2(void *context) { note("push", context, 0); current = con
 int cuCtxPopCurrent_v2(void **context) { note("pop", current, 0); *context = current; current = 0; return 0; }
 int cuEventRecord(void *event, void *stream) {
     note("record", event, stream);
-    return stream && stream == gone ? 400 : 0;
+    return stream && stream == gone ? how_gone : 0;
 }
 int cuCtxSynchronize(void) { note("synchronize", 0, 0); return 0; }
 int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {

@@ -174,7 +174,8 @@ def soak(comm, options, calls):
     prepare(comm, calls)
     checked, faults = Checked(comm, torch, calls, options.seed), Faults("graph", comm.rank)
     # Emulated ranks have a stream of their own, where their calls go.
-    stream = torch.cuda.ExternalStream(comm.stream) if comm.stream else torch.cuda.Stream(checked.device)
+    device = checked.device
+    stream = torch.cuda.ExternalStream(comm.stream, device) if comm.stream else torch.cuda.Stream(device)
     try:
         with torch.cuda.stream(stream):
             checked.rehearse()
