@@ -1,5 +1,6 @@
 """Ranks without a launcher: nobody ends the others when one of them fails, so they can tell what they see."""
 
+import contextlib
 import json
 import os
 import select
@@ -136,7 +137,8 @@ class Crew:
     def let_go(self, *ranks):
         """Open the next gate of these ranks, or of all."""
         for rank in ranks or range(self.n):
-            self.ranks[rank].stdin.write(b".")
+            with contextlib.suppress(BrokenPipeError):  # it was let go before, and has ended
+                self.ranks[rank].stdin.write(b".")
 
     def send(self, rank, number):
         self.ranks[rank].send_signal(number)

@@ -204,11 +204,13 @@ tell(attempt(exchange.allgather, b""))
 
     def test_a_rank_that_does_not_come_is_named(self, ranks, server):
         code = """
+exchange.allgather(b"")  # all have started
+exchange._timeout = 0.5
 if rank == 2:
     time.sleep(100)
 tell(attempt(exchange.allgather, b""))
 """
-        started = ranks(code, as_run(server, NVCOLL_TIMEOUT="0.5"))
+        started = ranks(code, as_run(server))
         for rank in (0, 1):
             [(kind, text, seconds)] = started[rank][1]()
             assert (kind, seconds < 5) == ("TimeoutError", True)
@@ -358,8 +360,11 @@ for again in range(2):
         assert len(list((tmp_path / "torch").glob("nvcoll_0_*"))) == 2 * 3
 
     def test_a_rank_that_does_not_come_is_named(self, ranks, environs):
-        code = "exchange.verb = 'free'\ntell(attempt(exchange.allgather, b'')) if rank != 1 else time.sleep(100)"
-        environs = [environ | {"NVCOLL_TIMEOUT": "0.5"} for environ in environs]
+        code = """
+exchange.allgather(b"")  # all have started
+exchange.verb, exchange._timeout = "free", 0.5
+tell(attempt(exchange.allgather, b"")) if rank != 1 else time.sleep(100)
+"""
         [(kind, text, _)] = ranks(code, environs)[2][1]()
         assert kind == "TimeoutError"
         assert text.startswith("free: rank 1 did not arrive within 0.5 s; ")

@@ -251,17 +251,18 @@ class TestErrors:
         assert nvcoll.emulate(4).run(main) == [4.0] * 4
 
     def test_a_rank_that_does_not_come_is_named_when_the_time_is_over(self, monkeypatch):
-        monkeypatch.setenv("NVCOLL_TIMEOUT", "0.2")
-        messages = []
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "1")
+        messages, failed = [], threading.Barrier(3, timeout=20)
 
         def main(comm):
             if comm.rank == 1:
-                time.sleep(1)
+                failed.wait()
                 return
             with pytest.raises(nvcoll.TimeoutError) as caught:
                 total(comm)
             assert isinstance(caught.value, builtins.TimeoutError)
             messages.append(str(caught.value))
+            failed.wait()
             with pytest.raises(nvcoll.StateError, match="an earlier call on this communicator failed"):
                 total(comm)
 
@@ -271,19 +272,21 @@ class TestErrors:
         assert any("did not arrive: rank 1" in message for message in messages)
 
     def test_a_rank_that_does_not_come_to_an_allocation(self, monkeypatch):
-        monkeypatch.setenv("NVCOLL_TIMEOUT", "0.2")
-        messages = []
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "1")
+        messages, failed = [], threading.Barrier(3, timeout=20)
 
         def main(comm):
             if comm.rank == 1:
-                time.sleep(0.5)
+                failed.wait()
             with pytest.raises(nvcoll.TimeoutError) as caught:
                 comm.empty(3)
+            if comm.rank != 1:
+                failed.wait()
             messages.append(str(caught.value))
 
         nvcoll.emulate(3).run(main)
         assert len(messages) == 3  # who comes later hears the same
-        assert all(message.startswith("empty: rank 1 did not arrive within 0.2 s; ") for message in messages)
+        assert all(message.startswith("empty: rank 1 did not arrive within 1 s; ") for message in messages)
 
     def test_a_rank_that_fails_before_others_free(self):
         messages = []
@@ -330,7 +333,8 @@ class TestErrors:
                 total(comm)
                 waiting = threading.Thread(target=total, args=(comm,))
                 waiting.start()
-                time.sleep(0.2)
+                while comm._world.planner.state.sequence < 2:
+                    time.sleep(0.001)
                 with pytest.raises(nvcoll.StateError, match="another thread is in a call on this communicator"):
                     total(comm)
                 found.set()

@@ -136,9 +136,10 @@ tell(wrong=wrong[:5], seconds=time.monotonic() - began)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_soak(run_ranks, launcher):
     """Ten thousand calls of all types, operators, algorithms, sizes and kinds of memory, each result checked."""
     calls = 10_000 if launcher == "nvcoll" else 2_000
     env = {"NVCOLL_SCRATCH": "1M", "OMP_NUM_THREADS": "1"}
-    found = told(run_ranks(PRELUDE + KINDS + SOAK, 4, calls, launcher=launcher, timeout=110, env=env))
+    found = told(run_ranks(PRELUDE + KINDS + SOAK, 4, calls, launcher=launcher, timeout=280, env=env))
     assert [rank[0]["wrong"] for rank in found] == [[]] * 4

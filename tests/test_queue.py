@@ -124,13 +124,13 @@ class TestOverlap:
     def test_one_late_rank(self):
         def main(comm):
             if comm.rank == 2:
-                time.sleep(0.3)
-            start = time.monotonic()
+                begun.wait()
             request = comm.Iallreduce(np.ones(3))
-            begun = time.monotonic() - start
-            request.Wait()
-            return begun < 0.2
+            if comm.rank != 2:
+                begun.wait()
+            return request.Wait()
 
+        begun = threading.Barrier(3, timeout=SOON)
         assert run(main) == [True] * 3
 
 
@@ -157,10 +157,14 @@ class TestBuffers:
     def test_are_let_go_then(self):
         def main(comm):
             x, y = bytearray(8), bytearray(8)
-            for _ in range(2):  # the long way, and the fast one
+            for late in lates:  # the long way, and the fast one
+                if comm.rank == 0:
+                    late.wait(SOON)
                 request = comm.Iallreduce(x, y)
-                with pytest.raises(BufferError):
-                    x.append(1)
+                if comm.rank == 1:
+                    with pytest.raises(BufferError):
+                        x.append(1)
+                    late.set()
                 comm.Barrier()
             assert request.Wait()
             x.append(1)
@@ -174,6 +178,7 @@ class TestBuffers:
             x.append(1)
             return len(x)
 
+        lates = [threading.Event() for _ in range(2)]
         assert run(main, 2) == [10] * 2
 
     @pytest.mark.parametrize("part", [slice(None), slice(1, 3)])
@@ -195,7 +200,10 @@ class TestErrors:
     def test_a_mismatch_is_raised_by_the_request_and_later_calls_are_refused(self):
         def main(comm):
             comm.Allreduce(np.ones(2))
+            begun = threading.Event()
+            comm._world.queue.begin(lambda: begun.wait(SOON))  # none fails before all are begun
             requests = [comm.Iallreduce(np.ones(4 + comm.rank)), comm.Iallreduce(np.ones(4))]
+            begun.set()
             kind, other = ("4", "5") if comm.rank == 0 else ("5", "4")
             why = rf"Allreduce \(call 2 on rank {comm.rank}\): this rank calls Allreduce of {kind} .* {other} float64"
             with pytest.raises(MismatchError, match=why):
@@ -238,14 +246,12 @@ class TestErrors:
 
         def main(comm):
             comm.Barrier()
-            if comm.rank == 1:
-                time.sleep(0.3)
-                return
-            left.append(comm.Iallreduce(np.ones(4)))
-            left.append(comm.Iallreduce(np.ones(4)))
-            return
+            if comm.rank != 1:
+                left.append(comm.Iallreduce(np.ones(4)))
+                left.append(comm.Iallreduce(np.ones(4)))
+            begun.wait()
 
-        left = []
+        left, begun = [], threading.Barrier(3, timeout=SOON)
         run(main)
         for request in left:
             with pytest.raises((StateError, PeerLostError)):
@@ -271,8 +277,9 @@ def test_memory_goes_with_the_communicator():
         persistent = comm.Allreduce_init(np.ones(3))
         persistent.Start()
         requests.append(comm.Iallreduce(np.ones(3)))
+        begun.wait()  # a rank that leaves earlier would make it fail
 
-    requests = []
+    requests, begun = [], threading.Barrier(4, timeout=SOON)
     run(main, 4)
     gc.collect()
     gc.disable()
@@ -305,7 +312,8 @@ class TestThreads:
             if comm.rank == 0:
                 blocked = threading.Thread(target=comm.Barrier)
                 blocked.start()
-                time.sleep(0.2)
+                while comm._world.planner.state.sequence < 2:
+                    time.sleep(0.001)
                 with pytest.raises(StateError, match="another thread is in a call on this communicator"):
                     comm.Iallreduce(np.ones(3))
                 met.set()

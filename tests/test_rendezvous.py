@@ -1,6 +1,7 @@
 """The meeting point of the ranks: a server, and clients that are threads here."""
 
 import contextlib
+import operator
 import os
 import pickle
 import socket
@@ -157,28 +158,30 @@ class TestDeadline:
             start = time.monotonic()
             with pytest.raises(TimeoutError, match=r"ranks 0, 2 did not arrive within 0\.3 s; .*NVCOLL_TIMEOUT"):
                 early.allgather(b"")
-            assert 0.3 <= time.monotonic() - start < 2
+            assert 0.3 <= time.monotonic() - start < 10
 
     def test_the_shortest_counts_and_latecomers_hear_the_same(self, server):
         ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([60, 0.3, 60])]
-        found = together(
-            lambda: ranks[0].allgather(b""),
-            lambda: ranks[1].allgather(b""),
-            lambda: (time.sleep(0.6), ranks[2].allgather(b"")),
-        )
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(ranks[0].allgather, b"")
+            while not server._sessions[0].waiting:
+                time.sleep(0.01)
+            found = [*together(lambda: ranks[1].allgather(b"")), first.exception()]
+        found += together(lambda: ranks[2].allgather(b""))
         assert [type(error) for error in found] == [TimeoutError] * 3
         assert all("rank 2 did not arrive" in str(error) for error in found)
         for exchange in ranks:
             exchange.close()
 
     def test_of_one_that_died_meanwhile_does_not_count(self, server):
-        ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([0.3, 10, 10])]
+        ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([1, 10, 10])]
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(ranks[0].allgather, b"")
-            time.sleep(0.1)
+            while not server._sessions[0].waiting:
+                time.sleep(0.01)
             ranks[0]._channel.sock.shutdown(socket.SHUT_RDWR)
             assert isinstance(waiting.exception(), PeerLostError)
-            time.sleep(0.4)
+            time.sleep(1.1)
         with pytest.raises(PeerLostError, match="rank 0 has died"):
             ranks[1].allgather(b"")
         for exchange in ranks:
@@ -331,16 +334,16 @@ class TestServer:
         server.close()
         server.close()
         deadline = time.monotonic() + 10
-        while held() != before and time.monotonic() < deadline:
-            time.sleep(0.01)  # the system takes a moment to bury a thread that was joined
-        assert held() == before
+        while any(map(operator.gt, held(), before)) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the system takes a moment to bury a thread that was joined, one of an earlier test too
+        assert not any(map(operator.gt, held(), before))
 
     def test_closing_sends_what_is_due(self, server, ranks):
         data = [os.urandom(4 << 20)] * 3
         with ThreadPoolExecutor(3) as pool:
             futures = [pool.submit(e.allgather, d) for e, d in zip(ranks, data, strict=True)]
             assert futures[0].result(10) == data
-            server.close()
+            server.close(10)
             assert [future.result(10) for future in futures] == [data] * 3
 
     def test_nobody_needs_to_hear_of_ranks_after_the_end(self, server):

@@ -43,7 +43,10 @@ def test_a_rank_that_leaves_is_named_on_all_nodes(on_nodes):  # noqa: F811
 total()
 if comm.rank == 3:
     sys.exit()
+begun = threading.Event()
+comm._world.queue.begin(begun.wait)  # none fails before all are begun
 requests = [comm.Iallreduce(np.ones(4)), comm.Iallreduce(np.ones(4))]
+begun.set()
 for request in requests:
     tell(**attempt(request.Wait))
 tell(**attempt(comm.Barrier))

@@ -55,7 +55,10 @@ class TestLostRanks:
 tell(sum=total())
 if comm.rank == 2:
     {end}
+begun = threading.Event()
+comm._world.queue.begin(begun.wait)  # none fails before all are begun
 requests = [comm.Iallreduce(np.ones(4)) for _ in range(2)]
+begun.set()
 
 def test(request):
     while not request.Test():
@@ -100,6 +103,8 @@ for _ in range(2):
 
     def test_late_ranks_are_named_when_the_time_is_over(self):
         program = """
+tell(imported=True)
+gate()
 tell(sum=total())
 if comm.rank == 1:
     gate()
@@ -107,6 +112,8 @@ if comm.rank == 1:
 tell(**attempt(comm.Iallreduce(np.ones(4)).Wait))
 """
         with Crew(program, 3, NVCOLL_TIMEOUT=str(SHORT)) as crew:
+            crew.all_told()
+            crew.let_go()
             crew.all_told()
             for told in crew.all_told(but={1}).values():
                 assert told["kind"] == "TimeoutError"
@@ -123,10 +130,13 @@ class TestInterruption:
 tell(sum=total())
 if comm.rank == 0:
     when_waiting(2, os.kill, os.getpid(), signal.SIGINT)
-    request = comm.Iallreduce(np.ones(4))
-    while {runs_elsewhere} and comm._world.planner.state.sequence < 2:
-        time.sleep(0.001)
-    tell(**attempt(request.Wait))
+    def begin_and_wait():  # the signal comes in here, however long it takes
+        global request
+        request = comm.Iallreduce(np.ones(4))
+        while {runs_elsewhere} and comm._world.planner.state.sequence < 2:
+            time.sleep(0.001)
+        request.Wait()
+    tell(**attempt(begin_and_wait))
 else:
     gate()
     request = comm.Iallreduce(np.ones(4))
