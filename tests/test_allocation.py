@@ -280,9 +280,9 @@ class TestDisagreement:
 
         def main(comm):
             with pytest.raises(
-                nvcoll.AllocationError, match=r"^empty: out of memory: rank 0: needs 1048576 "
+                nvcoll.AllocationError, match=r"^zeros: out of memory: rank 0: needs 1048576 "
             ) as caught:
-                comm.empty(1 << 20, np.uint8)
+                comm.zeros(1 << 20, np.uint8)
             assert isinstance(caught.value, MemoryError)
             assert "the heap of 1048576 bytes has no such room; free buffers or raise NVCOLL_HEAP" in str(caught.value)
             buffer = comm.zeros((1 << 20) - (128 << 10), np.uint8)  # all that is left

@@ -15,10 +15,10 @@ from nvcoll.ops import DATATYPES
 class FakeAllocation:
     """Stands for symmetric memory and writes down what is asked of it."""
 
-    def __init__(self, nbytes, offset=64):
+    def __init__(self, nbytes, verb="empty", offset=64):
         self.memory = np.zeros(nbytes, np.uint8)
         self.address, self.nbytes, self.offset = self.memory.ctypes.data, nbytes, offset
-        self.calls = []
+        self.verb, self.calls = verb, []
 
     def free(self):
         self.calls.append("free")

@@ -126,7 +126,11 @@ class TestNonblocking:
         monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
         *_, check, over, _ = calls.begin("Iallreduce", on_gpu(values()), None, SUM, 55, None)()
         assert not over()
+        start = calls.begin("Allreduce_init", on_gpu(values()), None, SUM, 55, None)
         world.planner.state.over = True
+        world.capturing.add(55)  # which is not looked at any more
+        with pytest.raises(nvcoll.StateError, match="finalized"):
+            start()
         assert over()
         with pytest.raises(nvcoll.StateError, match="finalized"):
             check()
@@ -233,8 +237,9 @@ def test_arrays_are_made_on_the_heap(world, calls, monkeypatch):
     swept = []
     monkeypatch.setattr(device_calls, "sweep", lambda: swept.append(1))
     world.stream = 9
-    x = calls.allocate("empty", (2, 3), DATATYPES["int16"])
+    x = calls.allocate("zeros", (2, 3), DATATYPES["int16"])
     assert (x.shape, x.dtype, x.nbytes) == ((2, 3), np.int16, 12)
+    assert x._owner.allocation.verb == "zeros"
     x.copy_from(np.ones((2, 3), np.int16))
     assert device_calls.driver.calls == [("copy", 12, 9)]  # on the rank's own stream
     assert swept == [1]  # what dropped requests have left may be what is given out
