@@ -239,12 +239,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-ALLOCATIONS = [
-    lambda comm: comm.empty(3),
-    lambda comm: comm.zeros(3),
-    lambda comm: comm.full(3, 1),
-    lambda comm: comm.array([1, 2, 3]),
-]
+ALLOCATIONS = {"empty": (3,), "zeros": (3,), "full": (3, 1), "array": ([1, 2, 3],)}
 FAILED = "^an earlier call on this communicator failed; it can only be freed: call Finalize$"
 
 
@@ -253,25 +248,25 @@ class TestAfterAFailedCall:
         def main(comm):
             with pytest.raises(nvcoll.MismatchError):
                 comm.Allreduce(np.ones(3 + comm.rank))
-            for allocate in ALLOCATIONS:
+            for verb, args in ALLOCATIONS.items():
                 with pytest.raises(nvcoll.StateError, match=FAILED):
-                    allocate(comm)
+                    getattr(comm, verb)(*args)
             return True
 
         assert nvcoll.emulate(2).run(main) == [True, True]
 
-    @pytest.mark.parametrize("allocate", ALLOCATIONS)
-    def test_on_gpus_its_error_is_raised_first(self, allocate):
+    @pytest.mark.parametrize("verb", ALLOCATIONS)
+    def test_on_gpus_its_error_is_raised_first(self, verb):
         state = SimpleNamespace(failed=True, sequence=3, demand=lambda: None)
         boards = [3 << STAMP_BITS, 2 << STAMP_BITS]
         planner = SimpleNamespace(state=state, area=SimpleNamespace(boards=lambda: boards), timeout=2.0)
         world = SimpleNamespace(rank=0, size=2, target="cuda", planner=planner)
         comm = Comm(lambda: world, "on GPUs")
         comm.__dict__.update(_world=world, _calls=DeviceCalls(world))
-        with pytest.raises(nvcoll.TimeoutError, match=r"^\w+: a call up to number 3 .* did not arrive: rank 1"):
-            allocate(comm)
+        with pytest.raises(nvcoll.TimeoutError, match=f"^{verb}: a call up to number 3 .* did not arrive: rank 1"):
+            getattr(comm, verb)(*ALLOCATIONS[verb])
         with pytest.raises(nvcoll.StateError, match=FAILED):
-            allocate(comm)
+            getattr(comm, verb)(*ALLOCATIONS[verb])
 
 
 class TestDisagreement:
