@@ -14,7 +14,7 @@ from nvcoll._bootstrap import RendezvousServer
 from tests.conftest import segments, wait_until_empty
 
 PRELUDE = """
-import json, os, signal, sys, threading, time
+import contextlib, json, os, signal, sys, threading, time
 import numpy as np
 import nvcoll
 from nvcoll import COMM_WORLD as comm
@@ -45,6 +45,14 @@ def when_waiting(kernels, act, *args, **options):
     thread = threading.Thread(target=watch)
     thread.start()
     return thread
+
+@contextlib.contextmanager
+def queue_held():
+    # Nonblocking calls that begin in here start afterwards: so none fails before all of them have begun.
+    begun = threading.Event()
+    comm._world.queue.begin(begun.wait)
+    yield
+    begun.set()
 
 def total():
     # The sum over all ranks of their number plus one: shows that the communicator works.

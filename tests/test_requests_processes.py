@@ -55,10 +55,8 @@ class TestLostRanks:
 tell(sum=total())
 if comm.rank == 2:
     {end}
-begun = threading.Event()
-comm._world.queue.begin(begun.wait)  # none fails before all are begun
-requests = [comm.Iallreduce(np.ones(4)) for _ in range(2)]
-begun.set()
+with queue_held():
+    requests = [comm.Iallreduce(np.ones(4)) for _ in range(2)]
 
 def test(request):
     while not request.Test():
