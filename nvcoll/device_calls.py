@@ -1,7 +1,7 @@
 """The verbs of a communicator on GPUs: arguments are judged, the plan is found, and the launch is queued on a stream.
 
-The host never waits here, but in `barrier`, and in `empty` for calls that may use the memory which it gives out. What
-fails on a GPU is known after the fact: the next call raises it.
+The host never waits here, but in `barrier`, and in `allocate` for calls that may use the memory which it gives out.
+What fails on a GPU is known after the fact: the next call raises it.
 """
 
 import math

@@ -46,7 +46,7 @@ class Kernels:
         self.remote = remote
         self._together = together
         self._cubins = CubinCache(cache_dir)
-        self._loaded: dict[tuple[Any, ...], tuple[Any, int]] = {}
+        self._loaded: dict[tuple[Any, ...], int] = {}
         self._lock = threading.Lock()
 
     def get(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
@@ -62,8 +62,8 @@ class Kernels:
                     function = module.function(ENTRY)
                     if self._together:
                         driver.share_multiprocessors(function)
-                    self._loaded[key] = module, function
-            return self._loaded[key][1]
+                    self._loaded[key] = function
+            return self._loaded[key]
 
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""

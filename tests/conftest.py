@@ -162,6 +162,14 @@ def wait_until_empty(look, seconds=5):
     return found
 
 
+def eventually(condition, seconds=10):
+    """Wait until `condition()` is true; fail if the time is over before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_remains():
     """Fail the run if it leaves a process or a shared-memory segment behind."""

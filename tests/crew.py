@@ -51,8 +51,10 @@ def queue_held():
     # Nonblocking calls that begin in here start afterwards: so none fails before all of them have begun.
     begun = threading.Event()
     comm._world.queue.begin(begun.wait)
-    yield
-    begun.set()
+    try:
+        yield
+    finally:
+        begun.set()
 
 def total():
     # The sum over all ranks of their number plus one: shows that the communicator works.

@@ -124,7 +124,7 @@ CALLS = st.tuples(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(CALLS, min_size=1, max_size=10))
 def test_any_forms_on_any_ranks(calls):
     inputs = [

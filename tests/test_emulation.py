@@ -12,6 +12,7 @@ import pytest
 import nvcoll
 from nvcoll import emulation
 from nvcoll.world import open_emulated
+from tests.conftest import eventually
 from tests.fake_cuda import FakeDriver, install
 
 
@@ -333,8 +334,7 @@ class TestErrors:
                 total(comm)
                 waiting = threading.Thread(target=total, args=(comm,))
                 waiting.start()
-                while comm._world.planner.state.sequence < 2:
-                    time.sleep(0.001)
+                eventually(lambda: comm._world.planner.state.sequence >= 2, 60)
                 with pytest.raises(nvcoll.StateError, match="another thread is in a call on this communicator"):
                     total(comm)
                 found.set()

@@ -15,6 +15,7 @@ import nvcoll
 from nvcoll import Prequest, Request
 from nvcoll._plan import Queue
 from nvcoll.errors import MismatchError, PeerLostError, StateError
+from tests.conftest import eventually
 
 SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
 
@@ -312,8 +313,7 @@ class TestThreads:
             if comm.rank == 0:
                 blocked = threading.Thread(target=comm.Barrier)
                 blocked.start()
-                while comm._world.planner.state.sequence < 2:
-                    time.sleep(0.001)
+                eventually(lambda: comm._world.planner.state.sequence >= 2, 60)
                 with pytest.raises(StateError, match="another thread is in a call on this communicator"):
                     comm.Iallreduce(np.ones(3))
                 met.set()

@@ -15,6 +15,7 @@ import pytest
 from nvcoll import _bootstrap, settings
 from nvcoll._bootstrap import RendezvousServer, connect
 from nvcoll.errors import BootstrapError, PeerLostError, StateError, TimeoutError
+from tests.conftest import eventually
 
 
 def join(server, rank, size=None, key=None, timeout=10):
@@ -164,8 +165,7 @@ class TestDeadline:
         ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([60, 0.3, 60])]
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(ranks[0].allgather, b"")
-            while not server._sessions[0].waiting:
-                time.sleep(0.01)
+            eventually(lambda: server._sessions[0].waiting)
             found = [*together(lambda: ranks[1].allgather(b"")), first.exception()]
         found += together(lambda: ranks[2].allgather(b""))
         assert [type(error) for error in found] == [TimeoutError] * 3
@@ -177,8 +177,7 @@ class TestDeadline:
         ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([1, 10, 10])]
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(ranks[0].allgather, b"")
-            while not server._sessions[0].waiting:
-                time.sleep(0.01)
+            eventually(lambda: server._sessions[0].waiting)
             ranks[0]._channel.sock.shutdown(socket.SHUT_RDWR)
             assert isinstance(waiting.exception(), PeerLostError)
             time.sleep(1.1)
@@ -333,10 +332,8 @@ class TestServer:
         exchange.close()
         server.close()
         server.close()
-        deadline = time.monotonic() + 10
-        while any(map(operator.gt, held(), before)) and time.monotonic() < deadline:
-            time.sleep(0.01)  # the system takes a moment to bury a thread that was joined, one of an earlier test too
-        assert not any(map(operator.gt, held(), before))
+        # The system takes a moment to bury a thread that was joined, one of an earlier test too.
+        eventually(lambda: not any(map(operator.gt, held(), before)))
 
     def test_closing_sends_what_is_due(self, server, ranks):
         data = [os.urandom(4 << 20)] * 3

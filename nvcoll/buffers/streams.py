@@ -14,6 +14,7 @@ LEGACY = 0
 """Handle of the legacy default stream, which waits for all streams but those that were made non-blocking."""
 LEGACY_BY_NAME = 1
 """The same stream, as libraries name it to whom 0 could mean several."""
+DEFAULT = (LEGACY, LEGACY_BY_NAME)
 HANDLES = ("cuda_stream", "ptr", "handle")
 """Attributes in which torch, CuPy and Numba keep a stream's handle."""
 EXPECTED = "an integer handle, or a stream of cuda.core, torch, CuPy or Numba"
@@ -145,7 +146,7 @@ def keep_for(stream: int, *arrays: Any) -> None:
         return
     for tensor in {id(one): one for one in arrays}.values():  # in place, both are the same
         if isinstance(tensor, torch.Tensor):
-            if stream in (LEGACY, LEGACY_BY_NAME):
+            if stream in DEFAULT:
                 its = torch.cuda.default_stream(tensor.device)
             else:
                 its = torch.cuda.ExternalStream(stream, device=tensor.device)  # of 0 it makes a stream of its own
@@ -162,7 +163,7 @@ def captured_stream() -> Any:
         if cupy is not None:
             current = cupy.cuda.get_current_stream()
             # The default stream cannot be captured, and to ask would make a context on the current GPU.
-            if current.ptr not in (LEGACY, LEGACY_BY_NAME) and current.is_capturing():
+            if current.ptr not in DEFAULT and current.is_capturing():
                 return current
     except RuntimeError:  # of CUDA: the launch meets it too, and says what is wrong
         return None

@@ -59,7 +59,7 @@ CALLS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(CALLS, min_size=1, max_size=12), st.sampled_from([None, [1, 2], [1, 1, 1]]))
 def test_any_row_of_calls(calls, nodes):
     judge(calls, 3, nodes)

@@ -84,7 +84,7 @@ def test_empty_memory(kind):
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_count_and_displacement(data):
     kind = data.draw(st.sampled_from([kind for kind in KINDS if not kind.missing]))
     names = sorted(kind.typed) if kind.typed else list(DATATYPES)
@@ -105,7 +105,6 @@ def test_any_count_and_displacement(data):
 
 
 @given(st.sampled_from(list(DATATYPES)), st.integers(0, 40))
-@settings(deadline=None)
 def test_bytes_are_read_as_any_type_that_divides_them(name, nbytes):
     datatype = DATATYPES[name]
     if nbytes % datatype.itemsize:

@@ -15,6 +15,7 @@ import pytest
 
 from nvcoll import cli
 from nvcoll.cli import run
+from tests.conftest import eventually
 
 NVCOLL = str(Path(sys.executable).with_name("nvcoll"))
 CPUS = len(os.sched_getaffinity(0))
@@ -58,13 +59,6 @@ def started(tmp_path):
             return process, pids
 
         yield start
-
-
-def eventually(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def running(pids):
