@@ -200,6 +200,8 @@ class DeviceCalls:
         others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
         missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
         odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
+        if state.blamed >= 0:  # in an earlier call, so boards say nothing of it any more
+            odd = [state.blamed]
         where = f"{verb}: a call up to number {state.sequence} failed on the GPU of rank {world.rank}"
         if odd:
             return MismatchError(

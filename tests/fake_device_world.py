@@ -35,6 +35,7 @@ class State:
     failed: bool = False
     sequence: int = 0
     over: bool = False
+    blamed: int = -1
     preceded: list = field(default_factory=list)
 
     def demand(self):

@@ -1,6 +1,6 @@
 """A communicator's area on a GPU: the part of every rank's heap through which its kernels talk.
 
-    board  flags (2 halves)  cells (2 halves)  lines (2 halves)  data (2 halves)
+    board, tags  flags (2 halves)  cells (2 halves)  lines (2 halves)  data (2 halves)
 
 Within a half, each block of a launch has a part of its own. Cells hold sentinels while they are empty, all else zeros.
 Where some ranks are far, nothing arrives in cells: what goes to far ranks is staged there.
@@ -16,11 +16,10 @@ from typing import Any
 from nvcoll._plan import DeviceState
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR, TAGS, TAGS_RANK
 from nvcoll.errors import ArgumentError
 
 BOARD = 0
-FLAGS = 4096
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
 TOKEN = 256
@@ -45,6 +44,11 @@ class DeviceLayout:
     scratch: int
 
     @property
+    def flags(self) -> int:
+        """Offset of the flags, behind the board and the tags of all ranks."""
+        return _pages(TAGS + TAGS_RANK * self.ranks)
+
+    @property
     def flags_block(self) -> int:
         """Flags of a block: ring and two-shot take most, two a rank."""
         return (2 * self.ranks + 32) * LINE
@@ -57,7 +61,7 @@ class DeviceLayout:
     @property
     def cells(self) -> int:
         """Offset of the cells, where floats arrive in the low-latency protocol."""
-        return -(-(FLAGS + 2 * self.flags_half) // 4096) * 4096
+        return _pages(self.flags + 2 * self.flags_half)
 
     @cached_property
     def slots_block(self) -> int:
@@ -142,7 +146,7 @@ class DeviceArea:
             "rank": memory.place, "size": len(memory.members), "nodes": len(here.nodes), "node": here.node,
             "local_rank": here.local_rank, "node_size": len(here.members), "slices": slices, "members": members,
             "owners": owners, "peers": peers, "state": state, "report": report, "timeout": int(timeout * 1e9),
-            "board": piece.address + BOARD, "flags": FLAGS, "flags_half": layout.flags_half,
+            "board": piece.address + BOARD, "flags": layout.flags, "flags_half": layout.flags_half,
             "flags_block": layout.flags_block, "cells": layout.cells, "lines": layout.lines, "data": layout.data,
             "slots_half": layout.slots_half, "slots_block": layout.slots_block,
             "workspace": self._private + total, "workspace_block": layout.slots_block,
@@ -176,6 +180,10 @@ class DeviceArea:
                 driver.host_free(self._host)
             self._private = 0
             del self.state  # it refers to this area: so memory goes with the last reference to it, and at once
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // 4096) * 4096
 
 
 def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[list[int]]:

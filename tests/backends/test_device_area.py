@@ -10,9 +10,9 @@ from nvcoll import _topology
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends import device_area
-from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
+from nvcoll.backends.device_area import BOARD, LINE, SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.driver import Device
-from nvcoll.device.cuda.layout import BLOCKS
+from nvcoll.device.cuda.layout import BLOCKS, TAGS, TAGS_RANK
 from nvcoll.errors import AllocationError, ArgumentError
 from tests.fake_cuda import CONTEXT, EVENT, Result
 
@@ -21,14 +21,14 @@ LOCAL = {"send", "recv", "count", "part", "capacity", "stride", "stamp", "ranks"
 
 class TestLayout:
     @pytest.mark.parametrize("scratch", [SCRATCH, SCRATCH + 12345, 1 << 30])
-    @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 33, 64])
+    @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 33, 64, 500])
     def test_parts_do_not_overlap(self, ranks, scratch):
         layout = DeviceLayout(ranks, scratch)
-        halves = [BOARD, FLAGS, FLAGS + layout.flags_half]
+        halves = [BOARD, TAGS, layout.flags, layout.flags + layout.flags_half]
         for part in (layout.cells, layout.lines, layout.data):
             halves += [part, part + layout.slots_half]
         halves.append(layout.nbytes)
-        sizes = [8, layout.flags_half, layout.flags_half, *[layout.slots_half] * 6]
+        sizes = [8, TAGS_RANK * ranks, layout.flags_half, layout.flags_half, *[layout.slots_half] * 6]
         assert all(first + size <= second for (first, second), size in zip(pairwise(halves), sizes, strict=True))
         assert all(place % LINE == 0 for place in halves)
         assert layout.nbytes <= scratch

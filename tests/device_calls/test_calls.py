@@ -226,6 +226,12 @@ class TestFailures:
             ": rank 0 calls something else (count, datatype, operator or algorithm, or Barrier); make the calls agree"
         )
 
+    def test_an_earlier_call_was_something_else(self, world, calls):
+        world.planner.state.blamed = 3
+        error = self.error(world, calls, [self.tag(19), self.tag(20), self.tag(20), self.tag(20)])
+        assert isinstance(error, nvcoll.MismatchError)
+        assert ": rank 3 calls something else (count, " in str(error)
+
     def test_the_next_call_is_refused(self, world, calls):
         self.error(world, calls, [self.tag(20)] * 4)
         with pytest.raises(nvcoll.StateError) as caught:

@@ -180,6 +180,24 @@ def test_counts_that_do_not_match(monkeypatch):
     assert all("rank 1 calls something else" in text for _, text in (told[0], told[2]))
 
 
+@pytest.mark.parametrize("algorithm", [name for name in candidates() if name.endswith("/low_latency")])
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_counts_of_as_many_packs_that_do_not_match(algorithm, earlier):
+    """Floats carry no tag, so the call itself ends well, but not the one after it, whatever the parity of its epoch."""
+
+    def main(comm):
+        x = comm.array(np.ones(1000, np.float32))
+        for _ in range(1 + earlier):
+            comm.Allreduce(x, algorithm=algorithm)
+        comm.Barrier()
+        comm.Allreduce(x[: 999 if comm.rank == 1 else 1000], algorithm=algorithm)
+        return end_of(comm.Barrier)
+
+    told = nvcoll.emulate(3, device=0).run(main)
+    assert [kind for kind, _ in told] == ["MismatchError"] * 3
+    assert all("rank 1 calls something else" in text for _, text in (told[0], told[2]))
+
+
 def test_worlds_one_after_the_other_give_their_memory_back(gpu):
     def main(comm):
         x = comm.array(np.ones(10, np.float32))

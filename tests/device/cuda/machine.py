@@ -20,7 +20,7 @@ import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS
-from nvcoll.device.cuda import common, packs, ptx, verbs
+from nvcoll.device.cuda import common, low_latency, packs, ptx, verbs
 from nvcoll.device.cuda.layout import EPOCH, EPOCHS
 
 WORD = 8
@@ -154,6 +154,7 @@ def machine(clock: Callable[[], int] = time.monotonic_ns) -> Iterator[Gpus]:
         for name, stand_in in gpus.primitives().items():
             patch.setattr(ptx, name, stand_in)
         patch.setattr(common, "_near", lambda: lambda c, p: c[near + p])
+        patch.setattr(low_latency, "sentinels", lambda jit, lane: sentinels(gpus))
         patch.setattr(packs, "partial", lambda unit: SimpleNamespace(take=gpus.take, give=gpus.give))
         yield gpus
 
@@ -164,15 +165,24 @@ def jit(function):
     return function
 
 
-def arithmetic(combine, *, widens):
+def sentinels(gpus):
+    """Data that travel without a tag, in memory that otherwise holds zeros: so there are none among the elements."""
+    return SimpleNamespace(
+        spread=1, tagged=False, look=gpus.poll_pack, missing=lambda got, e: 0 in got, data_of=lambda got: got,
+        push=lambda at, pack, e: gpus.store_pack(at, pack), clear=lambda at: gpus.store_pack(at, (0, 0)),
+    )  # fmt: skip
+
+
+def arithmetic(combine, *, widens, tagged):
     """Elements of a word, and accumulators of one or two, whose second stays 0."""
 
     def reduce(left, right):
         return tuple(0 if widens and k % 2 else combine(*pair) for k, pair in enumerate(zip(left, right, strict=True)))
 
     return SimpleNamespace(
-        op="SUM", datatype="int64", accumulator="int64", itemsize=WORD, width=2 * WORD if widens else WORD,
-        words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens, reduce=reduce, reduce_pack=reduce,
+        op="SUM", datatype="int64", accumulator="int64" if tagged else "float64", itemsize=WORD,
+        width=2 * WORD if widens else WORD, words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens,
+        reduce=reduce, reduce_pack=reduce,
         widen=lambda pack: (pack[0], 0, pack[1], 0) if widens else pack,
         finish=lambda acc, ranks: (acc[0], acc[2]) if widens else acc,
     )  # fmt: skip
@@ -195,6 +205,8 @@ class World:
         Whether threads have several packs under way, and whether accumulators are wider than elements.
     symmetric
         Whether buffers lie in the symmetric heap.
+    tagged
+        Whether data carry a tag; else messages are of whole packs, without zeros, and accumulators as wide as elements.
     combine
         What reduces two words; by default it adds them.
     timeout
@@ -203,11 +215,11 @@ class World:
 
     def __init__(
         self, gpus, algorithm, protocol, node_sizes, *, threads=2, deep=False, widens=False,
-        symmetric=False, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
+        symmetric=False, tagged=True, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
     ):  # fmt: skip
         self.gpus, self.threads, self.ranks, self._symmetric = gpus, threads, range(sum(node_sizes)), symmetric
         one = ALGORITHMS[algorithm]
-        a = arithmetic(combine, widens=widens)
+        a = arithmetic(combine, widens=widens, tagged=tagged)
         v = verbs.vocabulary(jit, a, protocol, deep)
         self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False)
         self._fields = [self._lay_out(rank, node_sizes, timeout) for rank in self.ranks]
@@ -227,7 +239,7 @@ class World:
             for k, value in enumerate(table):
                 self.gpus.memory[at + WORD * k] = value
         fields = {
-            "stamp": 5, "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
+            "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
             "local_rank": mine, "node_size": node_sizes[node], "slices": min(node_sizes),
             "members": members, "owners": owners, "peers": peers, "state": state, "report": report, "timeout": timeout,
             "board": areas[rank], "flags_half": 1 << 16, "flags_block": 1 << 14, "slots_half": 4 * SLOTS,
@@ -246,6 +258,14 @@ class World:
         for block in range(BLOCKS):
             self.gpus.memory[self._fields[rank]["state"] + EPOCHS + EPOCH * block + WORD] = common.FAILED
 
+    def blamed(self):
+        """Return, by rank that has failed, whose call does not match, as it says; None where it does not say."""
+        reports = {rank: self._fields[rank]["report"] for rank in self.ranks}
+        told = {
+            rank: self.gpus.memory.get(at + WORD, 0) - 1 for rank, at in reports.items() if self.gpus.memory.get(at)
+        }
+        return {rank: None if whom < 0 else whom for rank, whom in told.items()}
+
     def sent(self):
         """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""
         areas = {rank: range(self._place(0, rank), self._place(0, rank) + SPACE) for rank in self.ranks}
@@ -262,7 +282,7 @@ class World:
         area = range(self._place(0, rank) + first, self._place(0, rank) + last)
         return {at: word for at, word in self.gpus.memory.items() if word and at in area}
 
-    def run(self, calls, value, ranks=None, seed=0):
+    def run(self, calls, value, ranks=None, seed=0, stamp=lambda call, rank: 5):
         """Make calls, one right after the other, and return the result of each on each rank that came to its end.
 
         Parameters
@@ -277,6 +297,8 @@ class World:
             Who takes part; all by default.
         seed
             Of the threads' delays.
+        stamp
+            ``stamp(call, rank)`` gives what says which call it is.
         """
         buffers = {}
         for call, (count, _, _) in enumerate(calls):
@@ -292,7 +314,9 @@ class World:
                 barrier = Barrier(self.threads)
                 for thread in range(self.threads):
                     place = rank, block, thread
-                    job = threading.Thread(target=self._work, args=(calls, buffers, barrier, place, seed), daemon=True)
+                    job = threading.Thread(
+                        target=self._work, args=(calls, buffers, barrier, place, seed, stamp), daemon=True
+                    )
                     crew.append(job)
         for job in crew:
             job.start()
@@ -304,7 +328,7 @@ class World:
             for key, (_, to) in buffers.items()
         }
 
-    def _work(self, calls, buffers, barrier, place, seed):
+    def _work(self, calls, buffers, barrier, place, seed, stamp):
         """Be one thread of one rank in all calls."""
         rank, block, thread = place
         me = self.gpus.me
@@ -315,7 +339,7 @@ class World:
             for call, (count, capacity, stride) in enumerate(calls):
                 send, recv = buffers[call, rank]
                 part = -(-count // (2 * BLOCKS)) * 2
-                own = {"send": send, "recv": recv, "count": count, "part": part}
+                own = {"send": send, "recv": recv, "count": count, "part": part, "stamp": stamp(call, rank)}
                 fields = self._fields[rank] | own | {"capacity": capacity, "stride": stride}
                 self._kernel(*(fields[name] for name in DEVICE_FIELDS))
                 barrier.wait()  # the next launch of a stream begins when all of this one have ended
