@@ -72,7 +72,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def epoch_at(c, b):
-        """Return the address of the tag of block b's latest epoch, beside which stands whether this rank has failed."""
+        """Return the address of block b's epoch, and of what says beside it whether this rank has failed."""
         return state(c) + EPOCHS + EPOCH * b
 
     @jit
@@ -81,15 +81,15 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
         Threads may come to know of it one by one.
         """
-        last, failed = load_pack(epoch_at(c, block()))
-        return (((last >> STAMP_BITS) + 1) << STAMP_BITS) | stamp(c) | failed
+        epoch, failed = load_pack(epoch_at(c, block()))
+        return ((epoch + 1) << STAMP_BITS) | stamp(c) | failed
 
     @jit
     def advance(c, e):
         """End this block's epoch, as the last act of a launch; its tag is at hand, so nothing need be loaded."""
         sync()  # all threads have read the epoch
         if thread() == 0:
-            store(epoch_at(c, block()), e & ~FAILED)
+            store(epoch_at(c, block()), (e & ~FAILED) >> STAMP_BITS)
             if block() == 0 and e >= 0:
                 store_relaxed(board(c), e)  # for those who wonder why nothing comes
 

@@ -5,11 +5,11 @@ operator, would pass for a call that matches. A rank stores its tag on the other
 it: what has come is looked at in the next call, of any protocol. Two tags of one epoch that differ are a mismatch.
 
 A tag's place goes by the parity of its epoch. Nobody begins epoch k + 1 before this rank has taken part in k: when it
-begins k, the others' tags of k - 1 have not been written over, and all but always they have come.
+begins k, the others' tags of k - 1 have not been written over. One that comes late is looked at a call later.
 
-Block 0 does it, by its last threads: the first ones have the data of small messages. Each tells one rank and looks at
-one; in a block of fewer threads than ranks some pairs are left out. What is loaded as a call begins is used at its end,
-and takes no time.
+Block 0 does it, by its last threads: the first ones have the data of small messages. Each tells one rank, and looks at
+one; in a block of fewer threads than ranks some pairs are left out. Tags are loaded together with the epoch, for which
+every thread must wait, so they take no time; and they are judged at once, for registers are needed later.
 """
 
 from types import SimpleNamespace
@@ -21,45 +21,47 @@ from nvcoll.device.cuda.layout import TAGS, TAGS_RANK
 
 
 def verbs(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
-    """Return ``show``, ``look_around`` and ``judge``, on the verbs of `common`."""
+    """Return ``look_around``, ``judge`` and ``show``, on the verbs of `common`."""
     rank, size, peers, board, report = v.rank, v.size, v.peers, v.board, v.report
-    half, around, epoch_at, fail = v.half, v.around, v.epoch_at, v.fail
+    half, around, fail = v.half, v.around, v.fail
     thread, threads, block = ptx.thread, ptx.threads, ptx.block
-    load, load_relaxed, store_relaxed = ptx.load, ptx.load_relaxed, ptx.store_relaxed
+    load, load_shared, store_relaxed = ptx.load, ptx.load_shared, ptx.store_relaxed
+    one_epoch = 1 << STAMP_BITS
 
     @jit
-    def peer(c, onward):
-        """Return whom this thread tells, or looks at (`onward`); -1: none."""
-        distance = threads() - thread()
-        if block() != 0 or distance >= size(c):
-            return -1
-        return around(rank(c) + (distance if onward else size(c) - distance), size(c))
+    def distance(c):
+        """Return how far from this rank those are whom this thread looks at and tells; 0 is itself, -1 none."""
+        last = threads() - 1 - thread()
+        return last if block() == 0 and last < size(c) else -1
 
     @jit
-    def tag_of(q, parity):
-        """Return where a tag of rank q lies in an area."""
-        return TAGS + TAGS_RANK * q + 8 * parity
+    def tags_of(q):
+        """Return where the tags of rank q lie in an area."""
+        return TAGS + TAGS_RANK * q
+
+    @jit
+    def look_around(c):
+        """Return this rank's tags and those of another one."""
+        away = distance(c)
+        if away < 0:
+            return 0, 0, 0, 0
+        q = around(rank(c) + away, size(c))
+        return load_shared(board(c) + tags_of(rank(c))) + load_shared(board(c) + tags_of(q))
+
+    @jit
+    def judge(c, seen):
+        """Let this rank fail if tags are of one epoch and differ."""
+        even, odd = seen[0] ^ seen[2], seen[1] ^ seen[3]
+        if 0 < even < one_epoch or 0 < odd < one_epoch:
+            store_relaxed(report(c) + 8, around(rank(c) + distance(c), size(c)) + 1)
+            fail(c)
 
     @jit
     def show(c, e):
-        """Tell another rank the tag of the call that begins."""
-        p = peer(c, False)
-        if p >= 0 and e >= 0:
-            store_relaxed(load(peers(c) + 8 * p) + tag_of(rank(c), half(e)), e)
+        """Note the tag of the call that begins, and tell it another rank."""
+        away = distance(c)
+        if away >= 0 and e >= 0:
+            p = around(rank(c) + size(c) - away, size(c))
+            store_relaxed(load(peers(c) + 8 * p) + tags_of(rank(c)) + 8 * half(e), e)
 
-    @jit
-    def look_around(c, e):
-        """Return the tag of the call before, and what has come of another rank's; equal where there is none."""
-        q = peer(c, True)
-        if q < 0:
-            return 0, 0
-        return load(epoch_at(c, 0)), load_relaxed(board(c) + tag_of(q, 1 - half(e)))
-
-    @jit
-    def judge(c, mine, its):
-        """Let this rank fail if two tags are of one epoch and differ."""
-        if 0 < mine ^ its < 1 << STAMP_BITS:
-            store_relaxed(report(c) + 8, peer(c, True) + 1)
-            fail(c)
-
-    return SimpleNamespace(show=show, look_around=look_around, judge=judge)
+    return SimpleNamespace(look_around=look_around, judge=judge, show=show)

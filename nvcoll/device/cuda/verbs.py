@@ -303,8 +303,8 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     )  # fmt: skip
     itemsize, unit = a.itemsize, BYTES // a.itemsize
     epoch_at, begin, advance, renew = v.epoch_at, v.begin, v.advance, v.renew
-    show, look_around, judge = v.show, v.look_around, v.judge
-    shows, looks = not v.tagged, not v.remote
+    look_around, judge, show = v.look_around, v.judge, v.show
+    looks, shows = not v.remote, not v.tagged
     given = ptx.field(len(DEVICE_FIELDS))  # a piece's tag, which follows the fields of the call
     kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
 
@@ -328,11 +328,13 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
                 prefetch(epoch_at(c, block()))
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
+        if looks:
+            seen = look_around(c)
         e = begin(c)
+        if looks:
+            judge(c, seen)
         if shows:
             show(c, e)
-        if looks:
-            mine, its = look_around(c, e)
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel((*c, e), send + first * itemsize, recv + first * itemsize, piece)
@@ -342,7 +344,5 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
                 e = begin(c)
             else:
                 advance(c, e if rounds else begin(c))
-        if looks:
-            judge(c, mine, its)
 
     return whole
