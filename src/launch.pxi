@@ -76,8 +76,8 @@ DEVICE_FIELDS = (
     "rank", "size", "nodes", "node", "local_rank", "node_size", "slices",
     "members", "owners",                # tables, as in World
     "peers",                            # table of size addresses: where each rank's area lies
-    "state",                            # a word that says whether the rank failed, and the blocks' epochs
-    "report",                           # words of the host: whether the rank failed; whose call does not match, and 1
+    "state",                            # a word that says whether a wait failed, and the blocks' epochs
+    "report",                           # words of the host: whether anything failed; whose call did not match, and 1
     "timeout",                          # nanoseconds
     "board",                            # a word of my area: the tag of the latest call
     "flags", "flags_half", "flags_block",                   # offset in an area, bytes of a parity, of a block

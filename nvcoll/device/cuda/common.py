@@ -26,7 +26,7 @@ from nvcoll.device.cuda.packs import BYTES
 LOOK = 256
 """Polls between looks at the clock and at what other blocks met."""
 FAILED = -(1 << 63)
-"""What says in the state that a rank has failed, else 0: it makes tags negative."""
+"""What says in the state that a wait was over its deadline, else 0: it makes tags negative."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:
@@ -106,21 +106,16 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return (e >> STAMP_BITS) & 1
 
     @jit
-    def fail(c):
-        """Let this rank have failed: the host hears of it, other waits give up, and nothing is sent any more."""
-        fence()
-        store_relaxed(report(c), FAILED)
-        store_relaxed(state(c), FAILED)
-        store_all(epoch_at(c, 0) + 8, epoch_at(c, BLOCKS), EPOCH, FAILED)
-
-    @jit
     def given_up(c, e, waited):
         """Tell whether to wait no more: the deadline is over, or another wait of this rank's was over its deadline."""
         if block() == 0 and e >= 0:
             store_relaxed(board(c), e)  # whoever else gives up sees that this rank has come
         if waited < timeout(c):
             return load_relaxed(state(c)) != 0
-        fail(c)
+        fence()
+        store_relaxed(report(c), FAILED)
+        store_relaxed(state(c), FAILED)
+        store_all(epoch_at(c, 0) + 8, epoch_at(c, BLOCKS), EPOCH, FAILED)
         return True
 
     @jit
@@ -323,7 +318,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, epoch_at, begin, advance, renew, half, fail, in_vain, flag, tell, wait_flags, signal_all,
+        itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, flag, tell, wait_flags, signal_all,
         wait_signals, told, heap_of,
         offset, accumulators, private, outward, get, put_back, beyond, load_four, copy, fill, finish_to,
         slice_of, part_at, middle,

@@ -11,7 +11,7 @@ TAGS = 64
 TAGS_RANK = 16
 """Bytes for a rank: two tags, by the parity of their epochs."""
 EPOCHS = 64
-"""Where in a rank's state the epochs of the blocks begin; its first word says whether the rank has failed."""
+"""Where in a rank's state the epochs of the blocks begin; its first word says whether a wait has failed."""
 EPOCH = 16
 """Bytes for a block: its epoch, and that word again, so that whoever begins loads both at once."""
 NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)

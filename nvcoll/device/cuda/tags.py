@@ -7,6 +7,9 @@ it: what has come is looked at in the next call, of any protocol. Two tags of on
 A tag's place goes by the parity of its epoch. Nobody begins epoch k + 1 before this rank has taken part in k: when it
 begins k, the others' tags of k - 1 have not been written over. One that comes late is looked at a call later.
 
+The host is told, and nothing else is done: the call that notices it goes on, for others wait for what it sends, and will
+notice it themselves.
+
 Block 0 does it, by its last threads: the first ones have the data of small messages. Each tells one rank, and looks at
 one; in a block of fewer threads than ranks some pairs are left out. Tags are loaded together with the epoch, for which
 every thread must wait, so they take no time; and they are judged at once, for registers are needed later.
@@ -19,13 +22,16 @@ from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.layout import TAGS, TAGS_RANK
 
+REPORTED = 1
+"""What tells the host that calls did not match."""
+
 
 def verbs(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
     """Return ``look_around``, ``judge`` and ``show``, on the verbs of `common`."""
     rank, size, peers, board, report = v.rank, v.size, v.peers, v.board, v.report
-    half, around, fail = v.half, v.around, v.fail
+    half, around = v.half, v.around
     thread, threads, block = ptx.thread, ptx.threads, ptx.block
-    load, load_shared, store_relaxed = ptx.load, ptx.load_shared, ptx.store_relaxed
+    load, load_shared, store_relaxed, fence = ptx.load, ptx.load_shared, ptx.store_relaxed, ptx.fence
     one_epoch = 1 << STAMP_BITS
 
     @jit
@@ -50,11 +56,12 @@ def verbs(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
 
     @jit
     def judge(c, seen):
-        """Let this rank fail if tags are of one epoch and differ."""
+        """Tell the host if tags are of one epoch and differ."""
         even, odd = seen[0] ^ seen[2], seen[1] ^ seen[3]
         if 0 < even < one_epoch or 0 < odd < one_epoch:
             store_relaxed(report(c) + 8, around(rank(c) + distance(c), size(c)) + 1)
-            fail(c)
+            fence()
+            store_relaxed(report(c), REPORTED)
 
     @jit
     def show(c, e):

@@ -121,11 +121,12 @@ def test_data_without_tags(name):
 @pytest.mark.parametrize("odd", [0, 2])
 @pytest.mark.parametrize("name", UNTAGGED)
 def test_a_call_that_does_not_match_is_noticed_in_the_next_one(name, odd):
-    for node_sizes, threads, number in [((3,), 2, 1), ((2, 1, 2), 4, 2)]:
+    for node_sizes, threads, number in [((3,), 3, 1), ((2, 1, 2), 5, 2)]:
         with machine() as gpus:
             world = World(gpus, *name.split("/"), node_sizes, tagged=False, threads=threads)
-            calls = [(24, 100, 1024)] * (number + 2)
+            calls = [(24, 100, 1024)] * (number + 3)  # one more, for a tag that comes late
             world.run(calls, value, stamp=lambda call, rank, odd_one=(number, odd): 5 + ((call, rank) == odd_one))
+            assert not world.ended  # the calls themselves go on
             blamed = world.blamed()
             assert blamed.pop(odd) != odd
             assert blamed == dict.fromkeys(set(world.ranks) - {odd}, odd)
