@@ -7,7 +7,7 @@ it: what has come is looked at in the next call, of any protocol. Two tags of on
 A tag's place goes by the parity of its epoch. Nobody begins epoch k + 1 before this rank has taken part in k: when it
 begins k, the others' tags of k - 1 have not been written over. One that comes late is looked at a call later.
 
-The host is told, and nothing else is done: the call that notices it goes on, for others wait for what it sends, and will
+The host is told, and nothing else is done: the call that notices it goes on, for others wait for what it sends. They
 notice it themselves.
 
 Block 0 does it, by its last threads: the first ones have the data of small messages. Each tells one rank, and looks at
