@@ -127,8 +127,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
             fcntl.fcntl(handle, fcntl.F_OFD_SETLKW, LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
         yield
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # closing is not enough where a child was forked meanwhile: it has the file too
+        # Closing is not enough where a child was forked meanwhile: it has the file too.
+        with contextlib.suppress(OSError):
             fcntl.fcntl(handle, fcntl.F_OFD_SETLK, LOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
         os.close(handle)

@@ -20,8 +20,9 @@ import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS
+from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.cuda import common, low_latency, packs, ptx, verbs
-from nvcoll.device.cuda.layout import EPOCH, EPOCHS
+from nvcoll.device.cuda.layout import EPOCH, EPOCHS, TAGS, TAGS_RANK
 
 WORD = 8
 BLOCKS = 2
@@ -29,8 +30,17 @@ SPACE = 1 << 32
 """Bytes between the memories of ranks, and between what is laid out in one."""
 SLOTS = 1 << 18
 """Bytes of a block's slots."""
+WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
+"""Ranks on each node."""
+STRIDES = 1024, 2048
+"""Bytes between slots."""
 FIELDS = {"flags": 4096, "cells": 1 << 20, "lines": 1 << 24, "data": 1 << 28}
 """Where parts of an area begin."""
+
+
+def value(call, rank, i):
+    """Return a contribution to a call, which is never 0."""
+    return (call + 1) * 7**rank + i * (rank + 1)
 
 
 class End(BaseException):
@@ -265,6 +275,11 @@ class World:
             rank: self.gpus.memory.get(at + WORD, 0) - 1 for rank, at in reports.items() if self.gpus.memory.get(at)
         }
         return {rank: None if whom < 0 else whom for rank, whom in told.items()}
+
+    def tell(self, rank, whom, tag):
+        """Let a rank have told another, or noted for itself, the tag of an earlier call."""
+        at = self._place(0, whom) + TAGS + TAGS_RANK * rank + WORD * (tag >> STAMP_BITS & 1)
+        self.gpus.memory[at] = tag
 
     def sent(self):
         """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""

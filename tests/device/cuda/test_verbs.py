@@ -10,11 +10,9 @@ import pytest
 
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.planning import candidates
-from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
+from tests.device.cuda.machine import BLOCKS, FIELDS, STRIDES, WORD, WORLDS, World, machine, signed, value
 
-WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
 COUNTS = [1, 2, 3, 7, 12, 23, 40]
-STRIDES = 1024, 2048
 IN_ORDER = [name for name in candidates() if name.startswith(("one_shot", "two_shot", "nvrar_one_hop"))]
 
 
@@ -22,10 +20,6 @@ def calls_for(turn):
     """Calls of different sizes, pieces and places of slots: rests of packs, of rows, of pieces."""
     rng = random.Random(turn)
     return [(rng.choice(COUNTS), rng.choice((2, 4, 10, 100)), rng.choice(STRIDES)) for _ in range(8)]
-
-
-def value(call, rank, i):
-    return (call + 1) * 7**rank + i * (rank + 1)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
@@ -101,32 +95,3 @@ def test_a_rank_that_has_failed_sends_nothing(name):
             world.run([(8, 100, 1024)], value, ranks=[0])
             assert any(world.arrived(rank) for rank in (1, 2, 3)) is not failed
             assert {place[:2] for place in world.ended} == {(0, block) for block in range(BLOCKS)}
-
-
-UNTAGGED = [name for name in candidates() if name.endswith("/low_latency")]
-
-
-@pytest.mark.parametrize("name", UNTAGGED)
-def test_data_without_tags(name):
-    for turn, node_sizes in enumerate(WORLDS):
-        with machine() as gpus:
-            world = World(gpus, *name.split("/"), node_sizes, tagged=False, threads=1 + turn % 3)
-            calls = [(count + count % 2, capacity, stride) for count, capacity, stride in calls_for(f"{name} {turn}")]
-            results = world.run(calls, value, seed=turn, stamp=lambda call, rank: 5 + call)
-            for (call, _), result in results.items():
-                assert result == [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
-            assert not world.blamed()
-
-
-@pytest.mark.parametrize("odd", [0, 2])
-@pytest.mark.parametrize("name", UNTAGGED)
-def test_a_call_that_does_not_match_is_noticed_in_the_next_one(name, odd):
-    for node_sizes, threads, number in [((3,), 3, 1), ((2, 1, 2), 5, 2)]:
-        with machine() as gpus:
-            world = World(gpus, *name.split("/"), node_sizes, tagged=False, threads=threads)
-            calls = [(24, 100, 1024)] * (number + 3)  # one more, for a tag that comes late
-            world.run(calls, value, stamp=lambda call, rank, odd_one=(number, odd): 5 + ((call, rank) == odd_one))
-            assert not world.ended  # the calls themselves go on
-            blamed = world.blamed()
-            assert blamed.pop(odd) != odd
-            assert blamed == dict.fromkeys(set(world.ranks) - {odd}, odd)
