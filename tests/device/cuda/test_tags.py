@@ -35,6 +35,13 @@ def test_a_call_that_does_not_match_is_noticed_in_the_next_one(name, odd):
             assert blamed == dict.fromkeys(set(world.ranks) - {odd}, odd)
 
 
+def test_with_fewer_threads_than_ranks_each_rank_is_seen_by_those_before_it():
+    with machine() as gpus:
+        world = World(gpus, "one_shot", "low_latency", (4,), tagged=False, threads=2)
+        world.run([(24, 100, 1024)] * 4, value, stamp=lambda call, rank: 5 + ((call, rank) == (1, 2)))
+        assert world.blamed() == {1: 2, 2: 3}
+
+
 @pytest.mark.parametrize("tagged", [False, True])
 @pytest.mark.parametrize("name", ["one_shot/simple", "one_shot/low_latency"])
 def test_every_kernel_looks_at_tags_of_calls_before_it(name, tagged):
