@@ -101,7 +101,7 @@ class Comm(Allocating):
         Raises
         ------
         TimeoutError, PeerLostError, MismatchError
-            As for `Allreduce`.
+            As for `Allreduce`; on GPUs also if calls before it did not match.
         """
         others = self._calls or self._between
         if others is not None:

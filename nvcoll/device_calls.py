@@ -25,7 +25,7 @@ from nvcoll.buffers import (
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream, sweep
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
-from nvcoll.ops import DATATYPES, Datatype, Op
+from nvcoll.ops import DATATYPES, MAX, Datatype, Op
 from nvcoll.planning import EMPTY, plan_meeting
 from nvcoll.requests import Pending
 from nvcoll.world_cuda import DeviceWorld
@@ -64,22 +64,28 @@ class DeviceCalls:
         )
 
     def barrier(self) -> None:
-        """Wait until this rank's calls are done and every rank has come here."""
+        """Wait until this rank's calls are done and every rank has come here, and see whether all calls matched."""
         self._check("Barrier")
-        token, stream = self._world.planner.area.token, self._world.stream  # 0 is the legacy default
-        if not self._meeting("barrier").run(token, token, stream):
+        area, stream = self._world.planner.area, self._world.stream  # 0 is the legacy default
+        if not self._meeting("barrier").run(area.history, area.token, stream):
             raise self._failure("Barrier")
-        with self._world.device:
-            driver.stream_synchronize(stream)
+        same = area.same_history(stream)
         self._check("Barrier")
+        if not same:
+            area.fail()
+            self._raised = True
+            raise MismatchError(
+                f"Barrier: in a call up to number {self._world.planner.state.sequence} of rank {self._world.rank} the "
+                "ranks have not called the same (count, datatype, operator or algorithm), and its result is wrong; "
+                "make the calls agree"
+            )
 
     def _meeting(self, verb: str) -> DevicePlan:
-        """Return the plan of a call in which ranks only meet: it reduces a token, and matches no other call."""
+        """Return the plan of a call in which ranks only meet: it matches no other call. Barriers compare histories."""
         plan = self._meetings.get(verb)
         if plan is None:
-            planner, kind = self._world.planner, DATATYPES["int32"]
             self._world.settle()
-            plan = self._meetings[verb] = plan_meeting(planner, verb, kind)
+            plan = self._meetings[verb] = plan_meeting(self._world.planner, verb, DATATYPES["int64"], 2, MAX)
         return plan
 
     def allreduce(self, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None) -> None:
@@ -200,8 +206,6 @@ class DeviceCalls:
         others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
         missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
         odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
-        if state.blamed >= 0:  # in an earlier call, so boards say nothing of it any more
-            odd = [state.blamed]
         where = f"{verb}: a call up to number {state.sequence} failed on the GPU of rank {world.rank}"
         if odd:
             return MismatchError(

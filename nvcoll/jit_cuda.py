@@ -23,7 +23,7 @@ from nvcoll.ops import DATATYPES
 
 TEXTS = (
     "common", "reduce", "groups", "cuda/layout", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple",
-    "cuda/low_latency", "cuda/remote", "cuda/tags", "cuda/together", "cuda/verbs",
+    "cuda/low_latency", "cuda/remote", "cuda/together", "cuda/verbs",
 )  # fmt: skip
 SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
 """Files that every kernel depends on."""

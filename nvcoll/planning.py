@@ -317,10 +317,10 @@ def pack_stamp(signature: int, *numbers: int) -> int:
     return zlib.crc32(struct.pack(f"<{1 + len(numbers)}q", signature, *numbers)) & ((1 << STAMP_BITS) - 1)
 
 
-def plan_meeting(planner: Any, verb: str, datatype: Datatype) -> Any:
+def plan_meeting(planner: Any, verb: str, datatype: Datatype, count: int = 1, op: Op = SUM) -> Any:
     """Make the plan of a call in which ranks only meet, and reduce a token of a datatype."""
-    told = planner.explain("allreduce", 1, datatype, SUM)
-    return planner.plan(replace(told, verb=verb), datatype, SUM)
+    told = planner.explain("allreduce", count, datatype, op)
+    return planner.plan(replace(told, verb=verb), datatype, op)
 
 
 def verb_of(call: str) -> str:

@@ -77,7 +77,7 @@ DEVICE_FIELDS = (
     "members", "owners",                # tables, as in World
     "peers",                            # table of size addresses: where each rank's area lies
     "state",                            # a word that says whether a wait failed, and the blocks' epochs
-    "report",                           # words of the host: whether anything failed; whose call did not match, and 1
+    "report",                           # a word of the host: whether a wait failed
     "timeout",                          # nanoseconds
     "board",                            # a word of my area: the tag of the latest call
     "flags", "flags_half", "flags_block",                   # offset in an area, bytes of a parity, of a block
@@ -109,7 +109,7 @@ cdef class DeviceState:
     event
         Handle of an event, with which calls on different streams are put in order.
     report
-        Address, on the host, of the words in which kernels say that a wait failed, or that calls do not match.
+        Address, on the host, of the word in which kernels say that a wait failed.
     keep
         Objects whose memory the addresses point to.
     """
@@ -145,18 +145,13 @@ cdef class DeviceState:
 
     @property
     def failed(self):
-        """Whether a wait was over its deadline, or calls do not match."""
+        """Whether a wait was over its deadline."""
         return not self.ended and self.reported
 
     @property
     def reported(self):
         """The same, also after the end; not after the memory is gone in which kernels report it."""
         return nv_load(self.report) != 0
-
-    @property
-    def blamed(self):
-        """The rank whose call does not match, where that is why this rank has failed; else -1."""
-        return nv_load(self.report + 1) - 1
 
     @property
     def over(self):

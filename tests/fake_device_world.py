@@ -11,7 +11,7 @@ from nvcoll.ops import SUM
 from tests.buffers.gpu import FakeDriver, FakeGpu
 from tests.buffers.memory import FakeAllocation
 
-TOKEN = 0x70CE
+TOKEN, HISTORY = 0x70CE, 0x4157
 
 
 class Plan:
@@ -35,7 +35,6 @@ class State:
     failed: bool = False
     sequence: int = 0
     over: bool = False
-    blamed: int = -1
     preceded: list = field(default_factory=list)
 
     def demand(self):
@@ -60,8 +59,17 @@ class Told:
 class Planner:
     def __init__(self):
         self.state = State()
-        self.area = SimpleNamespace(boards=lambda: self.tags, token=TOKEN)
+        self.area = SimpleNamespace(boards=lambda: self.tags, token=TOKEN, history=HISTORY, fail=self.fail)
+        self.area.same_history = self.same_history
         self.tags, self.plans, self.timeout = [], [], 2.0
+        self.waited, self.same = [], True
+
+    def same_history(self, stream):
+        self.waited.append(stream)
+        return self.same
+
+    def fail(self):
+        self.state.failed = True
 
     def explain(self, verb, count, datatype, op, algorithm=None):
         return Told(verb, count, datatype.name, op.name, algorithm)

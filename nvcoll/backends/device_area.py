@@ -1,6 +1,6 @@
 """A communicator's area on a GPU: the part of every rank's heap through which its kernels talk.
 
-    board, tags  flags (2 halves)  cells (2 halves)  lines (2 halves)  data (2 halves)
+    board  flags (2 halves)  cells (2 halves)  lines (2 halves)  data (2 halves)
 
 Within a half, each block of a launch has a part of its own. Cells hold sentinels while they are empty, all else zeros.
 Where some ranks are far, nothing arrives in cells: what goes to far ranks is staged there.
@@ -16,10 +16,11 @@ from typing import Any
 from nvcoll._plan import DeviceState
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR, TAGS, TAGS_RANK
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY, LINE, NEAR
 from nvcoll.errors import ArgumentError
 
 BOARD = 0
+FLAGS = 4096
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
 TOKEN = 256
@@ -44,11 +45,6 @@ class DeviceLayout:
     scratch: int
 
     @property
-    def flags(self) -> int:
-        """Offset of the flags, behind the board and the tags of all ranks."""
-        return _pages(TAGS + TAGS_RANK * self.ranks)
-
-    @property
     def flags_block(self) -> int:
         """Flags of a block: ring and two-shot take most, two a rank."""
         return (2 * self.ranks + 32) * LINE
@@ -61,7 +57,7 @@ class DeviceLayout:
     @property
     def cells(self) -> int:
         """Offset of the cells, where floats arrive in the low-latency protocol."""
-        return _pages(self.flags + 2 * self.flags_half)
+        return -(-(FLAGS + 2 * self.flags_half) // 4096) * 4096
 
     @cached_property
     def slots_block(self) -> int:
@@ -97,7 +93,8 @@ class DeviceLayout:
 class DeviceArea:
     """A rank's area and what belongs to it in private memory: tables, epochs, accumulators, and a report on the host.
 
-    `token` is the address of private memory that is reduced where ranks only meet.
+    `token` is the address of private memory that is reduced where ranks only meet. `history` is that of two words, a
+    sum over the tags of all calls and the same negated, which are the same on all ranks if all calls match.
 
     Parameters
     ----------
@@ -142,11 +139,12 @@ class DeviceArea:
             self._event = driver.event_create()
             context = driver.current_context()
         peers, members, owners, state, self.token = (self._private + place for place in places)
+        self.history = state + HISTORY
         values = {
             "rank": memory.place, "size": len(memory.members), "nodes": len(here.nodes), "node": here.node,
             "local_rank": here.local_rank, "node_size": len(here.members), "slices": slices, "members": members,
             "owners": owners, "peers": peers, "state": state, "report": report, "timeout": int(timeout * 1e9),
-            "board": piece.address + BOARD, "flags": layout.flags, "flags_half": layout.flags_half,
+            "board": piece.address + BOARD, "flags": FLAGS, "flags_half": layout.flags_half,
             "flags_block": layout.flags_block, "cells": layout.cells, "lines": layout.lines, "data": layout.data,
             "slots_half": layout.slots_half, "slots_block": layout.slots_block,
             "workspace": self._private + total, "workspace_block": layout.slots_block,
@@ -154,6 +152,20 @@ class DeviceArea:
         }  # fmt: skip
         values |= {f"peer{k}": address for k, address in enumerate(tables[0][:NEAR])}
         self.state = DeviceState(values, context, self._event, self._host, self)
+
+    def same_history(self, stream: int) -> bool:
+        """Tell whether all ranks have made the same calls, once `token` is the greatest of each word of `history`.
+
+        The second word's greatest is the first one's least, negated. Waits for the stream.
+        """
+        greatest = (ctypes.c_int64 * 2)()
+        with self._device:
+            driver.copy(ctypes.addressof(greatest), self.token, ctypes.sizeof(greatest), stream)
+        return sum(greatest) % (1 << 64) == 0
+
+    def fail(self) -> None:
+        """Report a failure as kernels do."""
+        ctypes.c_int64.from_address(self._host).value = 1
 
     def boards(self) -> list[int | None]:
         """Return the tag of every rank's latest call; None where this rank cannot look."""
@@ -180,10 +192,6 @@ class DeviceArea:
                 driver.host_free(self._host)
             self._private = 0
             del self.state  # it refers to this area: so memory goes with the last reference to it, and at once
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // 4096) * 4096
 
 
 def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[list[int]]:

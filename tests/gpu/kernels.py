@@ -14,13 +14,15 @@ DEEP_PAIRS = PAIRS[:4]
 """For messages of which a thread has several packs: what processes send has two million bytes and more."""
 LARGE_PAIRS = DEEP_PAIRS[::2]
 """Those of emulated ranks, whose message is longer: a type for each form of low latency."""
+BARRIER = ("MAX", "int64")
 KERNELS = [(*name.split("/"), op, datatype, False) for name in candidates() for datatype, op in PAIRS]
-KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # barriers, graphs
+KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # graphs
+KERNELS += [(*name.split("/"), *BARRIER, False) for name in candidates() if name.endswith("/low_latency")]
 KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in DEEP_PAIRS]
 
 FAR_PAIRS = [*PAIRS[:3], ("float64", "PROD"), ("complex64", "SUM")]
 REACHING = [name for name in candidates() if not name.startswith("two_shot")]  # ranks that cannot be stored to
-FAR_KERNELS = [(*name.split("/"), op, kind, False) for name in REACHING for kind, op in [*FAR_PAIRS, ("int32", "SUM")]]
+FAR_KERNELS = [(*name.split("/"), op, kind, False) for name in REACHING for kind, op in [*FAR_PAIRS, BARRIER[::-1]]]
 
 
 def compile_one(folder, arch, remote, kernel):

@@ -20,7 +20,7 @@ from numba.cuda.extending import intrinsic
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, log2, unfold, without
 from nvcoll.device.cuda import ptx
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, LINE, NEAR
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
@@ -46,6 +46,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     f = SimpleNamespace(**{name: ptx.field(index) for index, name in enumerate(DEVICE_FIELDS)})
     load, store, load_acquire, load_relaxed = ptx.load, ptx.store, ptx.load_acquire, ptx.load_relaxed
     store_relaxed, store_all, fence, sync, clock = ptx.store_relaxed, ptx.store_all, ptx.fence, ptx.sync, ptx.clock
+    add = ptx.add
     thread, threads, block, any_of, meet, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.meet, ptx.leave
     load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
     peers, rank, size, state, report, timeout, board = f.peers, f.rank, f.size, f.state, f.report, f.timeout, f.board
@@ -92,6 +93,9 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
             store(epoch_at(c, block()), (e & ~FAILED) >> STAMP_BITS)
             if block() == 0 and e >= 0:
                 store_relaxed(board(c), e)  # for those who wonder why nothing comes
+                square = e * e  # of tags themselves, the sum would not change if two calls had each other's
+                add(state(c) + HISTORY, square)
+                add(state(c) + HISTORY + 8, -square)
 
     @jit
     def renew(c, e):

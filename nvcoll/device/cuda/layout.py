@@ -6,10 +6,8 @@ LINE = 64
 """Bytes of a flag with its two values: flags of neighbours do not share a line."""
 BLOCKS = 320
 """Most blocks of a launch: two on each multiprocessor of the largest GPU there is."""
-TAGS = 64
-"""Where in a rank's area, which begins with its board, the tags begin that others have told it, and its own."""
-TAGS_RANK = 16
-"""Bytes for a rank: two tags, by the parity of their epochs."""
+HISTORY = 16
+"""Where in a rank's state two words stand that differ if calls do: a sum over their tags, and the same negated."""
 EPOCHS = 64
 """Where in a rank's state the epochs of the blocks begin; its first word says whether a wait has failed."""
 EPOCH = 16

@@ -74,9 +74,7 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
     def data_of(got):
         return got
 
-    return SimpleNamespace(
-        spread=1, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of, tagged=False
-    )
+    return SimpleNamespace(spread=1, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of)
 
 
 def flags(jit: Any) -> SimpleNamespace:
@@ -125,7 +123,7 @@ def flags(jit: Any) -> SimpleNamespace:
     def data_of(got):
         return ((got[0] & low) | (got[1] << 32), (got[2] & low) | (got[3] << 32))
 
-    return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of, tagged=True)
+    return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of)
 
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
@@ -227,5 +225,4 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
         settle=settle, settle_four=settle_four,
         push=push, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
-        tagged=form.tagged,
     )  # fmt: skip

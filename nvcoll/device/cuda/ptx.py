@@ -98,6 +98,9 @@ load_acquire = _word_loader(
 )
 load_relaxed = _word_loader("ld.relaxed.sys.global.u64", "Load 8 bytes that others may be writing.")
 store = _word_storer("st.global.u64", "Store 8 bytes.")
+add = _word_storer(
+    "red.relaxed.gpu.global.add.u64", "Add to 8 bytes of this GPU's memory, without waiting for the sum."
+)
 store_relaxed = _word_storer("st.relaxed.sys.global.u64", "Store 8 bytes that others may be reading.")
 
 

@@ -79,5 +79,5 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     return SimpleNamespace(
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at,
         look=load_pack, settle=settle, settle_four=settle_four,
-        slot_at=slot_at, store_part=store_part, spread=1, signals=True, tagged=True,
+        slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.cuda import common, low_latency, packs, ptx, simple, tags
+from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.packs import BYTES
@@ -284,7 +284,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
-    own |= {"signals": w.signals, "tagged": w.tagged, "remote": remote, **vars(tags.verbs(jit, v))}
+    own |= {"signals": w.signals}
     found = SimpleNamespace(**{**vars(v), **own})
     found.shallow = vocabulary(jit, a, protocol, False, remote) if deep else found
     return found
@@ -303,8 +303,6 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
     )  # fmt: skip
     itemsize, unit = a.itemsize, BYTES // a.itemsize
     epoch_at, begin, advance, renew = v.epoch_at, v.begin, v.advance, v.renew
-    look_around, judge, show = v.look_around, v.judge, v.show
-    looks, shows = not v.remote, not v.tagged
     given = ptx.field(len(DEVICE_FIELDS))  # a piece's tag, which follows the fields of the call
     kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
 
@@ -328,13 +326,7 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
                 prefetch(epoch_at(c, block()))
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
-        if looks:
-            seen = look_around(c)
         e = begin(c)
-        if looks:
-            judge(c, seen)
-        if shows:
-            show(c, e)
         while first < last:
             piece = min(capacity, last - first) if rounds else last - first
             kernel((*c, e), send + first * itemsize, recv + first * itemsize, piece)

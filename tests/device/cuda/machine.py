@@ -20,9 +20,8 @@ import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS
-from nvcoll.device.common import STAMP_BITS
-from nvcoll.device.cuda import common, low_latency, packs, ptx, verbs
-from nvcoll.device.cuda.layout import EPOCH, EPOCHS, TAGS, TAGS_RANK
+from nvcoll.device.cuda import common, packs, ptx, verbs
+from nvcoll.device.cuda.layout import EPOCH, EPOCHS, HISTORY
 
 WORD = 8
 BLOCKS = 2
@@ -30,17 +29,8 @@ SPACE = 1 << 32
 """Bytes between the memories of ranks, and between what is laid out in one."""
 SLOTS = 1 << 18
 """Bytes of a block's slots."""
-WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
-"""Ranks on each node."""
-STRIDES = 1024, 2048
-"""Bytes between slots."""
 FIELDS = {"flags": 4096, "cells": 1 << 20, "lines": 1 << 24, "data": 1 << 28}
 """Where parts of an area begin."""
-
-
-def value(call, rank, i):
-    """Return a contribution to a call, which is never 0."""
-    return (call + 1) * 7**rank + i * (rank + 1)
 
 
 class End(BaseException):
@@ -119,6 +109,9 @@ class Gpus:
         assert at % (2 * WORD) == 0
         return self.poll(at), self.load(at + WORD)
 
+    def add(self, at, value):
+        self.store(at, self.load(at) + value)
+
     def store_all(self, at, end, step, value):
         for place in range(at, end, step):
             self.store(place, value)
@@ -148,7 +141,8 @@ class Gpus:
             "load": self.load, "load_relaxed": self.load, "load_acquire": self.poll, "load_pack": self.load_pack,
             "load_shared": self.poll_pack, "store": self.store, "store_relaxed": self.store,
             "store_pack": self.store_pack, "store_shared": self.store_pack,
-            "store_all": self.store_all, "fence": lambda: None, "sync": lambda: me.barrier.wait() and None,
+            "store_all": self.store_all, "add": self.add, "fence": lambda: None,
+            "sync": lambda: me.barrier.wait() and None,
             "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
             "clock": self.clock, "field": lambda index: lambda c: c[index],
@@ -164,7 +158,6 @@ def machine(clock: Callable[[], int] = time.monotonic_ns) -> Iterator[Gpus]:
         for name, stand_in in gpus.primitives().items():
             patch.setattr(ptx, name, stand_in)
         patch.setattr(common, "_near", lambda: lambda c, p: c[near + p])
-        patch.setattr(low_latency, "sentinels", lambda jit, lane: sentinels(gpus))
         patch.setattr(packs, "partial", lambda unit: SimpleNamespace(take=gpus.take, give=gpus.give))
         yield gpus
 
@@ -175,24 +168,15 @@ def jit(function):
     return function
 
 
-def sentinels(gpus):
-    """Data that travel without a tag, in memory that otherwise holds zeros: so there are none among the elements."""
-    return SimpleNamespace(
-        spread=1, tagged=False, look=gpus.poll_pack, missing=lambda got, e: 0 in got, data_of=lambda got: got,
-        push=lambda at, pack, e: gpus.store_pack(at, pack), clear=lambda at: gpus.store_pack(at, (0, 0)),
-    )  # fmt: skip
-
-
-def arithmetic(combine, *, widens, tagged):
+def arithmetic(combine, *, widens):
     """Elements of a word, and accumulators of one or two, whose second stays 0."""
 
     def reduce(left, right):
         return tuple(0 if widens and k % 2 else combine(*pair) for k, pair in enumerate(zip(left, right, strict=True)))
 
     return SimpleNamespace(
-        op="SUM", datatype="int64", accumulator="int64" if tagged else "float64", itemsize=WORD,
-        width=2 * WORD if widens else WORD, words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens,
-        reduce=reduce, reduce_pack=reduce,
+        op="SUM", datatype="int64", accumulator="int64", itemsize=WORD, width=2 * WORD if widens else WORD,
+        words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens, reduce=reduce, reduce_pack=reduce,
         widen=lambda pack: (pack[0], 0, pack[1], 0) if widens else pack,
         finish=lambda acc, ranks: (acc[0], acc[2]) if widens else acc,
     )  # fmt: skip
@@ -215,8 +199,6 @@ class World:
         Whether threads have several packs under way, and whether accumulators are wider than elements.
     symmetric
         Whether buffers lie in the symmetric heap.
-    tagged
-        Whether data carry a tag; else messages are of whole packs, without zeros, and accumulators as wide as elements.
     combine
         What reduces two words; by default it adds them.
     timeout
@@ -225,11 +207,11 @@ class World:
 
     def __init__(
         self, gpus, algorithm, protocol, node_sizes, *, threads=2, deep=False, widens=False,
-        symmetric=False, tagged=True, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
+        symmetric=False, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
     ):  # fmt: skip
         self.gpus, self.threads, self.ranks, self._symmetric = gpus, threads, range(sum(node_sizes)), symmetric
         one = ALGORITHMS[algorithm]
-        a = arithmetic(combine, widens=widens, tagged=tagged)
+        a = arithmetic(combine, widens=widens)
         v = verbs.vocabulary(jit, a, protocol, deep)
         self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False)
         self._fields = [self._lay_out(rank, node_sizes, timeout) for rank in self.ranks]
@@ -268,18 +250,10 @@ class World:
         for block in range(BLOCKS):
             self.gpus.memory[self._fields[rank]["state"] + EPOCHS + EPOCH * block + WORD] = common.FAILED
 
-    def blamed(self):
-        """Return, by rank that has failed, whose call does not match, as it says; None where it does not say."""
-        reports = {rank: self._fields[rank]["report"] for rank in self.ranks}
-        told = {
-            rank: self.gpus.memory.get(at + WORD, 0) - 1 for rank, at in reports.items() if self.gpus.memory.get(at)
-        }
-        return {rank: None if whom < 0 else whom for rank, whom in told.items()}
-
-    def tell(self, rank, whom, tag):
-        """Let a rank have told another, or noted for itself, the tag of an earlier call."""
-        at = self._place(0, whom) + TAGS + TAGS_RANK * rank + WORD * (tag >> STAMP_BITS & 1)
-        self.gpus.memory[at] = tag
+    def histories(self):
+        """Return, by rank, the two words that differ where calls did."""
+        places = [self._fields[rank]["state"] + HISTORY for rank in self.ranks]
+        return [(self.gpus.load(at), self.gpus.load(at + WORD)) for at in places]
 
     def sent(self):
         """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""

@@ -10,9 +10,11 @@ import pytest
 
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.planning import candidates
-from tests.device.cuda.machine import BLOCKS, FIELDS, STRIDES, WORD, WORLDS, World, machine, signed, value
+from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
 
+WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
 COUNTS = [1, 2, 3, 7, 12, 23, 40]
+STRIDES = 1024, 2048
 IN_ORDER = [name for name in candidates() if name.startswith(("one_shot", "two_shot", "nvrar_one_hop"))]
 
 
@@ -20,6 +22,10 @@ def calls_for(turn):
     """Calls of different sizes, pieces and places of slots: rests of packs, of rows, of pieces."""
     rng = random.Random(turn)
     return [(rng.choice(COUNTS), rng.choice((2, 4, 10, 100)), rng.choice(STRIDES)) for _ in range(8)]
+
+
+def value(call, rank, i):
+    return (call + 1) * 7**rank + i * (rank + 1)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
@@ -95,3 +101,25 @@ def test_a_rank_that_has_failed_sends_nothing(name):
             world.run([(8, 100, 1024)], value, ranks=[0])
             assert any(world.arrived(rank) for rank in (1, 2, 3)) is not failed
             assert {place[:2] for place in world.ended} == {(0, block) for block in range(BLOCKS)}
+
+
+@pytest.mark.parametrize("name", candidates())
+def test_histories_are_the_same_if_calls_are(name):
+    with machine() as gpus:
+        world = World(gpus, *name.split("/"), (2, 1))
+        world.run(calls_for(name), value, stamp=lambda call, rank: 5 + call)
+        assert len(set(world.histories())) == 1
+        [(first, second), *_] = world.histories()
+        assert second == -first != 0
+
+
+@pytest.mark.parametrize("stamps", [(5, 5, 6), (6, 5, 5)])
+def test_a_history_tells_of_another_call_and_of_another_order(stamps):
+    with machine() as gpus:
+        one = World(gpus, "one_shot", "simple", (1,))
+        one.run([(8, 100, 1024)] * 3, value, stamp=lambda call, rank: (5, 6, 5)[call])
+        [history] = one.histories()
+    with machine() as gpus:
+        other = World(gpus, "one_shot", "simple", (1,))
+        other.run([(8, 100, 1024)] * 3, value, stamp=lambda call, rank: stamps[call])
+        assert other.histories() != [history]
