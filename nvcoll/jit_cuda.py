@@ -23,7 +23,7 @@ from nvcoll.ops import DATATYPES
 
 TEXTS = (
     "common", "reduce", "groups", "cuda/layout", "cuda/ptx", "cuda/packs", "cuda/common", "cuda/simple",
-    "cuda/low_latency", "cuda/remote", "cuda/together", "cuda/verbs",
+    "cuda/low_latency", "cuda/opening", "cuda/remote", "cuda/together", "cuda/verbs",
 )  # fmt: skip
 SOURCES = ("jit_cuda.py", *(f"device/{name}.py" for name in TEXTS))
 """Files that every kernel depends on."""
@@ -204,8 +204,9 @@ def kernel_ptx(
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
         schedule = ALGORITHMS[algorithm]
         v = verbs.vocabulary(jit, a, protocol, deep and deepens(kind.itemsize), remote=shim is not None)
-        text = verbs.entry(jit, v, a, schedule.text_for("cuda"), schedule.rounds, capability >= OVERLAPS)
-        return ptx_of(f"{algorithm}/{protocol}", text, arch, shim)
+        text = schedule.text_for("cuda")
+        kernel = verbs.entry(jit, v, a, text, schedule.rounds, capability >= OVERLAPS, schedule.opens)
+        return ptx_of(f"{algorithm}/{protocol}", kernel, arch, shim)
 
 
 def ptx_of(name: str, text: Any, arch: str, shim: bytes | None = None) -> str:

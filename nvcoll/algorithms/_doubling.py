@@ -30,8 +30,9 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
     """Return ``double(c, e, me, total, source, acc, n, result)``, run by the ranks at places 0 to total - 1.
 
     It reduces n elements of each place, in a binary tree over the places, and leaves the result at `result`, by way of
-    accumulators at `acc`. Mine are at `source`, or that is 0 and `acc` has their accumulators already: elements are
-    sent where it is so far known to be all that there is, for they may be fewer bytes. The first slots are used.
+    accumulators at `acc`. Mine are at `source`, the message itself, or that is 0 and `acc` has their accumulators
+    already: elements are sent where it is so far known to be all that there is, for they may be fewer bytes. The first
+    slots are used.
 
     Parameters
     ----------
@@ -40,7 +41,7 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
     rank_at
         ``rank_at(c, place)`` returns the rank at a place.
     """
-    width, itemsize, put, fill, finish_to = v.width, v.itemsize, v.put, v.fill, v.finish_to
+    width, itemsize, put, put_own, fill, finish_to = v.width, v.itemsize, v.put, v.put_own, v.fill, v.finish_to
     log2, fold, unfold, wait_copy, wait_reduce, wait_reduce_all, wait_reduce_finish = (
         v.log2, v.fold, v.unfold, v.wait_copy, v.wait_reduce, v.wait_reduce_all, v.wait_reduce_finish,
     )  # fmt: skip
@@ -52,7 +53,7 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         start = 1 if extra > 0 else 0
         if me < 2 * extra and me % 2 == 1:
             if source != 0:
-                put(c, e, rank_at(c, me - 1), 0, source, n * itemsize(c))
+                put_own(c, e, rank_at(c, me - 1), 0, source, n * itemsize(c))
             else:
                 put(c, e, rank_at(c, me - 1), 0, acc, n * width(c))
             wait_copy(c, e, 0, result, n * itemsize(c))
@@ -68,7 +69,7 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         done = 0
         if source != 0 and extra == 0 and doublings > 0:
             upper = mine & 1
-            put(c, e, rank_at(c, mine ^ 1), start, source, n * itemsize(c))
+            put_own(c, e, rank_at(c, mine ^ 1), start, source, n * itemsize(c))
             if doublings == 1:
                 wait_reduce_finish(c, e, 2, upper, start, source, result, n)
                 return

@@ -94,6 +94,8 @@ class Algorithm:
         ``text(v)`` returns the kernel ``kernel(c, send, recv, count)`` over the verbs `v`.
     rounds : bool
         Whether messages larger than the scratch memory are cut into rounds for it; else it does that itself.
+    opens : bool
+        Whether the schedule begins with `share` or `put_own`, so that what these send can be loaded as a call begins.
     own_texts : dict
         Target -> text, where a target has one of its own.
     """
@@ -104,6 +106,7 @@ class Algorithm:
     order: str
     text: Callable[[Any], Any]
     rounds: bool = True
+    opens: bool = False
     own_texts: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
 
     def on(self, target: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
@@ -157,12 +160,12 @@ ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def algorithm(
-    name: str, *, verb: str, source: str, order: str, rounds: bool = True
+    name: str, *, verb: str, source: str, order: str, rounds: bool = True, opens: bool = False
 ) -> Callable[[Callable[[Any], Any]], Algorithm]:
     """Register the decorated kernel text; `supports`, `cost` and `slots` are functions of its module."""
 
     def register(text: Callable[[Any], Any]) -> Algorithm:
-        ALGORITHMS[name] = Algorithm(name, verb, source, order, text, rounds)
+        ALGORITHMS[name] = Algorithm(name, verb, source, order, text, rounds, opens)
         return ALGORITHMS[name]
 
     return register

@@ -40,7 +40,11 @@ def slots(shape: Shape) -> Slots:
 
 
 @algorithm(
-    "nvrar", verb="allreduce", source="NVRAR, arXiv 2511.09557", order="rank order in a node, binary tree over nodes"
+    "nvrar",
+    verb="allreduce",
+    source="NVRAR, arXiv 2511.09557",
+    order="rank order in a node, binary tree over nodes",
+    opens=True,
 )
 def text(v: Any) -> Any:
     nodes, node, double = v.nodes, v.node, doubling_of(v, owner_of(v))

@@ -42,10 +42,13 @@ def slots(shape: Shape) -> Slots:
     verb="allreduce",
     source="NVRAR, arXiv 2511.09557, with a direct exchange between nodes",
     order="rank order in a node, node order between",
+    opens=True,
 )
 def text(v: Any) -> Any:
     width, itemsize, nodes, node, jit = v.width, v.itemsize, v.nodes, v.node, v.jit
-    wait_reduce_partials, wait_reduce_finish, finish_to = v.wait_reduce_partials, v.wait_reduce_finish, v.finish_to
+    wait_reduce_partials, finish_to, share, reduce_shared = (
+        v.wait_reduce_partials, v.finish_to, v.share, v.reduce_shared,
+    )  # fmt: skip
     _, put_all = v.anywhere_of(owner_of(v))
 
     @jit
@@ -59,8 +62,8 @@ def text(v: Any) -> Any:
             put_all(c, e, total, here, 0, acc, n * width(c))
             wait_reduce_partials(c, e, total, here, 0, acc, n)
             finish_to(c, result, acc, n)
-        else:
-            put_all(c, e, total, here, 0, source, n * itemsize(c))
-            wait_reduce_finish(c, e, total, here, 0, source, result, n)
+        else:  # every node has one rank
+            share(c, e, source, n * itemsize(c))
+            reduce_shared(c, e, source, result, n)
 
     return inside_nodes(v, slots_between, between_nodes)

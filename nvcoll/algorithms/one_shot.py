@@ -30,14 +30,13 @@ def slots(shape: Shape) -> Slots:
     return Slots(shape.size - 1, 1, shape.itemsize)
 
 
-@algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order")
+@algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order", opens=True)
 def text(v: Any) -> Any:
-    rank, size, itemsize, begin, wait_reduce_finish = v.rank, v.size, v.itemsize, v.begin, v.wait_reduce_finish
-    _, put_all = v.anywhere_of(v.everyone)
+    itemsize, begin, share, reduce_shared = v.itemsize, v.begin, v.share, v.reduce_shared
 
     def kernel(c, send, recv, count):
-        e, me, n = begin(c), rank(c), size(c)
-        put_all(c, e, n, me, 0, send, count * itemsize(c))
-        wait_reduce_finish(c, e, n, me, 0, send, recv, count)
+        e = begin(c)
+        share(c, e, send, count * itemsize(c))
+        reduce_shared(c, e, send, recv, count)
 
     return kernel

@@ -34,7 +34,11 @@ def slots(shape: Shape) -> Slots:
 
 
 @algorithm(
-    "recursive_doubling", verb="allreduce", source="Thakur, Rabenseifner & Gropp 2005", order="binary tree over ranks"
+    "recursive_doubling",
+    verb="allreduce",
+    source="Thakur, Rabenseifner & Gropp 2005",
+    order="binary tree over ranks",
+    opens=True,
 )
 def text(v: Any) -> Any:
     rank, size, begin, accumulators, double = v.rank, v.size, v.begin, v.accumulators, doubling_of(v, v.everyone)

@@ -74,3 +74,32 @@ def waits_in_turn(jit: Any, v: Any, wait_copy: Any) -> Any:
                 wait_copy(c, e, slot + without(me, k), to + lo * itemsize(c), (hi - lo) * itemsize(c))
 
     return wait_slices
+
+
+def sharing(jit: Any, v: Any, put_all: Any, wait_reduce_finish: Any) -> tuple[Any, Any]:
+    """Return ``share`` and ``reduce_shared``: all ranks get everyone's message, and reduce them to the result.
+
+    A schedule that has them consists of them: on GPUs, what it sends first is loaded as the call begins.
+
+    Parameters
+    ----------
+    jit, v
+        As for `puts_in_turn`.
+    put_all
+        That of the group of all ranks.
+    wait_reduce_finish
+        Waits for elements of all, and reduces them in their order to the result.
+    """
+    rank, size = v.rank, v.size
+
+    @jit
+    def share(c, e, source, nbytes):
+        """Send all other ranks my message."""
+        put_all(c, e, size(c), rank(c), 0, source, nbytes)
+
+    @jit
+    def reduce_shared(c, e, source, recv, n):
+        """Wait for the messages of all others, of n elements, and reduce all in the order of the ranks."""
+        wait_reduce_finish(c, e, size(c), rank(c), 0, source, recv, n)
+
+    return share, reduce_shared

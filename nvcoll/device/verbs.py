@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll.device import low_latency, simple
-from nvcoll.device.groups import puts_in_turn, waits_in_turn
+from nvcoll.device.groups import puts_in_turn, sharing, waits_in_turn
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
@@ -82,10 +82,12 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         """Wait for rank p's answer and store it."""
         copy(to, answered(c, e, p, nbytes), nbytes)
 
-    known = SimpleNamespace(**vars(v), itemsize=itemsize)
+    known = SimpleNamespace(**vars(v), itemsize=itemsize, rank=t.field.rank, size=t.field.size)
     group_of = puts_in_turn(jit, known, put)
     own = {"group_of": group_of, "anywhere_of": group_of, "wait_slices": waits_in_turn(jit, known, wait_copy)}
-    own |= {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    share, reduce_shared = sharing(jit, known, group_of(known.everyone)[1], wait_reduce_finish)
+    own |= {"share": share, "reduce_shared": reduce_shared}
+    own |= {"put": put, "put_own": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
     own |= {"wait_reduce_partials": wait_reduce_partials}
     own |= {"wait_asked": wait_asked, "wait_answer": wait_answer, "ask": p.ask, "answer_at": p.answer_at}

@@ -9,7 +9,7 @@ from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.device import common
 from nvcoll.device.common import BLOCK, around, everyone, fold, log2, unfold, without
 from nvcoll.device.cuda import common as cuda_common
-from nvcoll.device.groups import puts_in_turn, waits_in_turn
+from nvcoll.device.groups import puts_in_turn, sharing, waits_in_turn
 
 SEND, RECV, WORK, MEMBERS, OWNERS = (k << 40 for k in range(1, 6))  # addresses that nobody looks at
 
@@ -197,6 +197,7 @@ def verbs(rank, shape, capacity, direct, notes, target, asks):
         "fill": lambda c, acc, source, n: notes.keep(acc, n * shape.width),
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
         "put": notes.put,
+        "put_own": notes.put,
         "wait_copy": wait_copy,
         "wait_reduce": wait_reduce,
         "wait_all": wait_all,
@@ -228,7 +229,9 @@ def verbs(rank, shape, capacity, direct, notes, target, asks):
     }
     known = SimpleNamespace(**found)
     group_of, wait_slices = puts_in_turn(known.jit, known, notes.put), waits_in_turn(known.jit, known, wait_copy)
-    return found | {"group_of": group_of, "anywhere_of": group_of, "wait_slices": wait_slices}
+    share, reduce_shared = sharing(known.jit, known, group_of(everyone)[1], wait_reduce_finish)
+    own = {"group_of": group_of, "anywhere_of": group_of, "wait_slices": wait_slices}
+    return found | own | {"share": share, "reduce_shared": reduce_shared}
 
 
 def world(node_sizes, count=1, itemsize=4, width=None):

@@ -77,13 +77,18 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return state(c) + EPOCHS + EPOCH * b
 
     @jit
+    def tag_after(c, epoch, failed):
+        """Return the tag of the epoch after one, negative if this rank has failed."""
+        return ((epoch + 1) << STAMP_BITS) | stamp(c) | failed
+
+    @jit
     def begin(c):
         """Return the tag of this block's next epoch, negative if this rank has failed.
 
         Threads may come to know of it one by one.
         """
         epoch, failed = load_pack(epoch_at(c, block()))
-        return ((epoch + 1) << STAMP_BITS) | stamp(c) | failed
+        return tag_after(c, epoch, failed)
 
     @jit
     def advance(c, e):
@@ -322,10 +327,9 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, epoch_at, begin, advance, renew, half, in_vain, flag, tell, wait_flags, signal_all,
-        wait_signals, told, heap_of,
-        offset, accumulators, private, outward, get, put_back, beyond, load_four, copy, fill, finish_to,
-        slice_of, part_at, middle,
+        itemsize, width, area, epoch_at, tag_after, begin, advance, renew, half, in_vain, flag, tell, wait_flags,
+        signal_all, wait_signals, told, heap_of, offset, accumulators, private, outward, get, put_back, beyond,
+        load_four, copy, fill, finish_to, slice_of, part_at, middle,
     )  # fmt: skip
     return SimpleNamespace(
         **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store}

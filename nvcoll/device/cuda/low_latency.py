@@ -144,11 +144,16 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     thread, threads, block, leave = ptx.thread, ptx.threads, ptx.block, ptx.leave
 
     @jit
-    def slot_at(c, e, p, slot):
-        return area(c, p) + base(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
+    def slot_in(c, p, slot):
+        """Return where a slot lies in the first half."""
+        return area(c, p) + base(c) + block() * slots_block(c) + slot * stride(c)
 
     @jit
-    def store_part(e, to, source, nbytes):
+    def slot_at(c, e, p, slot):
+        return slot_in(c, p, slot) + half(e) * slots_half(c)
+
+    @jit
+    def store_part(c, e, to, source, nbytes):
         """Write bytes to an address in the form in which they travel."""
         i = thread() * BYTES
         step = threads() * BYTES
@@ -170,7 +175,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     @jit
     def put_data(c, e, p, slot, source, nbytes):
         """Write bytes into a slot of rank p."""
-        store_part(e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
+        store_part(c, e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
 
     @jit
     def put_end(c, e, p, slot):
@@ -224,5 +229,5 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     return SimpleNamespace(
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
         settle=settle, settle_four=settle_four,
-        push=push, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
+        push=push, slot_in=slot_in, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

@@ -187,6 +187,16 @@ block = _register("%ctaid.x", "Number of this block.", wide=False)
 clock = _register("%globaltimer", "Nanoseconds.", wide=True)
 
 
+@intrinsic
+def settled(typing: Any, value: Any) -> Any:
+    """Return a value that is computed here, and not later, where it is used: compilers move what they may."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return assembly(builder, "mov.u64 $0, $1;", "=l,l", I64, args)
+
+    return types.int64(types.int64), emit
+
+
 def field(index: int) -> Any:
     """Make ``read(c)``: the argument of that number of a call."""
 

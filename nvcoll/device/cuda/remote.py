@@ -74,7 +74,7 @@ def landed(typing: Any, flag: Any, tag: Any) -> Any:
     return types.void(types.int64, types.int64), emit
 
 
-def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any:
+def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any) -> Any:
     """Return ``put`` that reaches far ranks too.
 
     Parameters
@@ -87,10 +87,12 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any
         The protocol, made for far ranks.
     put_near
         ``put`` to the others.
+    store_part
+        ``store_part(c, e, to, source, nbytes)`` stages bytes in the form in which they travel.
     """
     area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
-    slot_at, store_part, spread, signals = w.slot_at, w.store_part, w.spread, w.signals
+    slot_at, spread, signals = w.slot_at, w.spread, w.signals
     sync, meet, fence, thread, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.block
 
     @jit
@@ -104,7 +106,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any) -> Any
         meet(e)
         staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
         near = mapped(to, p)  # asked for before it is needed: the answer takes as long as to stage
-        store_part(e, staged, source, nbytes)
+        store_part(c, e, staged, source, nbytes)
         if near == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
             sync()
             if thread() == 0:

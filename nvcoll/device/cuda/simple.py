@@ -21,7 +21,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return area(c, p) + slots(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
 
     @jit
-    def store_part(e, to, source, nbytes):
+    def store_part(c, e, to, source, nbytes):
         """Write bytes to an address as they travel."""
         copy(to, source, nbytes)
 

@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
-from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
+from nvcoll.device.cuda.opening import TAG, opening_of, own_storer, plain_opening, sharing_at_once
 from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.together import together
-from nvcoll.device.groups import puts_in_turn, waits_in_turn
+from nvcoll.device.groups import puts_in_turn, sharing, waits_in_turn
 
 PROTOCOLS = {"low_latency": low_latency.protocol, "simple": simple.protocol}
 """Protocol -> factory of its verbs."""
@@ -36,11 +36,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_data, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
-        w.put_data, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
+    put_data, put_end, slot_at, arrival, arrivals, pack_at, look, settle, settle_four = (
+        w.put_data, w.put_end, w.slot_at, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, beyond, load_four, rank, ranks, around, without = (
-        v.get, v.put_back, v.beyond, v.load_four, v.rank, v.ranks, v.around, v.without,
+    get, put_back, beyond, load_four, outward, rank, ranks, around, without = (
+        v.get, v.put_back, v.beyond, v.load_four, v.outward, v.rank, v.ranks, v.around, v.without,
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
@@ -103,7 +103,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         meet(e)
 
     def gathering(lift, combine):
-        """Make what reduces pack i of all contributions, in order; `lift` makes accumulators of what they are."""
+        """Make what reduces pack i of all contributions, in order: mine is `own`. `lift` makes accumulators of one."""
 
         @jit
         def add(me, acc, own, slot, got):
@@ -116,8 +116,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             return combine(acc, lift(got))
 
         @jit
-        def gather(c, e, k, me, at, mine, i, nbytes):
-            own = get(mine + i, nbytes - i)
+        def gather(c, e, k, me, at, own, i):
             if k == 2:  # the shortest way for the pair
                 left, right = own, one(c, e, at, i)
                 if me != 0:
@@ -160,7 +159,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         at = arrivals(c, e, k, me, slot, nbytes)
         i = thread() * BYTES
         while i < nbytes:
-            total = gather_one(c, e, k, me, at, mine, i, nbytes)
+            total = gather_one(c, e, k, me, at, get(mine + i, nbytes - i), i)
             if accumulates == 1:
                 put_back(acc + i, total[:2], nbytes - i)
             else:
@@ -178,7 +177,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         at = arrivals(c, e, k, me, slot, nbytes)
         i = thread() * BYTES
         while i < nbytes:
-            put_back(acc + i, gather_partials(c, e, k, me, at, acc, i, nbytes), nbytes - i)
+            total = gather_partials(c, e, k, me, at, get(acc + i, nbytes - i), i)
+            put_back(acc + i, total, nbytes - i)
             i += threads() * BYTES
         meet(e)
 
@@ -213,7 +213,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 store_pack(recv + i3, finish(t3, ranks(c)))
                 i = after
         while i < nbytes:
-            total = gather_one(c, e, k, me, at, mine, i, nbytes)
+            total = gather_one(c, e, k, me, at, get(mine + i, nbytes - i), i)
             put_back(recv + i, finish(total, ranks(c)), nbytes - i)
             i += step
 
@@ -271,17 +271,32 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 put_back(load(targets + 8 * around(me + j, k)) + base + i, result, nbytes - i)
             i += step
 
+    at_once = not (w.signals or deep)
+    store_own = own_storer(jit, v, w) if at_once else w.store_part
+
+    @jit
+    def put_own(c, e, p, slot, source, nbytes):
+        """Do what `put` does, with the message itself, as the first act of a schedule."""
+        store_own(c, e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
+        put_end(c, e, p, slot)
+
     if remote:
-        put = far.over(jit, v, w, put)
+        put, put_own = far.over(jit, v, w, put, w.store_part), far.over(jit, v, w, put_own, store_own)
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
-    if w.signals or not deep:
+    if w.signals or at_once:
         group_of, wait_slices = together(jit, v, w, one)
     if not remote:
         anywhere_of = group_of
+    anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
+    share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
+    if at_once and not remote:
+        share, reduce_shared = sharing_at_once(jit, v, a, w, gather_one)
+    opening = opening_of(jit, v, w) if at_once else plain_opening(jit, v)
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
-    own |= {"put": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
+    own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
+    own |= {"share": share, "reduce_shared": reduce_shared, "opening": opening}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
     own |= {"signals": w.signals}
@@ -290,20 +305,24 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     return found
 
 
-def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool, overlap: bool) -> Any:
+def entry(
+    jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: bool, overlap: bool, opens: bool = False
+) -> Any:
     """Return the kernel: each block runs the schedule on its part of the message, in pieces that fit its slots.
 
     A piece is a complete reduction with an epoch of its own, whose tag `begin` gives to the schedule. Schedules that
     cut messages themselves (not `rounds`) get the whole part, and may begin and end epochs. Where GPUs can (`overlap`),
     the next kernel of the stream is brought in while this one runs, and waits for its end before it touches memory.
-    Parameters are the fields of a call, in their order.
+    Schedules that begin with `share` or `put_own` (`opens`) find loaded what these send. Parameters are the fields of a
+    call, in their order.
     """
     block, thread, await_predecessor, let_successor, prefetch = (
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
     )  # fmt: skip
     itemsize, unit = a.itemsize, BYTES // a.itemsize
     epoch_at, begin, advance, renew = v.epoch_at, v.begin, v.advance, v.renew
-    given = ptx.field(len(DEVICE_FIELDS))  # a piece's tag, which follows the fields of the call
+    prepare, start = v.opening if opens else plain_opening(jit, v)
+    given = ptx.field(TAG)
     kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
 
     def whole(
@@ -320,20 +339,24 @@ def entry(jit: Any, v: SimpleNamespace, a: SimpleNamespace, text: Any, rounds: b
         )  # fmt: skip
         first = block() * part
         last = min(first + part, count)
+        piece = min(capacity, last - first) if rounds else last - first
+        shift = first * itemsize
+        at, epoch, ahead, here = prepare(c, send + shift + thread() * BYTES)
         if overlap:
             if first + thread() * unit < last:
-                prefetch(send + first * itemsize + thread() * BYTES)
+                prefetch(at)
                 prefetch(epoch_at(c, block()))
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
-        e = begin(c)
         while first < last:
-            piece = min(capacity, last - first) if rounds else last - first
-            kernel((*c, e), send + first * itemsize, recv + first * itemsize, piece)
+            e, low, high = start(c, epoch, at, piece * itemsize - thread() * BYTES)
+            kernel((*c, e, low, high, ahead, here), send + shift, recv + shift, piece)
             first += piece
             if first < last:
                 renew(c, e)
-                e = begin(c)
+                at += piece * itemsize
+                shift += piece * itemsize
+                piece = min(capacity, last - first)
             else:
                 advance(c, e if rounds else begin(c))
 

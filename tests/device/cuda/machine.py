@@ -146,6 +146,7 @@ class Gpus:
             "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
             "clock": self.clock, "field": lambda index: lambda c: c[index],
+            "settled": lambda value: value,
         }  # fmt: skip
 
 
@@ -213,7 +214,7 @@ class World:
         one = ALGORITHMS[algorithm]
         a = arithmetic(combine, widens=widens)
         v = verbs.vocabulary(jit, a, protocol, deep)
-        self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False)
+        self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False, opens=one.opens)
         self._fields = [self._lay_out(rank, node_sizes, timeout) for rank in self.ranks]
         self.ended = set()
 

@@ -85,3 +85,15 @@ def test_kernels_overlap_where_gpus_can(arch, brought_in_early):
     assert re.findall(r"\.visible \.entry (\w+)\(", ptx) == [ENTRY]
     assert ("griddepcontrol" in ptx) is brought_in_early
     assert f".target {arch}" in ptx
+
+
+@pytest.mark.parametrize("name", ["one_shot", "recursive_doubling", "nvrar", "nvrar_one_hop"])
+def test_what_a_call_sends_first_is_loaded_before_its_epoch_is_used(name):
+    """Else a small message takes as much longer as a load."""
+    ptx = jit_cuda.kernel_ptx(name, "low_latency", "SUM", "bfloat16", "sm_90", deep=False)
+    body = ptx.partition("griddepcontrol.wait;")[2]
+    epoch = re.search(r"ld\.global\.v2\.u64 \{(%rd\d+), %rd\d+\}", body)
+    after = body[epoch.end() :]
+    before_its_use = after[: re.search(rf"{epoch[1]}\b", after).start()]
+    assert "ld.global.v2.u64" in before_its_use
+    assert "ld.global.u64" not in before_its_use  # no address is looked up
