@@ -41,8 +41,8 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> tuple[Any, Any]:
 
 def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, Any]:
     """Return the same for schedules that begin with ``share`` or ``put_own`` of this module."""
-    epoch_at, tag_after, get, rank, size, around, without = (
-        v.epoch_at, v.tag_after, v.get, v.rank, v.size, v.around, v.without,
+    epoch_at, tag_after, take, rank, size, around, without = (
+        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without,
     )  # fmt: skip
     slot_in, settled, load_pack, block = w.slot_in, ptx.settled, ptx.load_pack, ptx.block
 
@@ -55,7 +55,13 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, A
     @jit
     def start(c, epoch, at, nbytes):
         last, failed = load_pack(epoch)
-        low, high = get(at, nbytes) if nbytes > 0 else (0, 0)
+        low, high = 0, 0
+        if nbytes >= BYTES and at & (BYTES - 1) == 0:
+            low, high = load_pack(at)
+        elif nbytes > 0:
+            low, high = take(at, nbytes)
+            # Words, for the compiler: else it takes packs that were loaded whole to pieces, too, that is, waits for them.
+            low, high = settled(low), settled(high)
         return tag_after(c, last, failed), low, high
 
     return prepare, start

@@ -140,11 +140,7 @@ def partial(unit: int) -> SimpleNamespace:
                 got = builder.trunc(got, scalar) if register != scalar else got
                 got = builder.select(inside, got, ir.Constant(scalar, 0))
                 packed = builder.insert_element(packed, got, ir.Constant(ir.IntType(32), k))
-            pair = builder.bitcast(packed, ir.VectorType(I64, 2))
-            words = [builder.extract_element(pair, ir.Constant(ir.IntType(32), k)) for k in range(2)]
-            # Words, for the compiler: else packs that were loaded whole would be taken to pieces at once, too.
-            words = [assembly(builder, "mov.u64 $0, $1;", "=l,l", I64, [word]) for word in words]
-            return context.make_tuple(builder, PACK, words)
+            return _scatter(context, builder, packed, PACK)
 
         return PACK(types.int64, types.int64), emit
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from nvcoll import jit_cuda
+from nvcoll.algorithms import ALGORITHMS
 from nvcoll.jit import ENTRY
 from nvcoll.planning import LAUNCH, candidates, read_rules
 from tests.conftest import worker_processes
@@ -28,6 +29,12 @@ CASES = [(name, *pair, True, "sm_90", ("sm_90", "sm_100")) for name in candidate
 CASES += [(name, *MAIN[1], True, "sm_80", ("sm_80",)) for name in candidates()]
 CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90",)) for name in SMALL]
 CASES += [(name, *MAIN[0], False, "sm_90", ("sm_90",)) for name in (SMALL[0], SMALL[-1])]
+CASES += [
+    (f"{name}/low_latency", *pair, False, "sm_90", ("sm_90",))
+    for name, one in ALGORITHMS.items()
+    if one.opens
+    for pair in [*OTHERS, ("float16", "MIN"), ("int32", "SUM")]
+]
 CASES += [
     (name, *pair, True, "sm_90", ("sm_90",))
     for name in candidates()
