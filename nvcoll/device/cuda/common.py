@@ -332,7 +332,10 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         load_four, copy, fill, finish_to, slice_of, part_at, middle,
     )  # fmt: skip
     return SimpleNamespace(
-        **vars(f) | {verb.py_func.__name__: verb for verb in named} | shared | {"load": load, "store": store, "take": take}
+        **vars(f)
+        | {verb.py_func.__name__: verb for verb in named}
+        | shared
+        | {"load": load, "store": store, "take": take}
     )
 
 

@@ -60,7 +60,7 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, A
             low, high = load_pack(at)
         elif nbytes > 0:
             low, high = take(at, nbytes)
-            # Words, for the compiler: else it takes packs that were loaded whole to pieces, too, that is, waits for them.
+            # Words, for the compiler: else it takes packs that were loaded whole to pieces too, hence waits for them.
             low, high = settled(low), settled(high)
         return tag_after(c, last, failed), low, high
 
