@@ -199,13 +199,13 @@ def kernel_ptx(
 
     kind = DATATYPES[datatype]
     accumulator = DATATYPES[kind.accumulate]
-    with _numba, _architecture(arch) as capability:
+    with _numba, _architecture(arch):
         jit = cuda.jit(device=True)
         a = packs.arithmetic(op, datatype, accumulator.name, kind.itemsize, accumulator.itemsize)
         schedule = ALGORITHMS[algorithm]
         v = verbs.vocabulary(jit, a, protocol, deep and deepens(kind.itemsize), remote=shim is not None)
         text = schedule.text_for("cuda")
-        kernel = verbs.entry(jit, v, a, text, schedule.rounds, capability >= OVERLAPS, schedule.opens)
+        kernel = verbs.entry(jit, v, a, text, schedule.rounds, overlaps(arch), schedule.opens)
         return ptx_of(f"{algorithm}/{protocol}", kernel, arch, shim)
 
 
@@ -237,12 +237,17 @@ def _merge(kernel: bytes, shim: bytes, arch: str) -> str:
     return bytes(linked.code).decode().rstrip("\0")
 
 
+def overlaps(arch: str) -> bool:
+    """Tell whether GPUs of an architecture can bring a kernel in while the one before it runs."""
+    return _capability(arch) >= OVERLAPS
+
+
 def _capability(arch: str) -> tuple[int, int]:
     return divmod(int(re.sub(r"\D", "", arch)), 10)
 
 
 @contextmanager
-def _architecture(arch: str) -> Iterator[tuple[int, int]]:
+def _architecture(arch: str) -> Iterator[None]:
     """Let Numba compile for an architecture: it would ask the current device, of which there may be none."""
     from numba.cuda import compiler, dispatcher
 
@@ -253,7 +258,7 @@ def _architecture(arch: str) -> Iterator[tuple[int, int]]:
     for module in kept:
         module.get_current_device = Device
     try:
-        yield Device.compute_capability
+        yield
     finally:
         for module, original in kept.items():
             module.get_current_device = original

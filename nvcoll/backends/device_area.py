@@ -163,6 +163,11 @@ class DeviceArea:
             driver.copy(ctypes.addressof(greatest), self.token, ctypes.sizeof(greatest), stream)
         return sum(greatest) % (1 << 64) == 0
 
+    def counterpart(self, address: int, rank: int) -> int:
+        """Return where another rank's counterpart of a symmetric address of mine is stored to, or 0 if it is not."""
+        heap = int(self._memory.address(rank))
+        return heap and heap + address - int(self._memory.address(self._memory.place))
+
     def fail(self) -> None:
         """Report a failure as kernels do."""
         ctypes.c_int64.from_address(self._host).value = 1

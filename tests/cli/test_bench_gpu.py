@@ -362,7 +362,7 @@ def bench_on_gpus(run_command, ranks, path, *options):
 def test_one_gpu(run_command, tmp_path, mode):
     document = bench_on_gpus(run_command, 1, tmp_path / "x.json", *mode, "--buffer", "symmetric", "--buffer", "torch")
     assert all(row["wrong"] == 0 and row["time_us"] > 0 for row in document["rows"])
-    assert document["gpu"]["copy_gbs"] is None
+    assert document["gpu"]["copy_gbs"] is document["gpu"]["exchange_us"] is None
     assert bool(document["gpu"]["launch_us"]) == bool(mode)
 
 
@@ -374,6 +374,7 @@ def test_two_gpus_beside_all_peers(run_command, tmp_path, dtype):
     document = bench_on_gpus(run_command, 2, tmp_path / "x.json", "--dtype", dtype, "--compare", ",".join(names))
     assert not document["left_out"]
     assert document["gpu"]["copy_gbs"] > 1
+    assert document["gpu"]["exchange_us"] > 0
     for found in document["rows"]:
         assert list(found["peers"]) == names
         assert found["link_share"] > 0

@@ -51,6 +51,7 @@ def field(comm: Any, args: argparse.Namespace, workload: Workload, algorithms: S
     gpus = ranks.exchange(stage.facts())
     launch = max(ranks.exchange(floors.bare_launch(stage))) * 1e6 if args.eager else None
     ranks.barrier()
+    least = None if args.eager else floors.least_call(stage, ranks, gpus)
     copies = ranks.exchange(floors.copy_bandwidth(stage, gpus) if comm.rank == 0 else None)[0]
     invited, left_out, group = peers.invite(ranks, stage, workload.op, names, gpus)
     own = [Nvcoll(stage, workload.op, kind, algorithm) for kind in kinds for algorithm in algorithms]
@@ -63,6 +64,7 @@ def field(comm: Any, args: argparse.Namespace, workload: Workload, algorithms: S
             "mode": "eager" if args.eager else "replays of CUDA graphs",
             "calls": workload.budget.calls or CALLS,
             "launch_us": launch,
+            "exchange_us": None if least is None else least * 1e6,
             "copy_gbs": copies[0],
             "copy_between": copies[1],
         },

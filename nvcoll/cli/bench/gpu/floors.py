@@ -1,15 +1,47 @@
-"""What the hardware gives: the cost of a launch of nothing, and the bandwidth of a copy between two GPUs."""
+"""What the hardware gives: a launch of nothing, an exchange of nothing, and a copy between two GPUs."""
 
 import ctypes
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from nvcoll.cli.bench.gpu.clock import CALLS
+from nvcoll._plan import DevicePlan
+from nvcoll.backends import driver as nvidia
+from nvcoll.cli.bench.gpu.clock import CALLS, ExchangingRanks
 from nvcoll.cli.bench.gpu.stage import Stage
+from nvcoll.jit_cuda import overlaps
 
 EMPTY = b".version 6.5\n.target sm_75\n.address_size 64\n.visible .entry empty()\n{\n  ret;\n}\n\0"
+EXCHANGE = """
+.version 7.8
+.target {target}
+.address_size 64
+.visible .entry exchange(.param .u64 mine, .param .u64 theirs)
+{{
+  .reg .u64 here, there, number, seen, polls;
+  .reg .pred more;
+  ld.param.u64 here, [mine];
+  ld.param.u64 there, [theirs];
+  {overlap}
+  ld.global.u64 number, [here+64];
+  add.u64 number, number, 1;
+  st.global.u64 [here+64], number;
+  st.relaxed.sys.global.u64 [there], number;
+  mov.u64 polls, 0;
+again:
+  ld.relaxed.sys.global.u64 seen, [here];
+  add.u64 polls, polls, 1;
+  setp.lt.u64 more, seen, number;
+  setp.lt.and.u64 more, polls, {most}, more;
+  @more bra again;
+  ret;
+}}
+"""
+"""A kernel that counts its calls, stores the number where another rank looks, and waits for that of one."""
+OVERLAP = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
+MOST_POLLS = 10_000_000  # some seconds, should the other rank have died
 BATCHES = 20
 COPY_BYTES, COPIES = 256 << 20, 10
 
@@ -47,6 +79,53 @@ def _succeed(driver: Any, name: str, *arguments: Any) -> None:
     status = getattr(driver, name)(*arguments)
     if status:
         raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+
+def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str, Any]]) -> float | None:
+    """Measure kernels that give a word to the next rank and wait for one, in a CUDA graph; collective.
+
+    A call that waits for another rank, and ends before the next one begins, takes no less.
+
+    Parameters
+    ----------
+    stage
+        This rank's.
+    ranks
+        All ranks.
+    gpus
+        `Stage.facts` of all ranks.
+
+    Returns
+    -------
+    float or None
+        Seconds of a call, slowest rank; None where a rank cannot store to the next one's memory, or shares its GPU.
+    """
+    comm = stage.comm
+    if comm.size == 1 or len({gpu["uuid"] for gpu in gpus}) < comm.size:
+        return None
+    world = comm._world
+    words = comm.zeros(16, "int64")
+    theirs = world.planner.area.counterpart(words.address, (comm.rank + 1) % comm.size)
+    seconds = None
+    if all(ranks.exchange(theirs != 0 and not world.planner.remote)):
+        with world.device:
+            early = world.planner.overlap and overlaps(world.device.arch)
+            module = nvidia.load_module(_exchange(early).encode() + b"\0")
+            plan = DevicePlan(world.planner.state, module.function("exchange"), {}, 1, 1, module, overlap=early)
+        call = partial(plan.run, words.address, theirs, stage.handle)
+        graph = stage.capture(call, CALLS)
+        ranks.barrier()
+        replays = stage.replay(graph, BATCHES)
+        seconds = max(ranks.exchange(statistics.median(replays))) / CALLS
+    words.free()
+    return seconds
+
+
+def _exchange(early: bool) -> str:
+    """Return the text of the kernel, which may be brought in while the one before it runs."""
+    if early:
+        return EXCHANGE.format(target="sm_90", overlap=OVERLAP, most=MOST_POLLS)
+    return EXCHANGE.format(target="sm_75", overlap="", most=MOST_POLLS)
 
 
 def copy_bandwidth(stage: Stage, gpus: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:

@@ -98,6 +98,8 @@ def header(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"copies between GPUs: not measured, {gpu['copy_between']}")
     else:
         lines.append(f"copies between {gpu['copy_between']}, both ways at once: {gpu['copy_gbs']:.0f} GB/s each way")
+    if gpu["exchange_us"] is not None:
+        lines.append(f"kernels that only exchange a word with another rank: {report.number(gpu['exchange_us'])} us")
     if gpu["launch_us"] is not None:
         lines.append(f"bare launch of an empty kernel, through ctypes: {report.number(gpu['launch_us'])} us")
     return lines + [f"left out: {name}: {reason}" for name, reason in facts["left_out"].items()]
