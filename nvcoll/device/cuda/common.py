@@ -346,10 +346,12 @@ def _near() -> Any:
     @intrinsic
     def near(typing: Any, c: Any, p: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            address = builder.extract_value(args[0], indices[0])
-            for k, index in enumerate(indices[1:], 1):
-                is_it = builder.icmp_signed("==", args[1], ir.Constant(ptx.I64, k))
-                address = builder.select(is_it, builder.extract_value(args[0], index), address)
+            addresses = [builder.extract_value(args[0], index) for index in indices]
+            for bit in range(NEAR.bit_length() - 1):  # as a tree: a chain would wait for each choice in turn
+                odd = builder.trunc(builder.lshr(args[1], ir.Constant(ptx.I64, bit)), ir.IntType(1))
+                pairs = zip(addresses[::2], addresses[1::2], strict=True)
+                addresses = [builder.select(odd, upper, lower) for lower, upper in pairs]
+            [address] = addresses
             return address
 
         return types.int64(c, types.int64), emit
