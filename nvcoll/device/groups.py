@@ -79,7 +79,8 @@ def waits_in_turn(jit: Any, v: Any, wait_copy: Any) -> Any:
 def sharing(jit: Any, v: Any, put_all: Any, wait_reduce_finish: Any) -> tuple[Any, Any]:
     """Return ``share`` and ``reduce_shared``: all ranks get everyone's message, and reduce them to the result.
 
-    A schedule that has them consists of them: on GPUs, what it sends first is loaded as the call begins.
+    They are the whole of a schedule, or of what it does in a world of a certain shape. On GPUs, what is sent first is
+    loaded as the call begins; so the algorithm must be registered as one that ``opens``.
 
     Parameters
     ----------

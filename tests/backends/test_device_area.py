@@ -133,6 +133,10 @@ class TestArea:
             ctypes.c_int64.from_address(made.memory.address(rank) + 4096 + BOARD).value = 70 + rank
         assert made.area.boards() == [70, 71, None]
 
+    def test_counterparts_of_what_others_can_store_to(self, made):
+        mine = made.memory.address(1) + 12345
+        assert [made.area.counterpart(mine, rank) for rank in range(3)] == [made.memory.address(0) + 12345, mine, 0]
+
     def test_histories_are_compared_by_their_greatest_words(self, made):
         area = made.area
         assert area.history == made.values["state"] + HISTORY

@@ -130,6 +130,7 @@ def stage(monkeypatch):
     monkeypatch.setattr(peers, "unusable", lambda stage, op, gpus: "")
     monkeypatch.setattr(peers, "ProcessGroup", lambda ranks, stage: group)
     monkeypatch.setattr(floors, "bare_launch", lambda stage: 7.5e-6)
+    monkeypatch.setattr(floors, "least_call", lambda stage, ranks, gpus: 1.5e-6)
     monkeypatch.setattr(floors, "copy_bandwidth", lambda stage, gpus: (0.5, "GPUs 0 and 1"))
     for name in ("nccl", "nccl_symmetric", "symm_mem"):
         known[name] = lambda group, stage, op, name=name: [Peer(stage, name)]
@@ -228,6 +229,8 @@ def test_json(stage, tmp_path):
     assert document["versions"]["symm_mem"] == "1"
     assert document["gpu"]["copy_gbs"] == 0.5
     assert document["gpu"]["launch_us"] is None
+    assert document["gpu"]["exchange_us"] == pytest.approx(1.5)
+    assert "# kernels that only exchange a word with another rank: 1.50 us" in lines
     assert document["gpu"]["calls"] == 20
     assert "replays" in document["explanation"][0]
     first = document["rows"][0]

@@ -346,17 +346,26 @@ def _near() -> Any:
     @intrinsic
     def near(typing: Any, c: Any, p: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            def bit(k: int) -> Any:
+                return builder.trunc(builder.lshr(args[1], ir.Constant(ptx.I64, k)), ir.IntType(1))
+
             addresses = [builder.extract_value(args[0], index) for index in indices]
-            for bit in range(NEAR.bit_length() - 1):  # as a tree: a chain would wait for each choice in turn
-                odd = builder.trunc(builder.lshr(args[1], ir.Constant(ptx.I64, bit)), ir.IntType(1))
-                pairs = zip(addresses[::2], addresses[1::2], strict=True)
-                addresses = [builder.select(odd, upper, lower) for lower, upper in pairs]
-            [address] = addresses
-            return address
+            return pick(addresses, [bit(k) for k in range(NEAR.bit_length() - 1)], builder.select)
 
         return types.int64(c, types.int64), emit
 
     return near
+
+
+def pick(values: list[Any], bits: list[Any], select: Any) -> Any:
+    """Return the value whose index has these bits, the lowest first; ``select(bit, one, other)`` chooses among two.
+
+    As a tree, in which few choices wait for another.
+    """
+    for bit in bits:
+        values = [select(bit, upper, lower) for lower, upper in zip(values[::2], values[1::2], strict=True)]
+    [value] = values
+    return value
 
 
 def wide(jit: Any, spread: int) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
 """How a call begins: its tag and, where a schedule begins with `share` or `put_own`, what these send.
 
-The latency of a small message counts from the end of the kernel before. Until then, a kernel may touch no memory of the
-calls before, but it can compute: where its epoch lies, where what it sends first lies, and where that goes. Then come
-two loads, of the epoch and of the thread's first pack, one right behind the other, and as soon as they are there the
-store. A kernel that looked these up one after the other took 0.2 us longer.
+What a small message takes counts from the end of the kernel before. Until then, a kernel may touch no memory of the
+calls before, but it can compute: where its epoch and its first packs lie and, for `share`, where in a slot these go.
+Then come two loads, of the epoch and of the thread's first pack, one right behind the other. docs/explanation/gpus.md
+says what that saves.
 """
 
 from types import SimpleNamespace
@@ -14,17 +14,25 @@ from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 
 TAG, LOW, HIGH, AHEAD, HERE = range(len(DEVICE_FIELDS), len(DEVICE_FIELDS) + 5)
-"""What follows the fields of a call: its tag, the two words of the pack, the slot for which that is, and mine.
+"""What follows the fields of a call: its tag, the words of the thread's first pack, and two slots for `share`.
 
-Of slots, these are the addresses in the first half.
+The slots are the one that the rank after me has for me, and my first one; these are their addresses in the first half.
 """
+OPENERS = "share", "reduce_shared", "put_own"
+"""Verbs that rely on what was loaded: only for schedules that are known to begin with them."""
+
+
+def without_openers(v: SimpleNamespace) -> SimpleNamespace:
+    """Return the verbs for schedules of which nothing is known."""
+    return SimpleNamespace(**{name: verb for name, verb in vars(v).items() if name not in OPENERS})
 
 
 def plain_opening(jit: Any, v: SimpleNamespace) -> tuple[Any, Any]:
-    """Return ``prepare`` and ``start`` for schedules of which nothing is known.
+    """Return ``prepare`` and ``start`` for schedules of which nothing is known: only the tag is.
 
     ``prepare(c, at)`` gets the address of the thread's first pack, and returns that, the address of the epoch, and
     those of two slots; ``start(c, epoch, at, nbytes)`` returns the tag and the pack, of which so many bytes count.
+    What is not known is 0.
     """
     begin = v.begin
 
@@ -40,7 +48,7 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> tuple[Any, Any]:
 
 
 def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, Any]:
-    """Return the same for schedules that begin with ``share`` or ``put_own`` of this module."""
+    """Return the same, with all that there is to know, for schedules that begin with ``share`` or ``put_own``."""
     epoch_at, tag_after, take, rank, size, around, without = (
         v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without,
     )  # fmt: skip
@@ -67,9 +75,16 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, A
     return prepare, start
 
 
-def own_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> Any:
-    """Return ``store_own(c, e, to, source, nbytes)``, the protocol's ``store_part`` of what `start` has loaded."""
-    get, pack_at, push, thread, threads = v.get, w.pack_at, w.push, ptx.thread, ptx.threads
+def plain_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put: Any) -> tuple[Any, Any]:
+    """Return ``store_own`` and ``put_own`` where nothing was loaded: the protocol's ``store_part``, and `put`."""
+    return w.store_part, put
+
+
+def own_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put: Any) -> tuple[Any, Any]:
+    """Return the same for a message whose first packs `start` has loaded, to near ranks, with low latency."""
+    get, outward, slot_at, pack_at, push, thread, threads = (
+        v.get, v.outward, w.slot_at, w.pack_at, w.push, ptx.thread, ptx.threads,
+    )  # fmt: skip
     low, high = ptx.field(LOW), ptx.field(HIGH)
 
     @jit
@@ -82,13 +97,17 @@ def own_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> Any:
             if i < nbytes:
                 pack = get(source + i, nbytes - i)
 
-    return store_own
+    @jit
+    def put_own(c, e, p, slot, source, nbytes):
+        store_own(c, e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
+
+    return store_own, put_own
 
 
 def sharing_at_once(
     jit: Any, v: SimpleNamespace, a: SimpleNamespace, w: SimpleNamespace, gather: Any
 ) -> tuple[Any, Any]:
-    """Return ``share`` and ``reduce_shared`` for small messages with low latency, to ranks that are all near.
+    """Return ``share`` and ``reduce_shared`` for small messages with low latency; all ranks, two or more, are near.
 
     Parameters
     ----------

@@ -6,7 +6,15 @@ from typing import Any
 from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
-from nvcoll.device.cuda.opening import TAG, opening_of, own_storer, plain_opening, sharing_at_once
+from nvcoll.device.cuda.opening import (
+    TAG,
+    opening_of,
+    own_storer,
+    plain_opening,
+    plain_storer,
+    sharing_at_once,
+    without_openers,
+)
 from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.together import together
 from nvcoll.device.groups import puts_in_turn, sharing, waits_in_turn
@@ -36,11 +44,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_data, put_end, slot_at, arrival, arrivals, pack_at, look, settle, settle_four = (
-        w.put_data, w.put_end, w.slot_at, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
+    put_data, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
+        w.put_data, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
     )  # fmt: skip
-    get, put_back, beyond, load_four, outward, rank, ranks, around, without = (
-        v.get, v.put_back, v.beyond, v.load_four, v.outward, v.rank, v.ranks, v.around, v.without,
+    get, put_back, beyond, load_four, rank, ranks, around, without = (
+        v.get, v.put_back, v.beyond, v.load_four, v.rank, v.ranks, v.around, v.without,
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
@@ -272,14 +280,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             i += step
 
     at_once = not (w.signals or deep)
-    store_own = own_storer(jit, v, w) if at_once else w.store_part
-
-    @jit
-    def put_own(c, e, p, slot, source, nbytes):
-        """Do what `put` does, with the message itself, as the first act of a schedule."""
-        store_own(c, e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
-        put_end(c, e, p, slot)
-
+    store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
     if remote:
         put, put_own = far.over(jit, v, w, put, w.store_part), far.over(jit, v, w, put_own, store_own)
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
@@ -301,7 +302,8 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
     own |= {"signals": w.signals}
     found = SimpleNamespace(**{**vars(v), **own})
-    found.shallow = vocabulary(jit, a, protocol, False, remote) if deep else found
+    # A launch begins in one form: what begins a schedule is not for the middle of one.
+    found.shallow = without_openers(vocabulary(jit, a, protocol, False, remote)) if deep else found
     return found
 
 
@@ -322,8 +324,8 @@ def entry(
     itemsize, unit = a.itemsize, BYTES // a.itemsize
     epoch_at, begin, advance, renew = v.epoch_at, v.begin, v.advance, v.renew
     prepare, start = v.opening if opens else plain_opening(jit, v)
-    given = ptx.field(TAG)
-    kernel = jit(text(SimpleNamespace(**{**vars(v), "begin": given}) if rounds else v))
+    known = v if opens else without_openers(v)
+    kernel = jit(text(SimpleNamespace(**{**vars(known), "begin": ptx.field(TAG)}) if rounds else known))
 
     def whole(
         send, recv, count, part, capacity, stride, stamp, ranks, rank, size, nodes, node, local_rank, node_size, slices,

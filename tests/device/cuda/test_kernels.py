@@ -112,10 +112,13 @@ def test_kernels_overlap_where_gpus_can(arch, brought_in_early):
 
 @pytest.mark.parametrize("case", OPENING, ids=title)
 def test_what_a_call_sends_first_is_loaded_before_its_epoch_is_used(built, case):
-    """Else a small message takes as much longer as a load."""
+    """Else a small message takes as much longer as a load, and as what is computed in between."""
     beginning = built[case].result().beginning
-    epoch = re.search(r"ld\.global\.v2\.u64 \{(%rd\d+), %rd\d+\}", beginning)
+    epoch = re.search(r"ld\.global\.v2\.u64 \{(%rd\d+), %rd\d+\}, \[(%rd\d+)", beginning)
+    assert f"{epoch[2]}, " not in beginning[: epoch.start()], "where the epoch lies is computed after the wait"
     after = beginning[epoch.end() :]
     before_its_use = after[: re.search(rf"{epoch[1]}\b", after).start()]
-    assert "ld.global.v2.u64" in before_its_use
-    assert "ld.global.u64" not in before_its_use or case[1] in EIGHT_BYTES  # no address is looked up
+    pack = re.search(r"ld\.global\.v2\.u64 \{(%rd\d+), (%rd\d+)\}", before_its_use)
+    same_block = before_its_use[pack.end() :].partition("$L__")[0]
+    assert pack[1] not in same_block, "a pack that was loaded whole is waited for at once"
+    assert pack[2] not in same_block

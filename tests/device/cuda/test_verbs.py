@@ -12,7 +12,7 @@ from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.planning import candidates
 from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
 
-WORLDS = [(2,), (5,), (8,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
+WORLDS = [(2,), (5,), (9,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
 COUNTS = [1, 2, 3, 7, 12, 23, 40]
 STRIDES = 1024, 2048
 IN_ORDER = [name for name in candidates() if name.startswith(("one_shot", "two_shot", "nvrar_one_hop"))]

@@ -36,10 +36,19 @@ again:
   setp.lt.u64 more, seen, number;
   setp.lt.and.u64 more, polls, {most}, more;
   @more bra again;
+  setp.lt.u64 more, seen, number;
+  @!more ret;
+  st.global.u64 [here+72], number;
+  st.relaxed.sys.global.u64 [here], {all_ones};
   ret;
 }}
 """
-"""A kernel that counts its calls, stores the number where another rank looks, and waits for that of one."""
+"""A kernel that counts its calls, stores the number where another rank looks, and waits for that of one.
+
+Its parameters are the first fields of a plan. A call that has waited too long says so behind its own number, and lets
+all later ones pass.
+"""
+GAVE_UP = 9  # the word
 OVERLAP = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
 MOST_POLLS = 10_000_000  # some seconds, should the other rank have died
 BATCHES = 20
@@ -98,7 +107,8 @@ def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str,
     Returns
     -------
     float or None
-        Seconds of a call, slowest rank; None where a rank cannot store to the next one's memory, or shares its GPU.
+        Seconds of a call, slowest rank; None where a rank cannot store to the next one's memory, shares its GPU, or
+        has not heard of the other one for too long.
     """
     comm = stage.comm
     if comm.size == 1 or len({gpu["uuid"] for gpu in gpus}) < comm.size:
@@ -112,20 +122,19 @@ def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str,
             early = world.planner.overlap and overlaps(world.device.arch)
             module = nvidia.load_module(_exchange(early).encode() + b"\0")
             plan = DevicePlan(world.planner.state, module.function("exchange"), {}, 1, 1, module, overlap=early)
-        call = partial(plan.run, words.address, theirs, stage.handle)
-        graph = stage.capture(call, CALLS)
+        graph = stage.capture(partial(plan.run, words.address, theirs, stage.handle), CALLS)
         ranks.barrier()
         replays = stage.replay(graph, BATCHES)
-        seconds = max(ranks.exchange(statistics.median(replays))) / CALLS
+        if not any(ranks.exchange(int(words.copy_to()[GAVE_UP]))):
+            seconds = max(ranks.exchange(statistics.median(replays))) / CALLS
     words.free()
     return seconds
 
 
 def _exchange(early: bool) -> str:
     """Return the text of the kernel, which may be brought in while the one before it runs."""
-    if early:
-        return EXCHANGE.format(target="sm_90", overlap=OVERLAP, most=MOST_POLLS)
-    return EXCHANGE.format(target="sm_75", overlap="", most=MOST_POLLS)
+    target, overlap = ("sm_90", OVERLAP) if early else ("sm_75", "")
+    return EXCHANGE.format(target=target, overlap=overlap, most=MOST_POLLS, all_ones=(1 << 64) - 1)
 
 
 def copy_bandwidth(stage: Stage, gpus: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
