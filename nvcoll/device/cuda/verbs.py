@@ -289,10 +289,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         group_of, wait_slices = together(jit, v, w, one)
     if not remote:
         anywhere_of = group_of
-    anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
-    share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
     if at_once and not remote:
         share, reduce_shared = sharing_at_once(jit, v, a, w, gather_one)
+    else:
+        anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
+        share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
     opening = opening_of(jit, v, w) if at_once else plain_opening(jit, v)
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}

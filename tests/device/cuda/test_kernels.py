@@ -20,8 +20,6 @@ OTHERS = [
     ("float8_e4m3fn", "SUM"), ("float8_e5m2", "AVG"),
 ]  # fmt: skip
 
-EIGHT_BYTES = ("float64", "complex128")
-"""Packs of which a part counts are loaded in words of as many bytes, as addresses are."""
 BEGINNING = 8000
 """Characters of PTX."""
 
