@@ -31,8 +31,8 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
 
     It reduces n elements of each place, in a binary tree over the places, and leaves the result at `result`, by way of
     accumulators at `acc`. Mine are at `source`, the message itself, or that is 0 and `acc` has their accumulators
-    already: elements are sent where it is so far known to be all that there is, for they may be fewer bytes. The first
-    slots are used.
+    already: elements are sent where it is so far known to be all that there is, for they may be fewer bytes. The epoch
+    is still to be counted, then. The first slots are used.
 
     Parameters
     ----------
@@ -42,8 +42,9 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         ``rank_at(c, place)`` returns the rank at a place.
     """
     width, itemsize, put, put_own, fill, finish_to = v.width, v.itemsize, v.put, v.put_own, v.fill, v.finish_to
-    log2, fold, unfold, wait_copy, wait_reduce, wait_reduce_all, wait_reduce_finish = (
-        v.log2, v.fold, v.unfold, v.wait_copy, v.wait_reduce, v.wait_reduce_all, v.wait_reduce_finish,
+    log2, fold, unfold, count_epoch = v.log2, v.fold, v.unfold, v.count_epoch
+    wait_copy, wait_reduce, wait_reduce_all, wait_reduce_finish = (
+        v.wait_copy, v.wait_reduce, v.wait_reduce_all, v.wait_reduce_finish,
     )  # fmt: skip
 
     @v.jit
@@ -54,10 +55,13 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         if me < 2 * extra and me % 2 == 1:
             if source != 0:
                 put_own(c, e, rank_at(c, me - 1), 0, source, n * itemsize(c))
+                count_epoch(c, e)
             else:
                 put(c, e, rank_at(c, me - 1), 0, acc, n * width(c))
             wait_copy(c, e, 0, result, n * itemsize(c))
             return
+        if source != 0 and extra > 0:
+            count_epoch(c, e)
         if me < 2 * extra:
             if source != 0:
                 wait_reduce_all(c, e, 2, 0, 0, source, acc, n)
@@ -70,6 +74,7 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         if source != 0 and extra == 0 and doublings > 0:
             upper = mine & 1
             put_own(c, e, rank_at(c, mine ^ 1), start, source, n * itemsize(c))
+            count_epoch(c, e)
             if doublings == 1:
                 wait_reduce_finish(c, e, 2, upper, start, source, result, n)
                 return

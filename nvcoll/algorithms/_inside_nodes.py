@@ -42,13 +42,14 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
         ``slots_between(nodes)`` returns how many slots the exchange between nodes takes: the first.
     between_nodes
         ``between_nodes(c, e, source, acc, n, result)`` reduces n elements with those of the other owners of my slice,
-        and leaves the finished slice in `result`. Mine are at `source`, where no node has more than one rank; else that
-        is 0, and my node's accumulators are at `acc`.
+        and leaves the finished slice in `result`. Mine are at `source`, where no node has more than one rank, and the
+        epoch is still to be counted; else that is 0, and my node's accumulators are at `acc`.
     """
     itemsize, begin, load, part_at, accumulators = v.itemsize, v.begin, v.load, v.part_at, v.accumulators
-    size, nodes, local_rank, node_size, slices, members, owners, wait_reduce_all, wait_slices = (
-        v.size, v.nodes, v.local_rank, v.node_size, v.slices, v.members, v.owners, v.wait_reduce_all, v.wait_slices,
+    size, nodes, local_rank, node_size, slices, members, owners = (
+        v.size, v.nodes, v.local_rank, v.node_size, v.slices, v.members, v.owners,
     )  # fmt: skip
+    count_epoch, wait_reduce_all, wait_slices = v.count_epoch, v.wait_reduce_all, v.wait_slices
 
     @v.jit
     def member(c, k):
@@ -66,6 +67,7 @@ def inside_nodes(v: Any, slots_between: Any, between_nodes: Any) -> Any:
         gather = slots_between(nodes(c))
         scatter = gather + parts
         put_slices(c, e, parts, me, scatter, send, count)
+        count_epoch(c, e)
         if me < parts:
             lo, hi = part_at(c, count, parts, me), part_at(c, count, parts, me + 1)
             mine = recv + lo * at

@@ -46,8 +46,8 @@ def slots(shape: Shape) -> Slots:
 )
 def text(v: Any) -> Any:
     width, itemsize, nodes, node, jit = v.width, v.itemsize, v.nodes, v.node, v.jit
-    wait_reduce_partials, finish_to, share, reduce_shared = (
-        v.wait_reduce_partials, v.finish_to, v.share, v.reduce_shared,
+    wait_reduce_partials, finish_to, share, count_epoch, reduce_shared = (
+        v.wait_reduce_partials, v.finish_to, v.share, v.count_epoch, v.reduce_shared,
     )  # fmt: skip
     _, put_all = v.anywhere_of(owner_of(v))
 
@@ -64,6 +64,7 @@ def text(v: Any) -> Any:
             finish_to(c, result, acc, n)
         else:  # every node has one rank
             share(c, e, source, n * itemsize(c))
+            count_epoch(c, e)
             reduce_shared(c, e, source, result, n)
 
     return inside_nodes(v, slots_between, between_nodes)

@@ -32,11 +32,12 @@ def slots(shape: Shape) -> Slots:
 
 @algorithm("one_shot", verb="allreduce", source="MPICH's and NCCL's direct all-reduce", order="rank order", opens=True)
 def text(v: Any) -> Any:
-    itemsize, begin, share, reduce_shared = v.itemsize, v.begin, v.share, v.reduce_shared
+    itemsize, begin, share, count_epoch, reduce_shared = v.itemsize, v.begin, v.share, v.count_epoch, v.reduce_shared
 
     def kernel(c, send, recv, count):
         e = begin(c)
         share(c, e, send, count * itemsize(c))
+        count_epoch(c, e)
         reduce_shared(c, e, send, recv, count)
 
     return kernel

@@ -82,11 +82,15 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         """Wait for rank p's answer and store it."""
         copy(to, answered(c, e, p, nbytes), nbytes)
 
+    @jit
+    def count_epoch(c, e):
+        """Nothing: the host counts epochs."""
+
     known = SimpleNamespace(**vars(v), itemsize=itemsize, rank=t.field.rank, size=t.field.size)
     group_of = puts_in_turn(jit, known, put)
     own = {"group_of": group_of, "anywhere_of": group_of, "wait_slices": waits_in_turn(jit, known, wait_copy)}
     share, reduce_shared = sharing(jit, known, group_of(known.everyone)[1], wait_reduce_finish)
-    own |= {"share": share, "reduce_shared": reduce_shared}
+    own |= {"share": share, "reduce_shared": reduce_shared, "count_epoch": count_epoch}
     own |= {"put": put, "put_own": put, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_all": wait_all, "wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish}
     own |= {"wait_reduce_partials": wait_reduce_partials}

@@ -32,6 +32,8 @@ class Notes:
         Parts of the result that it wrote itself.
     kept, changes : int
         Bytes of accumulators that it kept in its workspace, and how often it has changed accumulators.
+    counted : int
+        How often it counted the epoch.
     parts : dict
         Bytes put into slots that are not full yet.
     """
@@ -44,6 +46,7 @@ class Notes:
     written: list = field(default_factory=list)
     kept: int = 0
     changes: int = 0
+    counted: int = 0
     parts: dict = field(default_factory=dict)
 
     def put(self, c, e, p, slot, source, nbytes):
@@ -59,6 +62,10 @@ class Notes:
     def put_end(self, c, e, p, slot):
         """Note that all parts were sent."""
         self.sent.append((e, p, slot, self.parts.pop((e, p, slot), 0)))
+
+    def count_epoch(self, c, e):
+        """Note that the epoch is counted."""
+        self.counted += 1
 
     def keep(self, acc, nbytes):
         """Note that accumulators are changed, and how many there are, unless they are part of the result."""
@@ -198,6 +205,7 @@ def verbs(rank, shape, capacity, direct, notes, target, asks):
         "finish_to": lambda c, to, acc, n: write(to, n * shape.itemsize),
         "put": notes.put,
         "put_own": notes.put,
+        "count_epoch": notes.count_epoch,
         "wait_copy": wait_copy,
         "wait_reduce": wait_reduce,
         "wait_all": wait_all,

@@ -92,7 +92,10 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def advance(c, e):
-        """End this block's epoch, as the last act of a launch; its tag is at hand, so nothing need be loaded."""
+        """Count this block's epoch, as the last thing that a launch does for it or, better, while it waits for others.
+
+        Its tag is at hand, so nothing need be loaded.
+        """
         sync()  # all threads have read the epoch
         if thread() == 0:
             store(epoch_at(c, block()), (e & ~FAILED) >> STAMP_BITS)
@@ -103,12 +106,18 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
                 add(state(c) + HISTORY + 8, -square)
 
     @jit
-    def renew(c, e):
-        """End this block's epoch in the middle of a launch: what was cleared is so for peers before they hear more."""
-        advance(c, e)
+    def go_on(e):
+        """Go on to an epoch of the same launch: what was cleared is so for peers before they hear more."""
+        sync()
         if thread() == 0:
             fence()
         meet(e)
+
+    @jit
+    def renew(c, e):
+        """Count this block's epoch in the middle of a launch, and go on to the next one."""
+        advance(c, e)
+        go_on(e)
 
     @jit
     def half(e):
@@ -327,7 +336,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return min(lo + ((hi - lo + 1) // 2 + unit - 1) // unit * unit, hi)
 
     named = (
-        itemsize, width, area, epoch_at, tag_after, begin, advance, renew, half, in_vain, flag, tell, wait_flags,
+        itemsize, width, area, epoch_at, tag_after, begin, advance, go_on, renew, half, in_vain, flag, tell, wait_flags,
         signal_all, wait_signals, told, heap_of, offset, accumulators, private, outward, get, put_back, beyond,
         load_four, copy, fill, finish_to, slice_of, part_at, middle,
     )  # fmt: skip
@@ -335,7 +344,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         **vars(f)
         | {verb.py_func.__name__: verb for verb in named}
         | shared
-        | {"load": load, "store": store, "take": take}
+        | {"load": load, "store": store, "take": take, "give": give}
     )
 
 

@@ -201,10 +201,14 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         """Wait until a pack that was looked at is there, clear it, and return it."""
         polls, since = 0, 0
         while missing(got, e):
-            polls, since, gone = in_vain(c, e, polls, since)
-            if gone:
-                leave()
-            got = look(where)
+            got = look(where)  # three looks for a count, which takes as long as one
+            if missing(got, e):
+                got = look(where)
+            if missing(got, e):
+                polls, since, gone = in_vain(c, e, polls, since)
+                if gone:
+                    leave()
+                got = look(where)
         clear(where)
         return data_of(got)
 

@@ -18,8 +18,8 @@ TAG, LOW, HIGH, AHEAD, HERE = range(len(DEVICE_FIELDS), len(DEVICE_FIELDS) + 5)
 
 The slots are the one that the rank after me has for me, and my first one; these are their addresses in the first half.
 """
-OPENERS = "share", "reduce_shared", "put_own"
-"""Verbs that rely on what was loaded: only for schedules that are known to begin with them."""
+OPENERS = "share", "reduce_shared", "put_own", "count_epoch"
+"""Verbs that rely on what was loaded, or replace what entry does at the end: only for schedules known to use them."""
 
 
 def without_openers(v: SimpleNamespace) -> SimpleNamespace:
@@ -27,12 +27,12 @@ def without_openers(v: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(**{name: verb for name, verb in vars(v).items() if name not in OPENERS})
 
 
-def plain_opening(jit: Any, v: SimpleNamespace) -> tuple[Any, Any]:
-    """Return ``prepare`` and ``start`` for schedules of which nothing is known: only the tag is.
+def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
+    """Return how epochs begin and end with schedules of which nothing is known: only the tag is.
 
     ``prepare(c, at)`` gets the address of the thread's first pack, and returns that, the address of the epoch, and
     those of two slots; ``start(c, epoch, at, nbytes)`` returns the tag and the pack, of which so many bytes count.
-    What is not known is 0.
+    What is not known is 0. ``renew(c, e)`` ends an epoch that another one follows, ``advance(c, e)`` the last one.
     """
     begin = v.begin
 
@@ -44,13 +44,16 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> tuple[Any, Any]:
     def start(c, epoch, at, nbytes):
         return begin(c), 0, 0
 
-    return prepare, start
+    return SimpleNamespace(prepare=prepare, start=start, renew=v.renew, advance=v.advance)
 
 
-def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, Any]:
-    """Return the same, with all that there is to know, for schedules that begin with ``share`` or ``put_own``."""
-    epoch_at, tag_after, take, rank, size, around, without = (
-        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without,
+def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
+    """Return the same, with all that there is to know, for schedules that begin with ``share`` or ``put_own``.
+
+    They count their epochs themselves, so nothing is left to do at the end.
+    """
+    epoch_at, tag_after, take, rank, size, around, without, go_on = (
+        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.go_on,
     )  # fmt: skip
     slot_in, settled, load_pack, block = w.slot_in, ptx.settled, ptx.load_pack, ptx.block
 
@@ -72,7 +75,25 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> tuple[Any, A
             low, high = settled(low), settled(high)
         return tag_after(c, last, failed), low, high
 
-    return prepare, start
+    @jit
+    def renew(c, e):
+        go_on(e)
+
+    @jit
+    def advance(c, e):
+        pass
+
+    return SimpleNamespace(prepare=prepare, start=start, renew=renew, advance=advance)
+
+
+def epoch_counter(jit: Any, v: SimpleNamespace, begun: bool) -> Any:
+    """Return ``count_epoch``: what entry would do at the end, if launches begin as `opening_of` has it; else nothing."""
+
+    @jit
+    def count_epoch(c, e):
+        pass
+
+    return v.advance if begun else count_epoch
 
 
 def plain_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put: Any) -> tuple[Any, Any]:
@@ -122,10 +143,12 @@ def sharing_at_once(
     gather
         ``gather(c, e, k, me, at, own, i)`` waits for pack i of all others, and reduces all to accumulators.
     """
-    get, put_back, outward, half, slots_half, rank, ranks, size, around, without = (
-        v.get, v.put_back, v.outward, v.half, v.slots_half, v.rank, v.ranks, v.size, v.around, v.without,
+    get, give, outward, half, slots_half, rank, ranks, size, around, without = (
+        v.get, v.give, v.outward, v.half, v.slots_half, v.rank, v.ranks, v.size, v.around, v.without,
     )  # fmt: skip
-    slot_at, pack_at, push, thread, threads = w.slot_at, w.pack_at, w.push, ptx.thread, ptx.threads
+    slot_at, pack_at, push, thread, threads, settled, store_pack = (
+        w.slot_at, w.pack_at, w.push, ptx.thread, ptx.threads, ptx.settled, ptx.store_pack,
+    )  # fmt: skip
     low, high, ahead, here = (ptx.field(index) for index in (LOW, HIGH, AHEAD, HERE))
     itemsize, finish = a.itemsize, a.finish
 
@@ -152,8 +175,13 @@ def sharing_at_once(
         own = low(c), high(c)
         i = thread() * BYTES
         while i < nbytes:
-            total = gather(c, e, size(c), rank(c), at, own, i)
-            put_back(recv + i, finish(total, ranks(c)), nbytes - i)
+            to = settled(recv + i)  # before the wait, like what follows
+            whole = settled(1 if nbytes - i >= BYTES and to & (BYTES - 1) == 0 else 0)
+            total = finish(gather(c, e, size(c), rank(c), at, own, i), ranks(c))
+            if whole != 0:
+                store_pack(to, total)
+            else:
+                give(to, total, nbytes - i)
             i += threads() * BYTES
             if i < nbytes:
                 own = get(source + i, nbytes - i)

@@ -8,6 +8,7 @@ from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.opening import (
     TAG,
+    epoch_counter,
     opening_of,
     own_storer,
     plain_opening,
@@ -299,6 +300,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
     own |= {"share": share, "reduce_shared": reduce_shared, "opening": opening}
+    own |= {"count_epoch": epoch_counter(jit, v, at_once)}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
     own |= {"signals": w.signals}
@@ -323,8 +325,8 @@ def entry(
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
     )  # fmt: skip
     itemsize, unit = a.itemsize, BYTES // a.itemsize
-    epoch_at, begin, advance, renew = v.epoch_at, v.begin, v.advance, v.renew
-    prepare, start = v.opening if opens else plain_opening(jit, v)
+    epoch_at, begin, opening = v.epoch_at, v.begin, v.opening if opens else plain_opening(jit, v)
+    prepare, start, renew, advance = opening.prepare, opening.start, opening.renew, opening.advance
     known = v if opens else without_openers(v)
     kernel = jit(text(SimpleNamespace(**{**vars(known), "begin": ptx.field(TAG)}) if rounds else known))
 
@@ -342,7 +344,7 @@ def entry(
         )  # fmt: skip
         first = block() * part
         last = min(first + part, count)
-        piece = min(capacity, last - first) if rounds else last - first
+        piece = max(0, min(capacity, last - first) if rounds else last - first)
         shift = first * itemsize
         at, epoch, ahead, here = prepare(c, send + shift + thread() * BYTES)
         if overlap:
@@ -351,16 +353,17 @@ def entry(
                 prefetch(epoch_at(c, block()))
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
-        while first < last:
-            e, low, high = start(c, epoch, at, piece * itemsize - thread() * BYTES)
+        e, low, high = start(c, epoch, at, piece * itemsize - thread() * BYTES)
+        while True:  # even if there is nothing: to look first would take time
             kernel((*c, e, low, high, ahead, here), send + shift, recv + shift, piece)
             first += piece
-            if first < last:
-                renew(c, e)
-                at += piece * itemsize
-                shift += piece * itemsize
-                piece = min(capacity, last - first)
-            else:
-                advance(c, e if rounds else begin(c))
+            if first >= last:
+                break
+            renew(c, e)
+            at += piece * itemsize
+            shift += piece * itemsize
+            piece = min(capacity, last - first)
+            e, low, high = start(c, epoch, at, piece * itemsize - thread() * BYTES)
+        advance(c, e if rounds else begin(c))
 
     return whole
