@@ -13,10 +13,11 @@ from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 
-TAG, LOW, HIGH, AHEAD, HERE = range(len(DEVICE_FIELDS), len(DEVICE_FIELDS) + 5)
-"""What follows the fields of a call: its tag, the words of the thread's first pack, and two slots for `share`.
+TAG, LOW, HIGH, FIRST, AHEAD, HERE, MAPPED = range(len(DEVICE_FIELDS), len(DEVICE_FIELDS) + 7)
+"""What follows the fields of a call: its tag, the words of the thread's first pack, and four addresses.
 
-The slots are the one that the rank after me has for me, and my first one; these are their addresses in the first half.
+Three are for `share`: where that pack goes at the rank after me, and where two slots begin in the first half, the one
+that the rank after me has for me, and my first one. The last is not 0 if NVSHMEM has mapped the rank after me.
 """
 OPENERS = "share", "reduce_shared", "put_own", "count_epoch"
 """Verbs that rely on what was loaded, or replace what entry does at the end: only for schedules known to use them."""
@@ -30,41 +31,49 @@ def without_openers(v: SimpleNamespace) -> SimpleNamespace:
 def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
     """Return how epochs begin and end with schedules of which nothing is known: only the tag is.
 
-    ``prepare(c, at)`` gets the address of the thread's first pack, and returns that, the address of the epoch, and
-    those of two slots; ``start(c, epoch, at, nbytes)`` returns the tag and the pack, of which so many bytes count.
-    What is not known is 0. ``renew(c, e)`` ends an epoch that another one follows, ``advance(c, e)`` the last one.
+    ``prepare(c)`` returns what can be computed before the kernel before has ended. ``start(c, ready, at, nbytes)`` gets
+    that and the address of the thread's first pack, of which so many bytes count, and returns what follows the fields
+    of a call; what is not known is 0. ``renew(c, e)`` ends an epoch that another one follows, ``advance(c, e)`` the
+    last one.
     """
     begin = v.begin
 
     @jit
-    def prepare(c, at):
-        return at, 0, 0, 0
+    def prepare(c):
+        return (0,)
 
     @jit
-    def start(c, epoch, at, nbytes):
-        return begin(c), 0, 0
+    def start(c, ready, at, nbytes):
+        return begin(c), 0, 0, 0, 0, 0, 0
 
     return SimpleNamespace(prepare=prepare, start=start, renew=v.renew, advance=v.advance)
 
 
-def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
+def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, mapped: Any) -> SimpleNamespace:
     """Return the same, with all that there is to know, for schedules that begin with ``share`` or ``put_own``.
 
-    They count their epochs themselves, so nothing is left to do at the end.
+    They count their epochs themselves, so nothing is left to do at the end. ``mapped(c, p)`` returns the last word.
     """
-    epoch_at, tag_after, take, rank, size, around, without, go_on = (
-        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.go_on,
+    epoch_at, tag_after, take, rank, size, around, without, private, slots_half, go_on = (
+        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.private, v.slots_half, v.go_on,
     )  # fmt: skip
-    slot_in, settled, load_pack, block = w.slot_in, ptx.settled, ptx.load_pack, ptx.block
+    slot_in, pack_at, settled, pinned, load_pack, block, thread = (
+        w.slot_in, w.pack_at, ptx.settled, ptx.pinned, ptx.load_pack, ptx.block, ptx.thread,
+    )  # fmt: skip
 
     @jit
-    def prepare(c, at):
+    def prepare(c):
         p = around(rank(c) + 1, size(c))
         ahead, here = slot_in(c, p, without(p, rank(c))), slot_in(c, rank(c), 0)
-        return settled(at), settled(epoch_at(c, block())), settled(ahead), settled(here)
+        first = pack_at(ahead, thread() * BYTES)
+        return (
+            pinned(epoch_at(c, block())), settled(ahead), settled(here),
+            pinned(first), pinned(first + slots_half(c)), pinned(private(c)), settled(mapped(c, p)),
+        )  # fmt: skip
 
     @jit
-    def start(c, epoch, at, nbytes):
+    def start(c, ready, at, nbytes):
+        epoch, ahead, here, even, odd, nowhere, after = ready
         last, failed = load_pack(epoch)
         low, high = 0, 0
         if nbytes >= BYTES and at & (BYTES - 1) == 0:
@@ -73,7 +82,8 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamesp
             low, high = take(at, nbytes)
             # Words, for the compiler: else it takes packs that were loaded whole to pieces too, hence waits for them.
             low, high = settled(low), settled(high)
-        return tag_after(c, last, failed), low, high
+        first = odd if last & 1 == 0 else even  # by the epoch that begins: the tag takes longer to make
+        return tag_after(c, last, failed), low, high, nowhere if failed < 0 else first, ahead, here, after
 
     @jit
     def renew(c, e):
@@ -149,17 +159,18 @@ def sharing_at_once(
     slot_at, pack_at, push, thread, threads, settled, store_pack = (
         w.slot_at, w.pack_at, w.push, ptx.thread, ptx.threads, ptx.settled, ptx.store_pack,
     )  # fmt: skip
-    low, high, ahead, here = (ptx.field(index) for index in (LOW, HIGH, AHEAD, HERE))
+    low, high, first, ahead, here = (ptx.field(index) for index in (LOW, HIGH, FIRST, AHEAD, HERE))
     itemsize, finish = a.itemsize, a.finish
 
     @jit
     def share(c, e, source, nbytes):
-        me, n = rank(c), size(c)
-        next_one = outward(c, e, ahead(c) + half(e) * slots_half(c))
         pack = low(c), high(c)
         i = thread() * BYTES
+        if i < nbytes:
+            push(first(c), pack, e)
+        me, n = rank(c), size(c)
+        next_one = outward(c, e, ahead(c) + half(e) * slots_half(c))
         while i < nbytes:
-            push(pack_at(next_one, i), pack, e)
             k = around(me + 2, n)
             while k != me:
                 push(pack_at(outward(c, e, slot_at(c, e, k, without(k, me))), i), pack, e)
@@ -167,6 +178,7 @@ def sharing_at_once(
             i += threads() * BYTES
             if i < nbytes:
                 pack = get(source + i, nbytes - i)
+                push(pack_at(next_one, i), pack, e)
 
     @jit
     def reduce_shared(c, e, source, recv, n):

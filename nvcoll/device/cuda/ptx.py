@@ -197,6 +197,24 @@ def settled(typing: Any, value: Any) -> Any:
     return types.int64(types.int64), emit
 
 
+@intrinsic
+def pinned(typing: Any, value: Any) -> Any:
+    """Return a value that is in a register from here on: the threads of a warp hand it to themselves.
+
+    The assembler looks through a move, and loads what is constant, and computes what follows from it, where it is used.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        text = (
+            "{.reg .u32 low, high, me, all; mov.b64 {low, high}, $1; mov.u32 me, %laneid; activemask.b32 all;"
+            " shfl.sync.idx.b32 low, low, me, 31, all; shfl.sync.idx.b32 high, high, me, 31, all;"
+            " mov.b64 $0, {low, high};}"
+        )
+        return assembly(builder, text, "=l,l", I64, args)
+
+    return types.int64(types.int64), emit
+
+
 def field(index: int) -> Any:
     """Make ``read(c)``: the argument of that number of a call."""
 

@@ -7,6 +7,7 @@ from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.opening import (
+    MAPPED,
     TAG,
     epoch_counter,
     opening_of,
@@ -282,8 +283,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     at_once = not (w.signals or deep)
     store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
+    asked_now, asked_before = far.askers(jit, v, remote, ptx.field(MAPPED) if at_once else None)
     if remote:
-        put, put_own = far.over(jit, v, w, put, w.store_part), far.over(jit, v, w, put_own, store_own)
+        put = far.over(jit, v, w, put, w.store_part, asked_now)
+        put_own = far.over(jit, v, w, put_own, store_own, asked_before) if at_once else put
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
     if w.signals or at_once:
@@ -295,7 +298,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     else:
         anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
         share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
-    opening = opening_of(jit, v, w) if at_once else plain_opening(jit, v)
+    opening = opening_of(jit, v, w, asked_now) if at_once else plain_opening(jit, v)
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
@@ -321,8 +324,8 @@ def entry(
     Schedules that begin with `share` or `put_own` (`opens`) find loaded what these send. Parameters are the fields of a
     call, in their order.
     """
-    block, thread, await_predecessor, let_successor, prefetch = (
-        ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch,
+    block, thread, await_predecessor, let_successor, prefetch, settled = (
+        ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch, ptx.settled,
     )  # fmt: skip
     itemsize, unit = a.itemsize, BYTES // a.itemsize
     epoch_at, begin, opening = v.epoch_at, v.begin, v.opening if opens else plain_opening(jit, v)
@@ -344,26 +347,26 @@ def entry(
         )  # fmt: skip
         first = block() * part
         last = min(first + part, count)
-        piece = max(0, min(capacity, last - first) if rounds else last - first)
+        piece = min(capacity, last - first) if rounds else last - first
         shift = first * itemsize
-        at, epoch, ahead, here = prepare(c, send + shift + thread() * BYTES)
+        at, ready = settled(send + shift + thread() * BYTES), prepare(c)
         if overlap:
             if first + thread() * unit < last:
                 prefetch(at)
                 prefetch(epoch_at(c, block()))
             await_predecessor()
             let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
-        e, low, high = start(c, epoch, at, piece * itemsize - thread() * BYTES)
-        while True:  # even if there is nothing: to look first would take time
-            kernel((*c, e, low, high, ahead, here), send + shift, recv + shift, piece)
+        begun = start(c, ready, at, piece * itemsize - thread() * BYTES)
+        while first < last:
+            kernel(c + begun, send + shift, recv + shift, piece)
             first += piece
-            if first >= last:
-                break
-            renew(c, e)
-            at += piece * itemsize
-            shift += piece * itemsize
-            piece = min(capacity, last - first)
-            e, low, high = start(c, epoch, at, piece * itemsize - thread() * BYTES)
-        advance(c, e if rounds else begin(c))
+            if first < last:
+                renew(c, begun[0])
+                at += piece * itemsize
+                shift += piece * itemsize
+                piece = min(capacity, last - first)
+                begun = start(c, ready, at, piece * itemsize - thread() * BYTES)
+            else:
+                advance(c, begun[0] if rounds else begin(c))
 
     return whole

@@ -146,7 +146,7 @@ class Gpus:
             "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
             "clock": self.clock, "field": lambda index: lambda c: c[index],
-            "settled": lambda value: value,
+            "settled": lambda value: value, "pinned": lambda value: value,
         }  # fmt: skip
 
 

@@ -20,35 +20,41 @@ EXCHANGE = """
 .address_size 64
 .visible .entry exchange(.param .u64 mine, .param .u64 theirs)
 {{
-  .reg .u64 here, there, number, seen, polls;
-  .reg .pred more;
+  .reg .u64 here, there, number, gave_up, half, seen, polls;
+  .reg .pred more, again;
   ld.param.u64 here, [mine];
   ld.param.u64 there, [theirs];
   {overlap}
-  ld.global.u64 number, [here+64];
+  ld.global.v2.u64 {{number, gave_up}}, [here+128];
   add.u64 number, number, 1;
-  st.global.u64 [here+64], number;
+  and.b64 half, number, 1;
+  shl.b64 half, half, 6;
+  add.u64 there, there, half;
   st.relaxed.sys.global.u64 [there], number;
+  st.global.u64 [here+128], number;
+  add.u64 half, here, half;
+  setp.ne.u64 more, gave_up, 0;
+  @more ret;
   mov.u64 polls, 0;
-again:
-  ld.relaxed.sys.global.u64 seen, [here];
+look:
+  ld.relaxed.sys.global.u64 seen, [half];
   add.u64 polls, polls, 1;
-  setp.lt.u64 more, seen, number;
-  setp.lt.and.u64 more, polls, {most}, more;
-  @more bra again;
-  setp.lt.u64 more, seen, number;
-  @!more ret;
-  st.global.u64 [here+72], number;
-  st.relaxed.sys.global.u64 [here], {all_ones};
+  setp.ne.u64 more, seen, number;
+  setp.lt.and.u64 again, polls, {most}, more;
+  @again bra look;
+  @more st.global.u64 [here+136], number;
+  st.global.u64 [here+192], seen;
+  st.relaxed.sys.global.u64 [half], 0;
   ret;
 }}
 """
 """A kernel that counts its calls, stores the number where another rank looks, and waits for that of one.
 
-Its parameters are the first fields of a plan. A call that has waited too long says so behind its own number, and lets
-all later ones pass.
+Two words take turns, for the other rank may be a call ahead; who has seen a number clears it and stores it elsewhere,
+as calls do. The parameters are the first fields of a plan. A call that has waited too long says so behind its own
+number, and later ones do not wait.
 """
-GAVE_UP = 9  # the word
+GAVE_UP, WORDS = 17, 32  # the word that says so, and all words
 OVERLAP = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
 MOST_POLLS = 10_000_000  # some seconds, should the other rank have died
 BATCHES = 20
@@ -114,7 +120,7 @@ def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str,
     if comm.size == 1 or len({gpu["uuid"] for gpu in gpus}) < comm.size:
         return None
     world = comm._world
-    words = comm.zeros(16, "int64")
+    words = comm.zeros(WORDS, "int64")
     theirs = world.planner.area.counterpart(words.address, (comm.rank + 1) % comm.size)
     seconds = None
     if all(ranks.exchange(theirs != 0 and not world.planner.remote)):
@@ -134,7 +140,7 @@ def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str,
 def _exchange(early: bool) -> str:
     """Return the text of the kernel, which may be brought in while the one before it runs."""
     target, overlap = ("sm_90", OVERLAP) if early else ("sm_75", "")
-    return EXCHANGE.format(target=target, overlap=overlap, most=MOST_POLLS, all_ones=(1 << 64) - 1)
+    return EXCHANGE.format(target=target, overlap=overlap, most=MOST_POLLS)
 
 
 def copy_bandwidth(stage: Stage, gpus: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
