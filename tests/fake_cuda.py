@@ -70,7 +70,7 @@ class FakeDriver(types.ModuleType):
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9)
     CUpointer_attribute = types.SimpleNamespace(
-        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_IS_MANAGED=8, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
     )
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -214,8 +214,8 @@ class FakeDriver(types.ModuleType):
         return Result(0), MEMORY - sum(map(len, self.taken.values())), MEMORY
 
     def cuPointerGetAttribute(self, attribute, address):
-        told = self.pointers.get(address)
-        return (Result.CUDA_ERROR_INVALID_VALUE, None) if told is None else (Result(0), told[attribute])
+        told = self.pointers.get(address, {}).get(attribute)
+        return (Result.CUDA_ERROR_INVALID_VALUE, None) if told is None else (Result(0), told)
 
     def cuMemsetD8Async(self, address, byte, nbytes, stream):
         ctypes.memset(address, byte, nbytes)

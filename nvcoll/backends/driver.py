@@ -8,7 +8,7 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 import ctypes
 import threading
 import uuid as uuid_
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 
@@ -177,15 +177,24 @@ def free(address: int) -> None:
     _call("cuMemFree", address)
 
 
-def gpu_of(address: int) -> int | None:
-    """Return the ordinal of the GPU that has the memory at an address; None for memory that all GPUs may use."""
+def other_gpu_of(address: int) -> int | None:
+    """Return the ordinal of the GPU that has the memory at an address, if kernels of the current GPU cannot use it.
+
+    None where they can, and where the driver does not know: that may be the host's memory, where GPUs can use that.
+    """
     attribute = _driver().CUpointer_attribute
+    if _pointer_attribute(attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address) is not None:
+        return None
+    if _pointer_attribute(attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address) != OF_GPU:
+        return None
+    return cast("int | None", _pointer_attribute(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
+
+
+def _pointer_attribute(attribute: Any, address: int) -> Any:
+    """Return what the driver knows of an address; None where it does not."""
     try:
-        of_gpu = int(_call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)) == OF_GPU
-        if not of_gpu or _call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_IS_MANAGED, address):
-            return None
-        return int(_call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
-    except DeviceError:  # memory that the driver does not know may be the host's, where GPUs can use that
+        return _call("cuPointerGetAttribute", attribute, address)
+    except DeviceError:
         return None
 
 

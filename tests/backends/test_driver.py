@@ -184,11 +184,12 @@ class TestMemory:
             driver.free(8)
 
 
-@pytest.mark.parametrize(("kind", "managed", "gpu"), [(2, 0, 5), (2, 1, None), (1, 0, None)])
-def test_the_gpu_of_an_address(fake, kind, managed, gpu):
-    fake.pointers[0x1000] = {2: kind, 8: managed, 9: 5}
-    assert driver.gpu_of(0x1000) == gpu
-    assert driver.gpu_of(0x2000) is None
+@pytest.mark.parametrize(
+    ("facts", "gpu"), [({2: 2, 9: 5}, 5), ({2: 2, 3: 0x1000, 9: 5}, None), ({2: 1, 9: 5}, None), ({}, None)]
+)
+def test_the_gpu_of_memory_that_cannot_be_used_here(fake, facts, gpu):
+    fake.pointers[0x1000] = facts
+    assert driver.other_gpu_of(0x1000) == gpu
 
 
 def test_streams(fake):
@@ -229,7 +230,10 @@ class TestReal:
                 driver.memset(address + 100, 6, 1)
                 driver.copy(host, address, 1 << 20, stream)
                 assert ctypes.string_at(host + 99, 3) == b"\5\6\5"
-                assert [driver.gpu_of(one) for one in (address + 100, host, id(driver))] == [device.ordinal, None, None]
+                assert [driver.other_gpu_of(one) for one in (address + 100, host, id(driver))] == [None] * 3
+                if device.ordinal:
+                    with driver.Device(0):
+                        assert driver.other_gpu_of(address + 100) == device.ordinal
                 driver.memset(mapped, 9, 10)
                 assert ctypes.string_at(host, 11) == b"\t" * 10 + b"\5"
                 pageable = ctypes.create_string_buffer(b"from the host", 20)

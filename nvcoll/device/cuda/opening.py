@@ -97,7 +97,7 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, mapped: Any) ->
 
 
 def epoch_counter(jit: Any, v: SimpleNamespace, begun: bool) -> Any:
-    """Return ``count_epoch``: what entry would do at the end, if launches begin as `opening_of` has it; else nothing."""
+    """Return ``count_epoch``: what entry would do at the end, where launches have begun as in `opening_of`."""
 
     @jit
     def count_epoch(c, e):
