@@ -69,6 +69,15 @@ def test_what_is_sent_is_waited_for_fits_its_slot_and_makes_the_result(name, ite
 
 
 @EVERY_ALGORITHM
+def test_an_algorithm_that_opens_counts_its_epoch_once_on_every_rank(name):
+    """Not at all, or twice, and a rank would be an epoch behind or ahead of the others."""
+    for sizes, itemsize in itertools.product(WORLDS, [2, 4]):
+        shape = schedule.world(sizes, 65, itemsize, 4)
+        counted = {schedule.run(name, rank, shape, target="cuda").counted for rank in range(shape.size)}
+        assert counted == {int(ALGORITHMS[name].opens)}, sizes
+
+
+@EVERY_ALGORITHM
 def test_slices_of_several_blocks(name):
     for sizes, (itemsize, width) in itertools.product([(2,), (3,), (5,), (2, 3)], [(4, 4), (2, 4), (16, 16), (1, 1)]):
         shape = schedule.world(sizes, 3 * shape_size(sizes) * BLOCK // width + 17, itemsize, width)

@@ -120,3 +120,19 @@ def test_what_a_call_sends_first_is_loaded_before_its_epoch_is_used(built, case)
     same_block = before_its_use[pack.end() :].partition("$L__")[0]
     assert pack[1] not in same_block, "a pack that was loaded whole is waited for at once"
     assert pack[2] not in same_block
+
+
+@pytest.mark.parametrize("case", [case for case in OPENING if case[0] == SMALL[0]], ids=title)
+def test_where_the_first_pack_goes_is_only_chosen_when_the_epoch_is_known(built, case):
+    """To compute it then would take as long as some fifty instructions, with loads of constants among them."""
+    before_the_store = built[case].result().beginning.partition("st.volatile.global.v2.u64 [")
+    makers = {}
+    for line in before_the_store[0].splitlines():
+        if match := re.match(r"\s*([\w.]+)\s+(%rd\d+), (.*);", line):
+            makers[match[2]] = match[1], re.findall(r"%rd\d+", match[3])
+    todo, instructions = re.findall(r"^%rd\d+", before_the_store[2]), []
+    while todo:
+        instruction, sources = makers.get(todo.pop(), (None, []))
+        instructions += [instruction] if instruction else []
+        todo += sources
+    assert instructions == ["selp.b64", "selp.b64"], "in which half, and whether this rank may send at all"
