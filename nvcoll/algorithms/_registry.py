@@ -96,6 +96,7 @@ class Algorithm:
         Whether messages larger than the scratch memory are cut into rounds for it; else it does that itself.
     opens : bool
         Whether the schedule begins with `share` or `put_own`, so that what these send can be loaded as a call begins.
+        It must call `count_epoch` once on every path then, best after what it sends first.
     own_texts : dict
         Target -> text, where a target has one of its own.
     """

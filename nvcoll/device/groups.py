@@ -80,7 +80,7 @@ def sharing(jit: Any, v: Any, put_all: Any, wait_reduce_finish: Any) -> tuple[An
     """Return ``share`` and ``reduce_shared``: all ranks get everyone's message, and reduce them to the result.
 
     They are the whole of a schedule, or of what it does in a world of a certain shape. On GPUs, what is sent first is
-    loaded as the call begins; so the algorithm must be registered as one that ``opens``.
+    loaded as the call begins; so the algorithm must be registered as one that ``opens``, and counts its epochs.
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
 
     @jit
     def count_epoch(c, e):
-        """Nothing: the host counts epochs."""
+        """Nothing: `begin` has counted it."""
 
     known = SimpleNamespace(**vars(v), itemsize=itemsize, rank=t.field.rank, size=t.field.size)
     group_of = puts_in_turn(jit, known, put)

@@ -3,12 +3,13 @@
 import re
 import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 import nvcoll
 from nvcoll import cli, ops, settings
-from nvcoll.algorithms import ALGORITHMS
+from nvcoll.algorithms import ALGORITHMS, one_shot
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -65,3 +66,9 @@ def test_every_operator_takes_some_datatype(tables):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_the_schedule_in_the_explanation_is_one_shot():
+    shown = re.search(r"```python\n(def kernel.*?)```", (DOCS / "explanation/design.md").read_text(), re.DOTALL)
+    stands = re.search(r" {4}def kernel.*?(?=\n {4}return kernel)", Path(one_shot.__file__).read_text(), re.DOTALL)
+    assert shown[1].strip() == dedent(stands[0]).strip()

@@ -13,10 +13,6 @@ one ends. And once any block of a rank has failed, the tags of all its calls are
 from types import SimpleNamespace
 from typing import Any
 
-from llvmlite import ir
-from numba.cuda import types
-from numba.cuda.extending import intrinsic
-
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, log2, unfold, without
 from nvcoll.device.cuda import ptx
@@ -24,7 +20,7 @@ from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
-"""Polls between looks at the clock and at what other blocks met."""
+"""Counts of polls in vain between looks at the clock and at what other blocks met."""
 FAILED = -(1 << 63)
 """What says in the state that a wait was over its deadline, else 0: it makes tags negative."""
 
@@ -50,7 +46,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     thread, threads, block, any_of, meet, leave = ptx.thread, ptx.threads, ptx.block, ptx.any_of, ptx.meet, ptx.leave
     load_pack, store_pack, take, give = ptx.load_pack, ptx.store_pack, p.take, p.give
     peers, rank, size, state, report, timeout, board = f.peers, f.rank, f.size, f.state, f.report, f.timeout, f.board
-    stamp, flags, flags_half, flags_block = f.stamp, f.flags, f.flags_half, f.flags_block
+    send, stamp, flags, flags_half, flags_block = f.send, f.stamp, f.flags, f.flags_half, f.flags_block
     heap, heap_size, ranks, workspace, workspace_block = f.heap, f.heap_size, f.ranks, f.workspace, f.workspace_block
     widen_pack, finish_pack = a.widen, a.finish
     size_of, width_of, words, widens, finishes = a.itemsize, a.width, a.words, a.widens, a.finishes
@@ -64,7 +60,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         return width_of
 
     shared = {function.__name__: jit(function) for function in (around, everyone, fold, log2, unfold, without)}
-    excluding, near = shared["without"], _near()
+    excluding, near = shared["without"], ptx.chosen([DEVICE_FIELDS.index(f"peer{k}") for k in range(NEAR)])
 
     @jit
     def area(c, p):
@@ -101,9 +97,11 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
             store(epoch_at(c, block()), (e & ~FAILED) >> STAMP_BITS)
             if block() == 0 and e >= 0:
                 store_relaxed(board(c), e)  # for those who wonder why nothing comes
-                square = e * e  # of tags themselves, the sum would not change if two calls had each other's
-                add(state(c) + HISTORY, square)
-                add(state(c) + HISTORY + 8, -square)
+                history = state(c) + HISTORY
+                if send(c) != history:  # which a barrier reduces, so it must stay as it is
+                    square = e * e  # of tags themselves, the sum would not change if two calls had each other's
+                    add(history, square)
+                    add(history + 8, -square)
 
     @jit
     def go_on(e):
@@ -138,7 +136,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
 
     @jit
     def in_vain(c, e, polls, since):
-        """Count a poll in vain, and look at the clock now and then; return counts, since when, and whether to give up.
+        """Count polls in vain, and look at the clock now and then; return counts, since when, and whether to give up.
 
         Both counts are 0 at first.
         """
@@ -346,35 +344,6 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         | shared
         | {"load": load, "store": store, "take": take, "give": give}
     )
-
-
-def _near() -> Any:
-    """Return what chooses among the arguments that are addresses of areas, without a branch."""
-    indices = [DEVICE_FIELDS.index(f"peer{k}") for k in range(NEAR)]
-
-    @intrinsic
-    def near(typing: Any, c: Any, p: Any) -> Any:
-        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            def bit(k: int) -> Any:
-                return builder.trunc(builder.lshr(args[1], ir.Constant(ptx.I64, k)), ir.IntType(1))
-
-            addresses = [builder.extract_value(args[0], index) for index in indices]
-            return pick(addresses, [bit(k) for k in range(NEAR.bit_length() - 1)], builder.select)
-
-        return types.int64(c, types.int64), emit
-
-    return near
-
-
-def pick(values: list[Any], bits: list[Any], select: Any) -> Any:
-    """Return the value whose index has these bits, the lowest first; ``select(bit, one, other)`` chooses among two.
-
-    As a tree, in which few choices wait for another.
-    """
-    for bit in bits:
-        values = [select(bit, upper, lower) for lower, upper in zip(values[::2], values[1::2], strict=True)]
-    [value] = values
-    return value
 
 
 def wide(jit: Any, spread: int) -> tuple[Any, Any]:

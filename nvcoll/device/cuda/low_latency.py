@@ -7,7 +7,7 @@ is relied upon. A network may write in any order and grain, and the form with fl
 only.
 
 Who has read a pack clears it, so between calls all this memory is empty: of sentinels, or of zeros. A half is written
-again after its reader has ended the epoch, hence after it was cleared.
+again after its reader has gone on to another epoch, or has ended its launch, hence after it was cleared.
 """
 
 from types import SimpleNamespace
@@ -201,7 +201,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         """Wait until a pack that was looked at is there, clear it, and return it."""
         polls, since = 0, 0
         while missing(got, e):
-            got = look(where)  # three looks for a count, which takes as long as one
+            got = look(where)  # three looks for each count: counting takes as long as a look
             if missing(got, e):
                 got = look(where)
             if missing(got, e):

@@ -2,8 +2,9 @@
 
 What a small message takes counts from the end of the kernel before. Until then, a kernel may touch no memory of the
 calls before, but it can compute: where its epoch and its first packs lie and, for `share`, where in a slot these go.
-Then come two loads, of the epoch and of the thread's first pack, one right behind the other. docs/explanation/gpus.md
-says what that saves.
+Then come two loads, of the epoch and of the thread's first pack, one right behind the other. Schedules that begin so
+also count their epoch early, by `count_epoch`, while they wait; others leave that for the end of the launch.
+docs/explanation/gpus.md says what that saves.
 """
 
 from types import SimpleNamespace
@@ -49,10 +50,10 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
     return SimpleNamespace(prepare=prepare, start=start, renew=v.renew, advance=v.advance)
 
 
-def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, mapped: Any) -> SimpleNamespace:
+def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, asked: Any) -> SimpleNamespace:
     """Return the same, with all that there is to know, for schedules that begin with ``share`` or ``put_own``.
 
-    They count their epochs themselves, so nothing is left to do at the end. ``mapped(c, p)`` returns the last word.
+    They count their epochs themselves, so nothing is left to do at the end. ``asked(c, p)`` returns `MAPPED`.
     """
     epoch_at, tag_after, take, rank, size, around, without, private, slots_half, go_on = (
         v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.private, v.slots_half, v.go_on,
@@ -68,7 +69,7 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, mapped: Any) ->
         first = pack_at(ahead, thread() * BYTES)
         return (
             pinned(epoch_at(c, block())), settled(ahead), settled(here),
-            pinned(first), pinned(first + slots_half(c)), pinned(private(c)), settled(mapped(c, p)),
+            pinned(first), pinned(first + slots_half(c)), pinned(private(c)), settled(asked(c, p)),
         )  # fmt: skip
 
     @jit

@@ -202,6 +202,7 @@ def pinned(typing: Any, value: Any) -> Any:
     """Return a value that is in a register from here on: the threads of a warp hand it to themselves.
 
     The assembler looks through a move, and loads what is constant, and computes what follows from it, where it is used.
+    For where all threads of a warp come together, though any of them will do.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -226,3 +227,31 @@ def field(index: int) -> Any:
         return types.int64(c), emit
 
     return read
+
+
+def chosen(indices: list[int]) -> Any:
+    """Make ``read(c, k)``: the k-th of some arguments of a call, a power of two of them, chosen without a branch."""
+
+    @intrinsic
+    def read(typing: Any, c: Any, k: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            def bit(place: int) -> Any:
+                return builder.trunc(builder.lshr(args[1], ir.Constant(I64, place)), ir.IntType(1))
+
+            values = [builder.extract_value(args[0], index) for index in indices]
+            return pick(values, [bit(place) for place in range(len(indices).bit_length() - 1)], builder.select)
+
+        return types.int64(c, types.int64), emit
+
+    return read
+
+
+def pick(values: list[Any], bits: list[Any], select: Any) -> Any:
+    """Return the value whose index has these bits, the lowest first; ``select(bit, one, other)`` chooses among two.
+
+    As a tree, in which few choices wait for another.
+    """
+    for bit in bits:
+        values = [select(bit, upper, lower) for lower, upper in zip(values[::2], values[1::2], strict=True)]
+    [value] = values
+    return value

@@ -75,10 +75,10 @@ def landed(typing: Any, flag: Any, tag: Any) -> Any:
 
 
 def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[Any, Any]:
-    """Return two ``mapped(c, p)``, which tell whether NVSHMEM has mapped rank p: by an address that is not 0.
+    """Return two ``asked(c, p)``, which tell whether NVSHMEM has mapped rank p: by an address that is not 0.
 
-    The second takes ``known(c)`` for the rank after me, of which the first was asked as the call began. It also brings
-    the tables of NVSHMEM into caches then.
+    The second takes ``known(c)`` for the rank after me: the answer of the first, which was asked as the call began.
+    That brings NVSHMEM's tables into caches, too.
     """
     area, rank, size, around = v.area, v.rank, v.size, v.around
 
@@ -95,7 +95,7 @@ def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[Any,
     return asked_now, asked_before
 
 
-def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, mapped: Any) -> Any:
+def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, asked: Any) -> Any:
     """Return ``put`` that reaches far ranks too.
 
     Parameters
@@ -110,7 +110,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         ``put`` to the others.
     store_part
         ``store_part(c, e, to, source, nbytes)`` stages bytes in the form in which they travel.
-    mapped
+    asked
         One of `askers`.
     """
     area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
@@ -128,7 +128,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         """Stage bytes and begin to put them. With a negative tag, none: earlier puts may still read the stage."""
         meet(e)
         staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
-        near = mapped(c, p)  # asked for before it is needed: the answer takes as long as to stage
+        near = asked(c, p)  # asked for before it is needed: the answer takes as long as to stage
         store_part(c, e, staged, source, nbytes)
         if near == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
             sync()

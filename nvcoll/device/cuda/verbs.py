@@ -321,8 +321,8 @@ def entry(
     A piece is a complete reduction with an epoch of its own, whose tag `begin` gives to the schedule. Schedules that
     cut messages themselves (not `rounds`) get the whole part, and may begin and end epochs. Where GPUs can (`overlap`),
     the next kernel of the stream is brought in while this one runs, and waits for its end before it touches memory.
-    Schedules that begin with `share` or `put_own` (`opens`) find loaded what these send. Parameters are the fields of a
-    call, in their order.
+    Schedules that begin with `share` or `put_own` (`opens`) find loaded what these send, and count their epochs by
+    `count_epoch`; those of others are counted here. Parameters are the fields of a call, in their order.
     """
     block, thread, await_predecessor, let_successor, prefetch, settled = (
         ptx.block, ptx.thread, ptx.await_predecessor, ptx.let_successor, ptx.prefetch, ptx.settled,

@@ -20,7 +20,7 @@ import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS
-from nvcoll.device.cuda import common, packs, ptx, verbs
+from nvcoll.device.cuda import common, packs, ptx, remote, verbs
 from nvcoll.device.cuda.layout import EPOCH, EPOCHS, HISTORY
 
 WORD = 8
@@ -130,6 +130,25 @@ class Gpus:
         for k in range(min(2, nbytes // WORD)):
             self.store(at + WORD * k, pack[k])
 
+    def mapped(self, to, rank):
+        return self._there(to, rank) if rank % 2 else 0  # whether it is changes when stores are fenced, no more
+
+    def begin_put(self, to, source, nbytes, rank):
+        self.me.barrier.wait()
+        if self.me.thread == 0:
+            for k in range(0, nbytes, WORD):
+                self.store(self._there(to, rank) + k, self.load(source + k))
+        self.me.barrier.wait()
+
+    def begin_put_signal(self, to, source, nbytes, flag, tag, rank):
+        self.begin_put(to, source, nbytes, rank)
+        if self.me.thread == 0:
+            self.store(self._there(flag, rank), tag)
+
+    def _there(self, to, rank):
+        """Return another rank's counterpart of an address of mine."""
+        return to + SPACE * (rank - self.me.rank)
+
     def _delay(self):
         if self.me.random.random() < 0.01:
             time.sleep(self.me.random.random() * self.me.slow)
@@ -146,6 +165,7 @@ class Gpus:
             "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
             "clock": self.clock, "field": lambda index: lambda c: c[index],
+            "chosen": lambda indices: lambda c, k: c[indices[k]],
             "settled": lambda value: value, "pinned": lambda value: value,
         }  # fmt: skip
 
@@ -154,11 +174,12 @@ class Gpus:
 def machine(clock: Callable[[], int] = time.monotonic_ns) -> Iterator[Gpus]:
     """Let kernels that are made inside run on threads of Python; the clock counts nanoseconds."""
     gpus = Gpus(clock)
-    near = DEVICE_FIELDS.index("peer0")
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in gpus.primitives().items():
             patch.setattr(ptx, name, stand_in)
-        patch.setattr(common, "_near", lambda: lambda c, p: c[near + p])
+        for name in ("mapped", "begin_put", "begin_put_signal"):
+            patch.setattr(remote, name, getattr(gpus, name))
+        patch.setattr(remote, "landed", lambda flag, tag: None)
         patch.setattr(packs, "partial", lambda unit: SimpleNamespace(take=gpus.take, give=gpus.give))
         yield gpus
 
@@ -200,6 +221,8 @@ class World:
         Whether threads have several packs under way, and whether accumulators are wider than elements.
     symmetric
         Whether buffers lie in the symmetric heap.
+    far
+        Whether ranks of other nodes are reached by puts only.
     combine
         What reduces two words; by default it adds them.
     timeout
@@ -208,24 +231,24 @@ class World:
 
     def __init__(
         self, gpus, algorithm, protocol, node_sizes, *, threads=2, deep=False, widens=False,
-        symmetric=False, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
+        symmetric=False, far=False, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
     ):  # fmt: skip
         self.gpus, self.threads, self.ranks, self._symmetric = gpus, threads, range(sum(node_sizes)), symmetric
         one = ALGORITHMS[algorithm]
         a = arithmetic(combine, widens=widens)
-        v = verbs.vocabulary(jit, a, protocol, deep)
+        v = verbs.vocabulary(jit, a, protocol, deep, far)
         self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False, opens=one.opens)
-        self._fields = [self._lay_out(rank, node_sizes, timeout) for rank in self.ranks]
+        self._fields = [self._lay_out(rank, node_sizes, timeout, far) for rank in self.ranks]
         self.ended = set()
 
-    def _lay_out(self, rank, node_sizes, timeout):
+    def _lay_out(self, rank, node_sizes, timeout, far):
         """Fill a rank's tables and return the fields of its calls that stay the same."""
         n = len(self.ranks)
         starts = list(accumulate(node_sizes, initial=0))
         node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
-        areas = [self._place(0, k) for k in self.ranks]
-        members, owners, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
         inside = range(starts[node], starts[node + 1])
+        areas = [0 if far and k not in inside else self._place(0, k) for k in self.ranks]
+        members, owners, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
         mine = rank - starts[node]
         alike = [start + mine if mine < end - start else -1 for start, end in pairwise(starts)]
         for at, table in ((members, inside), (owners, alike), (peers, areas)):
@@ -256,6 +279,10 @@ class World:
         places = [self._fields[rank]["state"] + HISTORY for rank in self.ranks]
         return [(self.gpus.load(at), self.gpus.load(at + WORD)) for at in places]
 
+    def epochs(self, rank):
+        """Return the epochs of a rank's blocks."""
+        return [self.gpus.load(self._fields[rank]["state"] + EPOCHS + EPOCH * block) for block in range(BLOCKS)]
+
     def sent(self):
         """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""
         areas = {rank: range(self._place(0, rank), self._place(0, rank) + SPACE) for rank in self.ranks}
@@ -271,6 +298,12 @@ class World:
         """Return what is not 0 in a rank's area, between two offsets, by its address."""
         area = range(self._place(0, rank) + first, self._place(0, rank) + last)
         return {at: word for at, word in self.gpus.memory.items() if word and at in area}
+
+    def compare_histories(self):
+        """Reduce the two words of all ranks, as a barrier does, and return the result of each."""
+        places = {rank: (self._fields[rank]["state"] + HISTORY, self._place(4, rank)) for rank in self.ranks}
+        self._start([(2, 100, 1024)], {(0, rank): place for rank, place in places.items()}, self.ranks)
+        return [(self.gpus.load(to), self.gpus.load(to + WORD)) for _, to in places.values()]
 
     def run(self, calls, value, ranks=None, seed=0, stamp=lambda call, rank: 5):
         """Make calls, one right after the other, and return the result of each on each rank that came to its end.
@@ -297,9 +330,17 @@ class World:
                 at = self._place(4 if elsewhere else 3, rank) + (call << 20) + WORD * (call // 2 % 2)
                 buffers[call, rank] = at, at if call % 2 else at + (1 << 19) + WORD * (call // 4 % 2)
                 self.gpus.memory |= {at + WORD * i: value(call, rank, i) for i in range(count)}
+        self._start(calls, buffers, self.ranks if ranks is None else ranks, seed, stamp)
+        return {
+            key: [self.gpus.memory.get(to + WORD * i) for i in range(calls[key[0]][0])]
+            for key, (_, to) in buffers.items()
+        }
+
+    def _start(self, calls, buffers, ranks, seed=0, stamp=lambda call, rank: 5):
+        """Let threads make calls between buffers, given by call and rank, and wait for them."""
         self.ended.clear()
         crew = []
-        for rank in self.ranks if ranks is None else ranks:
+        for rank in ranks:
             for block in range(BLOCKS):
                 barrier = Barrier(self.threads)
                 for thread in range(self.threads):
@@ -313,10 +354,6 @@ class World:
         for job in crew:
             job.join(60)
             assert not job.is_alive(), "a thread hangs"
-        return {
-            key: [self.gpus.memory.get(to + WORD * i) for i in range(calls[key[0]][0])]
-            for key, (_, to) in buffers.items()
-        }
 
     def _work(self, calls, buffers, barrier, place, seed, stamp):
         """Be one thread of one rank in all calls."""

@@ -11,6 +11,7 @@ import pytest
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.planning import candidates
 from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
+from tests.gpu.kernels import REACHING
 
 WORLDS = [(2,), (5,), (9,), (1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]
 COUNTS = [1, 2, 3, 7, 12, 23, 40]
@@ -22,6 +23,16 @@ def calls_for(turn):
     """Calls of different sizes, pieces and places of slots: rests of packs, of rows, of pieces."""
     rng = random.Random(turn)
     return [(rng.choice(COUNTS), rng.choice((2, 4, 10, 100)), rng.choice(STRIDES)) for _ in range(8)]
+
+
+def pieces(calls):
+    """How many pieces each block has of all calls."""
+    found = [0] * BLOCKS
+    for count, capacity, _ in calls:
+        part = -(-count // (2 * BLOCKS)) * 2
+        for block in range(BLOCKS):
+            found[block] += -(-max(0, min(part, count - part * block)) // capacity)
+    return found
 
 
 def value(call, rank, i):
@@ -41,9 +52,25 @@ def test_results_are_right_and_slots_are_left_clean(name, deep):
                 right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
                 assert result == right, f"call {call} on rank {rank} of {node_sizes}"
             assert not world.ended
+            if ALGORITHMS[name.split("/")[0]].rounds:
+                assert [world.epochs(rank) for rank in world.ranks] == [pieces(calls)] * len(world.ranks)
             shape = Shape(node_sizes, 1, WORD, (1 + widens) * WORD, min(node_sizes))
             assert world.reached(STRIDES[-1]) <= ALGORITHMS[name.split("/")[0]].slots(shape).number
             assert not any(world.arrived(rank, FIELDS["lines"], FIELDS["data"]) for rank in world.ranks)
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("name", REACHING)
+def test_results_are_right_where_other_nodes_are_reached_by_puts(name, deep):
+    for turn, node_sizes in enumerate([(1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]):
+        with machine() as gpus:
+            world = World(gpus, *name.split("/"), node_sizes, deep=deep, threads=1 + turn % 3, far=True)
+            calls = calls_for(f"{name} {turn}")
+            results = world.run(calls, value, seed=turn)
+            for (call, rank), result in results.items():
+                right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
+                assert result == right, f"call {call} on rank {rank} of {node_sizes}"
+            assert not world.ended
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
@@ -111,6 +138,17 @@ def test_histories_are_the_same_if_calls_are(name):
         assert len(set(world.histories())) == 1
         [(first, second), *_] = world.histories()
         assert second == -first != 0
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
+@pytest.mark.parametrize("name", candidates())
+def test_a_barrier_compares_histories_while_it_is_a_call_itself(name, deep):
+    for node_sizes in [(2,), (1, 1), (2, 2), (1, 1, 1), (9,), (2, 2, 2)]:
+        with machine() as gpus:
+            greatest = {"combine": lambda left, right: max(signed(left), signed(right))}
+            world = World(gpus, *name.split("/"), node_sizes, deep=deep, **greatest)
+            world.run([(8, 100, 1024)] * 3, value)
+            assert {first + second for first, second in world.compare_histories()} == {0}, node_sizes
 
 
 @pytest.mark.parametrize("stamps", [(5, 5, 6), (6, 5, 5)])

@@ -20,35 +20,35 @@ EXCHANGE = """
 .address_size 64
 .visible .entry exchange(.param .u64 mine, .param .u64 theirs)
 {{
-  .reg .u64 here, there, number, gave_up, half, seen, polls;
-  .reg .pred more, again;
+  .reg .u64 here, there, number, failed, turn, seen, polls;
+  .reg .pred gave_up, missing, again;
   ld.param.u64 here, [mine];
   ld.param.u64 there, [theirs];
   {overlap}
-  ld.global.v2.u64 {{number, gave_up}}, [here+128];
+  ld.global.v2.u64 {{number, failed}}, [here+128];
   add.u64 number, number, 1;
-  and.b64 half, number, 1;
-  shl.b64 half, half, 6;
-  add.u64 there, there, half;
+  and.b64 turn, number, 1;
+  shl.b64 turn, turn, 6;
+  add.u64 there, there, turn;
   st.relaxed.sys.global.u64 [there], number;
   st.global.u64 [here+128], number;
-  add.u64 half, here, half;
-  setp.ne.u64 more, gave_up, 0;
-  @more ret;
+  setp.ne.u64 gave_up, failed, 0;
+  @gave_up ret;
+  add.u64 turn, here, turn;
   mov.u64 polls, 0;
 look:
-  ld.relaxed.sys.global.u64 seen, [half];
+  ld.relaxed.sys.global.u64 seen, [turn];
   add.u64 polls, polls, 1;
-  setp.ne.u64 more, seen, number;
-  setp.lt.and.u64 again, polls, {most}, more;
+  setp.ne.u64 missing, seen, number;
+  setp.lt.and.u64 again, polls, {most}, missing;
   @again bra look;
-  @more st.global.u64 [here+136], number;
+  @missing st.global.u64 [here+136], number;
   st.global.u64 [here+192], seen;
-  st.relaxed.sys.global.u64 [half], 0;
+  st.relaxed.sys.global.u64 [turn], 0;
   ret;
 }}
 """
-"""A kernel that counts its calls, stores the number where another rank looks, and waits for that of one.
+"""A kernel that counts its calls, stores the number where another rank looks, and waits for that of the same rank.
 
 Two words take turns, for the other rank may be a call ahead; who has seen a number clears it and stores it elsewhere,
 as calls do. The parameters are the first fields of a plan. A call that has waited too long says so behind its own
@@ -97,9 +97,10 @@ def _succeed(driver: Any, name: str, *arguments: Any) -> None:
 
 
 def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str, Any]]) -> float | None:
-    """Measure kernels that give a word to the next rank and wait for one, in a CUDA graph; collective.
+    """Measure kernels that exchange a word with another rank, in a CUDA graph; collective.
 
-    A call that waits for another rank, and ends before the next one begins, takes no less.
+    A call that waits for another rank, and ends before the next one begins, takes no less. Ranks do it in pairs; one
+    that is left over does it with itself.
 
     Parameters
     ----------
@@ -113,7 +114,7 @@ def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str,
     Returns
     -------
     float or None
-        Seconds of a call, slowest rank; None where a rank cannot store to the next one's memory, shares its GPU, or
+        Seconds of a call, slowest rank; None where a rank cannot store to the other one's memory, shares its GPU, or
         has not heard of the other one for too long.
     """
     comm = stage.comm
@@ -121,7 +122,8 @@ def least_call(stage: Stage, ranks: ExchangingRanks, gpus: Sequence[Mapping[str,
         return None
     world = comm._world
     words = comm.zeros(WORDS, "int64")
-    theirs = world.planner.area.counterpart(words.address, (comm.rank + 1) % comm.size)
+    other = comm.rank ^ 1
+    theirs = world.planner.area.counterpart(words.address, other if other < comm.size else comm.rank)
     seconds = None
     if all(ranks.exchange(theirs != 0 and not world.planner.remote)):
         with world.device:

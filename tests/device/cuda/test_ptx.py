@@ -2,8 +2,8 @@
 
 import pytest
 
-from nvcoll.device.cuda.common import pick
 from nvcoll.device.cuda.layout import NEAR
+from nvcoll.device.cuda.ptx import pick
 
 
 @pytest.mark.parametrize("index", range(NEAR))
