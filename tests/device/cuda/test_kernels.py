@@ -1,6 +1,5 @@
 """Every kernel becomes machine code for the architectures there are, and works in registers alone; no GPU is needed."""
 
-import os
 import re
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from nvcoll import jit_cuda
 from nvcoll.algorithms import ALGORITHMS
 from nvcoll.jit import ENTRY
 from nvcoll.planning import LAUNCH, candidates, read_rules
-from tests.conftest import worker_processes
+from tests.device.cuda.building import building
 
 MOST_REGISTERS = 65536 // jit_cuda.THREADS
 
@@ -67,12 +66,9 @@ def build(name, datatype, op, deep, compiled_for, assembled_for):
 
 @pytest.fixture(scope="module")
 def built(request):
-    """Compile the cases that were selected, as many at a time as there are processors."""
-    items = [item for item in request.session.items if "built" in item.fixturenames]
-    selected = dict.fromkeys(item.callspec.params["case"] for item in items)  # in the order in which they are awaited
-    workers = min(len(selected), len(os.sched_getaffinity(0)))
-    with worker_processes(workers) as pool:
-        yield {case: pool.submit(build, *case) for case in selected}
+    """The cases that were selected."""
+    with building(request, build) as cases:
+        yield cases
 
 
 def title(case):

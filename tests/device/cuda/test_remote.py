@@ -8,6 +8,7 @@ import pytest
 from nvcoll import jit_cuda
 from nvcoll.jit import ENTRY
 from nvcoll.planning import candidates
+from tests.device.cuda.building import building
 
 pytest.importorskip("nvshmem", reason="nvshmem4py is not installed")
 
@@ -25,9 +26,25 @@ CASES += [
 ]
 
 
+SYMBOLS = ENTRY, "nvshmemi_device_state_d", "nvshmemi_device_lib_version_d"  # what the host looks for
+
+
 @cache
 def shim(arch):
     return jit_cuda.compile_shim(arch)
+
+
+def build(name, datatype, deep, arch):
+    """Compile a case; return its registers, bytes spilled, and the symbols that it lacks."""
+    kernel = jit_cuda.compile_kernel(*name.split("/"), "SUM", datatype, arch, deep, shim(arch))
+    return kernel.registers, kernel.spilled, [symbol for symbol in SYMBOLS if symbol.encode() not in kernel.cubin]
+
+
+@pytest.fixture(scope="module")
+def built(request):
+    """The cases that were selected."""
+    with building(request, build) as cases:
+        yield cases
 
 
 def title(case):
@@ -35,13 +52,11 @@ def title(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=title)
-def test_kernels_fit_into_registers_and_are_such_as_nvshmem_takes(case):
-    name, datatype, deep, arch = case
-    kernel = jit_cuda.compile_kernel(*name.split("/"), "SUM", datatype, arch, deep, shim(arch))
-    assert kernel.registers <= MOST_REGISTERS
-    assert kernel.spilled == 0
-    for symbol in (ENTRY, "nvshmemi_device_state_d", "nvshmemi_device_lib_version_d"):  # what the host looks for
-        assert symbol.encode() in kernel.cubin
+def test_kernels_fit_into_registers_and_are_such_as_nvshmem_takes(built, case):
+    registers, spilled, lacking = built[case].result()
+    assert registers <= MOST_REGISTERS
+    assert spilled == 0
+    assert not lacking
 
 
 def test_text():
