@@ -30,9 +30,9 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
     """Return ``double(c, e, me, total, source, acc, n, result)``, run by the ranks at places 0 to total - 1.
 
     It reduces n elements of each place, in a binary tree over the places, and leaves the result at `result`, by way of
-    accumulators at `acc`. Mine are at `source`, the message itself, or that is 0 and `acc` has their accumulators
-    already: elements are sent where it is so far known to be all that there is, for they may be fewer bytes. The epoch
-    is still to be counted, then. The first slots are used.
+    accumulators at `acc`. Mine are at `source`, the message itself, and the epoch is still to be counted; or that is 0,
+    and `acc` has their accumulators already. Elements are sent where it is so far known to be all that there is, for
+    they may be fewer bytes. The first slots are used.
 
     Parameters
     ----------
