@@ -88,7 +88,8 @@ try() { # try NAME FORM ARGUMENTS... [@ TOOL]: run it and say whether it passed
 control() { # whether memcheck sees a call of this form that writes to memory that was given back
     local log=$work/control.log before=$SECONDS
     # The other ranks wait for one whose kernel was stopped, so their deadline is short.
-    if NVCOLL_TIMEOUT=20 start "$form" --spoil @ memcheck </dev/null >"$log" 2>&1 || ! grep -q 'Invalid __global__ write' "$log"; then
+    if NVCOLL_TIMEOUT=20 start "$form" --spoil @ memcheck </dev/null >"$log" 2>&1 ||
+        ! grep -q 'Invalid __global__ write' "$log"; then
         echo "FAILED   $form, memcheck: it does not see a write to memory that was given back; see $log, which ends"
         tail -n 25 "$log" | sed 's/^/    /'
         return 1

@@ -104,7 +104,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
                     add(history + 8, -square)
 
     @jit
-    def go_on(e):
+    def go_on(c, e):
         """Go on to an epoch of the same launch: what was cleared is so for peers before they hear more."""
         sync()
         if thread() == 0:
@@ -115,7 +115,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     def renew(c, e):
         """Count this block's epoch in the middle of a launch, and go on to the next one."""
         advance(c, e)
-        go_on(e)
+        go_on(c, e)
 
     @jit
     def half(e):

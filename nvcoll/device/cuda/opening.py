@@ -35,7 +35,7 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
     ``prepare(c)`` returns what can be computed before the kernel before has ended. ``start(c, ready, at, nbytes)`` gets
     that and the address of the thread's first pack, of which so many bytes count, and returns what follows the fields
     of a call; what is not known is 0. ``renew(c, e)`` ends an epoch that another one follows, ``advance(c, e)`` the
-    last one.
+    last one, and ``count_epoch(c, e)`` is the verb for schedules that ``opens``: here it leaves all to these two.
     """
     begin = v.begin
 
@@ -47,7 +47,9 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
     def start(c, ready, at, nbytes):
         return begin(c), 0, 0, 0, 0, 0, 0
 
-    return SimpleNamespace(prepare=prepare, start=start, renew=v.renew, advance=v.advance)
+    return SimpleNamespace(
+        prepare=prepare, start=start, renew=v.renew, advance=v.advance, count_epoch=_nothing(jit)
+    )  # fmt: skip
 
 
 def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, asked: Any) -> SimpleNamespace:
@@ -55,8 +57,8 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, asked: Any) -> 
 
     They count their epochs themselves, so nothing is left to do at the end. ``asked(c, p)`` returns `MAPPED`.
     """
-    epoch_at, tag_after, take, rank, size, around, without, private, slots_half, go_on = (
-        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.private, v.slots_half, v.go_on,
+    epoch_at, tag_after, take, rank, size, around, without, private, slots_half = (
+        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.private, v.slots_half,
     )  # fmt: skip
     slot_in, pack_at, settled, pinned, load_pack, block, thread = (
         w.slot_in, w.pack_at, ptx.settled, ptx.pinned, ptx.load_pack, ptx.block, ptx.thread,
@@ -86,25 +88,19 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, asked: Any) -> 
         first = odd if last & 1 == 0 else even  # by the epoch that begins: the tag takes longer to make
         return tag_after(c, last, failed), low, high, nowhere if failed < 0 else first, ahead, here, after
 
-    @jit
-    def renew(c, e):
-        go_on(e)
+    return SimpleNamespace(
+        prepare=prepare, start=start, renew=v.go_on, advance=_nothing(jit), count_epoch=v.advance
+    )  # fmt: skip
+
+
+def _nothing(jit: Any) -> Any:
+    """Return a verb that does nothing at the end of an epoch."""
 
     @jit
-    def advance(c, e):
+    def nothing(c, e):
         pass
 
-    return SimpleNamespace(prepare=prepare, start=start, renew=renew, advance=advance)
-
-
-def epoch_counter(jit: Any, v: SimpleNamespace, begun: bool) -> Any:
-    """Return ``count_epoch``: what entry would do at the end, where launches have begun as in `opening_of`."""
-
-    @jit
-    def count_epoch(c, e):
-        pass
-
-    return v.advance if begun else count_epoch
+    return nothing
 
 
 def plain_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put: Any) -> tuple[Any, Any]:

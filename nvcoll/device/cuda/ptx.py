@@ -202,7 +202,7 @@ def pinned(typing: Any, value: Any) -> Any:
     """Return a value that is in a register from here on: the threads of a warp hand it to themselves.
 
     The assembler looks through a move, and loads what is constant, and computes what follows from it, where it is used.
-    For where all threads of a warp come together, though any of them will do.
+    It looks through this as well if the value is the same for all threads. For where those of a warp come together.
     """
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:

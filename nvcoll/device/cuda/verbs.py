@@ -9,7 +9,6 @@ from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.opening import (
     MAPPED,
     TAG,
-    epoch_counter,
     opening_of,
     own_storer,
     plain_opening,
@@ -283,7 +282,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     at_once = not (w.signals or deep)
     store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
-    asked_now, asked_before = far.askers(jit, v, remote, ptx.field(MAPPED) if at_once else None)
+    asked_now, asked_before = far.askers(jit, v, remote, ptx.field(MAPPED))
     if remote:
         put = far.over(jit, v, w, put, w.store_part, asked_now)
         put_own = far.over(jit, v, w, put_own, store_own, asked_before) if at_once else put
@@ -302,8 +301,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
-    own |= {"share": share, "reduce_shared": reduce_shared, "opening": opening}
-    own |= {"count_epoch": epoch_counter(jit, v, at_once)}
+    own |= {"share": share, "reduce_shared": reduce_shared, "opening": opening, "count_epoch": opening.count_epoch}
     own |= {"wait_reduce_partials": wait_reduce_partials, "reduce_direct": reduce_direct}
     own |= {"thread": thread, "threads": threads, "any_of": ptx.any_of, "meet": meet}
     own |= {"signals": w.signals}

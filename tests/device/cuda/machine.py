@@ -37,6 +37,11 @@ class End(BaseException):
     """A thread ends by an instruction of its own."""
 
 
+def same_stamp(call, rank):
+    """Let all ranks make the same calls."""
+    return 5
+
+
 def signed(x):
     """Return 64 bits as the number that kernels see."""
     x &= (1 << 64) - 1
@@ -234,7 +239,7 @@ class World:
         symmetric=False, far=False, combine=lambda left, right: signed(left + right), timeout=60 * 10**9,
     ):  # fmt: skip
         self.gpus, self.threads, self.ranks, self._symmetric = gpus, threads, range(sum(node_sizes)), symmetric
-        one = ALGORITHMS[algorithm]
+        self.node_sizes, one = node_sizes, ALGORITHMS[algorithm]
         a = arithmetic(combine, widens=widens)
         v = verbs.vocabulary(jit, a, protocol, deep, far)
         self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False, opens=one.opens)
@@ -279,6 +284,11 @@ class World:
         places = [self._fields[rank]["state"] + HISTORY for rank in self.ranks]
         return [(self.gpus.load(at), self.gpus.load(at + WORD)) for at in places]
 
+    @staticmethod
+    def part(count):
+        """Return the elements of a block, in whole packs; the last one may have less."""
+        return -(-count // (2 * BLOCKS)) * 2
+
     def epochs(self, rank):
         """Return the epochs of a rank's blocks."""
         return [self.gpus.load(self._fields[rank]["state"] + EPOCHS + EPOCH * block) for block in range(BLOCKS)]
@@ -302,10 +312,10 @@ class World:
     def compare_histories(self):
         """Reduce the two words of all ranks, as a barrier does, and return the result of each."""
         places = {rank: (self._fields[rank]["state"] + HISTORY, self._place(4, rank)) for rank in self.ranks}
-        self._start([(2, 100, 1024)], {(0, rank): place for rank, place in places.items()}, self.ranks)
+        self._start([(2, 100, 1024)], {(0, rank): place for rank, place in places.items()}, self.ranks, 0, same_stamp)
         return [(self.gpus.load(to), self.gpus.load(to + WORD)) for _, to in places.values()]
 
-    def run(self, calls, value, ranks=None, seed=0, stamp=lambda call, rank: 5):
+    def run(self, calls, value, ranks=None, seed=0, stamp=same_stamp):
         """Make calls, one right after the other, and return the result of each on each rank that came to its end.
 
         Parameters
@@ -336,7 +346,7 @@ class World:
             for key, (_, to) in buffers.items()
         }
 
-    def _start(self, calls, buffers, ranks, seed=0, stamp=lambda call, rank: 5):
+    def _start(self, calls, buffers, ranks, seed, stamp):
         """Let threads make calls between buffers, given by call and rank, and wait for them."""
         self.ended.clear()
         crew = []
@@ -365,8 +375,7 @@ class World:
         try:
             for call, (count, capacity, stride) in enumerate(calls):
                 send, recv = buffers[call, rank]
-                part = -(-count // (2 * BLOCKS)) * 2
-                own = {"send": send, "recv": recv, "count": count, "part": part, "stamp": stamp(call, rank)}
+                own = {"send": send, "recv": recv, "count": count, "part": self.part(count), "stamp": stamp(call, rank)}
                 fields = self._fields[rank] | own | {"capacity": capacity, "stride": stride}
                 self._kernel(*(fields[name] for name in DEVICE_FIELDS))
                 barrier.wait()  # the next launch of a stream begins when all of this one have ended

@@ -7,13 +7,12 @@ import pytest
 
 from nvcoll import jit_cuda
 from nvcoll.jit import ENTRY
-from nvcoll.planning import candidates
 from tests.device.cuda.building import building
+from tests.gpu.kernels import REACHING
 
 pytest.importorskip("nvshmem", reason="nvshmem4py is not installed")
 
 MOST_REGISTERS = 65536 // jit_cuda.THREADS
-REACHING = [name for name in candidates() if not name.startswith("two_shot")]
 CASES = [(name, "float32", False, "sm_90") for name in REACHING]
 CASES += [
     (name, "bfloat16", deep, "sm_90")

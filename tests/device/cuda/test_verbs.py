@@ -29,7 +29,7 @@ def pieces(calls):
     """How many pieces each block has of all calls."""
     found = [0] * BLOCKS
     for count, capacity, _ in calls:
-        part = -(-count // (2 * BLOCKS)) * 2
+        part = World.part(count)
         for block in range(BLOCKS):
             found[block] += -(-max(0, min(part, count - part * block)) // capacity)
     return found
@@ -37,6 +37,14 @@ def pieces(calls):
 
 def value(call, rank, i):
     return (call + 1) * 7**rank + i * (rank + 1)
+
+
+def run_and_check(world, calls, seed):
+    """Make calls; every rank has the sums, and no thread has given up."""
+    for (call, rank), result in world.run(calls, value, seed=seed).items():
+        right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
+        assert result == right, f"call {call} on rank {rank} of {world.node_sizes}"
+    assert not world.ended
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
@@ -47,11 +55,7 @@ def test_results_are_right_and_slots_are_left_clean(name, deep):
             form = {"deep": deep, "widens": widens, "threads": 1 + turn % 3, "symmetric": turn % 3 > 0}
             world = World(gpus, *name.split("/"), node_sizes, **form)
             calls = calls_for(f"{name} {turn}")
-            results = world.run(calls, value, seed=turn)
-            for (call, rank), result in results.items():
-                right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
-                assert result == right, f"call {call} on rank {rank} of {node_sizes}"
-            assert not world.ended
+            run_and_check(world, calls, turn)
             if ALGORITHMS[name.split("/")[0]].rounds:
                 assert [world.epochs(rank) for rank in world.ranks] == [pieces(calls)] * len(world.ranks)
             shape = Shape(node_sizes, 1, WORD, (1 + widens) * WORD, min(node_sizes))
@@ -65,12 +69,7 @@ def test_results_are_right_where_other_nodes_are_reached_by_puts(name, deep):
     for turn, node_sizes in enumerate([(1, 1), (1, 1, 1), (2, 2), (1, 3), (4, 1), (2, 1, 2)]):
         with machine() as gpus:
             world = World(gpus, *name.split("/"), node_sizes, deep=deep, threads=1 + turn % 3, far=True)
-            calls = calls_for(f"{name} {turn}")
-            results = world.run(calls, value, seed=turn)
-            for (call, rank), result in results.items():
-                right = [sum(value(call, r, i) for r in world.ranks) for i in range(calls[call][0])]
-                assert result == right, f"call {call} on rank {rank} of {node_sizes}"
-            assert not world.ended
+            run_and_check(world, calls_for(f"{name} {turn}"), turn)
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
