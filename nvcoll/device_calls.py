@@ -154,7 +154,7 @@ class DeviceCalls:
             gpu = spec.device
             if gpu is None and spec.count:
                 with world.device:
-                    gpu = driver.other_gpu_of(spec.address)
+                    gpu = driver.gpu_of(spec.address)
             if gpu not in (None, world.device.ordinal):
                 raise ArgumentError(
                     f"{verb}: {name} is on GPU {gpu}, rank {world.rank} works on GPU {world.device.ordinal}; "

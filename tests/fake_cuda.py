@@ -70,7 +70,7 @@ class FakeDriver(types.ModuleType):
     CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP = 1, 2
     CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT=9)
     CUpointer_attribute = types.SimpleNamespace(
-        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_DEVICE_POINTER=3, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE=2, CU_POINTER_ATTRIBUTE_IS_MANAGED=8, CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9
     )
     CUevent_flags = types.SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUstream_flags = types.SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
@@ -214,8 +214,10 @@ class FakeDriver(types.ModuleType):
         return Result(0), MEMORY - sum(map(len, self.taken.values())), MEMORY
 
     def cuPointerGetAttribute(self, attribute, address):
-        told = self.pointers.get(address, {}).get(attribute)
-        return (Result.CUDA_ERROR_INVALID_VALUE, None) if told is None else (Result(0), told)
+        told = self.pointers.get(address)
+        if told is None:
+            return Result.CUDA_ERROR_INVALID_VALUE, None
+        return Result(0), 0 if attribute == 9 else told[attribute]  # as in versions of cuda-python
 
     def cuMemsetD8Async(self, address, byte, nbytes, stream):
         ctypes.memset(address, byte, nbytes)
@@ -254,9 +256,23 @@ class FakeDriver(types.ModuleType):
         return Result(0), 2048 // threads
 
 
+class FakeLibrary:
+    """What nvcoll calls of the driver's library itself; `driver` has the facts."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def cuPointerGetAttribute(self, target, attribute, address):
+        told = self.driver.pointers.get(address.value, {}).get(attribute)
+        if told is None:
+            return int(Result.CUDA_ERROR_INVALID_VALUE)
+        target._obj.value = told
+        return 0
+
+
 def install(monkeypatch: pytest.MonkeyPatch, driver: types.ModuleType | None) -> None:
     """Let `from cuda.bindings import driver` find this one; None: no cuda-python."""
-    monkeypatch.setattr("nvcoll.backends.driver._problem_of_library", lambda: None)
+    monkeypatch.setattr("nvcoll.backends.driver._library", lambda: FakeLibrary(driver))
     bindings = types.ModuleType("cuda.bindings")
     if driver is not None:
         bindings.driver = driver

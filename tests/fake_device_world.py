@@ -104,7 +104,7 @@ def fake_world(monkeypatch):
     world.capturing = set()
     driver.stream_capturing = world.capturing.__contains__
     world.places = {}
-    driver.other_gpu_of = world.places.get
+    driver.gpu_of = world.places.get
     monkeypatch.setattr(device_calls, "driver", driver)
 
     def settle():

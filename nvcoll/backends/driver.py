@@ -8,7 +8,7 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 import ctypes
 import threading
 import uuid as uuid_
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 
@@ -177,25 +177,20 @@ def free(address: int) -> None:
     _call("cuMemFree", address)
 
 
-def other_gpu_of(address: int) -> int | None:
-    """Return the ordinal of the GPU that has the memory at an address, if kernels of the current GPU cannot use it.
-
-    None where they can, and where the driver does not know: that may be the host's memory, where GPUs can use that.
-    """
+def gpu_of(address: int) -> int | None:
+    """Return the ordinal of the GPU that has the memory at an address; None for memory that all GPUs may use."""
     attribute = _driver().CUpointer_attribute
-    if _pointer_attribute(attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER, address) is not None:
-        return None
-    if _pointer_attribute(attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address) != OF_GPU:
-        return None
-    return cast("int | None", _pointer_attribute(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address))
-
-
-def _pointer_attribute(attribute: Any, address: int) -> Any:
-    """Return what the driver knows of an address; None where it does not."""
     try:
-        return _call("cuPointerGetAttribute", attribute, address)
-    except DeviceError:
+        of_gpu = int(_call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)) == OF_GPU
+        if not of_gpu or _call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_IS_MANAGED, address):
+            return None
+    except DeviceError:  # memory that the driver does not know may be the host's, where GPUs can use that
         return None
+    # By ctypes: some versions of cuda-python answer 0 for every GPU (github.com/NVIDIA/cuda-python/issues/2928).
+    ordinal = ctypes.c_int()
+    ask = _library().cuPointerGetAttribute
+    status = ask(ctypes.byref(ordinal), int(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL), ctypes.c_uint64(address))
+    return None if status else ordinal.value
 
 
 def memory_info() -> tuple[int, int]:
@@ -342,10 +337,15 @@ def occupancy(function: int, threads: int, shared: int = 0) -> int:
 def _problem_of_library() -> str | None:
     """Return why the driver's library does not load, or None."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        _library()
     except OSError as exc:
         return f"libcuda.so.1 does not load ({exc})"
     return None
+
+
+def _library() -> ctypes.CDLL:
+    """Return the driver's library itself."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _driver() -> Any:

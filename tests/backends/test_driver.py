@@ -18,8 +18,6 @@ from tests.fake_cuda import (
     install,
 )
 
-PROBLEM_OF_LIBRARY = driver._problem_of_library
-
 
 @pytest.fixture
 def fake(monkeypatch):
@@ -40,11 +38,10 @@ class TestAvailable:
         assert reason.endswith('; pip install "nvcoll[cuda]"')
 
     def test_no_library(self, fake, monkeypatch):
-        def load(name):
-            raise OSError(f"{name}: cannot open shared object file")
+        def load():
+            raise OSError("libcuda.so.1: cannot open shared object file")
 
-        monkeypatch.setattr(ctypes, "CDLL", load)
-        monkeypatch.setattr(driver, "_problem_of_library", PROBLEM_OF_LIBRARY)
+        monkeypatch.setattr(driver, "_library", load)
         reason = "libcuda.so.1 does not load (libcuda.so.1: cannot open shared object file); install the NVIDIA driver"
         assert driver.available() == reason
         assert fake.calls == []
@@ -185,11 +182,13 @@ class TestMemory:
 
 
 @pytest.mark.parametrize(
-    ("facts", "gpu"), [({2: 2, 9: 5}, 5), ({2: 2, 3: 0x1000, 9: 5}, None), ({2: 1, 9: 5}, None), ({}, None)]
+    ("facts", "gpu"),
+    [({2: 2, 8: 0, 9: 5}, 5), ({2: 2, 8: 1, 9: 5}, None), ({2: 1, 8: 0, 9: 5}, None), ({2: 2, 8: 0}, None)],
 )
-def test_the_gpu_of_memory_that_cannot_be_used_here(fake, facts, gpu):
+def test_the_gpu_of_memory(fake, facts, gpu):
+    assert driver.gpu_of(0x1000) is None
     fake.pointers[0x1000] = facts
-    assert driver.other_gpu_of(0x1000) == gpu
+    assert driver.gpu_of(0x1000) == gpu
 
 
 def test_streams(fake):
@@ -230,10 +229,10 @@ class TestReal:
                 driver.memset(address + 100, 6, 1)
                 driver.copy(host, address, 1 << 20, stream)
                 assert ctypes.string_at(host + 99, 3) == b"\5\6\5"
-                assert [driver.other_gpu_of(one) for one in (address + 100, host, id(driver))] == [None] * 3
-                if device.ordinal:
-                    with driver.Device(0):
-                        assert driver.other_gpu_of(address + 100) == device.ordinal
+                for current in (device, driver.Device(0)):
+                    with current:
+                        found = [driver.gpu_of(one) for one in (address + 100, host, id(driver))]
+                    assert found == [device.ordinal, None, None]
                 driver.memset(mapped, 9, 10)
                 assert ctypes.string_at(host, 11) == b"\t" * 10 + b"\5"
                 pageable = ctypes.create_string_buffer(b"from the host", 20)
