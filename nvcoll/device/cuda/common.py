@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from nvcoll._plan import DEVICE_FIELDS
-from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, log2, unfold, without
+from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, unfold, without
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
@@ -59,7 +59,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
     def width(c):
         return width_of
 
-    shared = {function.__name__: jit(function) for function in (around, everyone, fold, log2, unfold, without)}
+    shared = {function.__name__: jit(function) for function in (around, everyone, fold, unfold, without)}
     excluding, near = shared["without"], ptx.chosen([DEVICE_FIELDS.index(f"peer{k}") for k in range(NEAR)])
 
     @jit
@@ -342,6 +342,7 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         **vars(f)
         | {verb.py_func.__name__: verb for verb in named}
         | shared
+        | {"log2": ptx.log2}
         | {"load": load, "store": store, "take": take, "give": give}
     )
 

@@ -132,6 +132,17 @@ def own_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put: Any) -> tu
     return store_own, put_own
 
 
+def own_pack_of(jit: Any) -> Any:
+    """Return ``own_pack(c, at, nbytes)``: the thread's first pack, which `start` has loaded."""
+    low, high = ptx.field(LOW), ptx.field(HIGH)
+
+    @jit
+    def own_pack(c, at, nbytes):
+        return low(c), high(c)
+
+    return own_pack
+
+
 def sharing_at_once(
     jit: Any, v: SimpleNamespace, a: SimpleNamespace, w: SimpleNamespace, gather: Any
 ) -> tuple[Any, Any]:

@@ -216,6 +216,17 @@ def pinned(typing: Any, value: Any) -> Any:
     return types.int64(types.int64), emit
 
 
+@intrinsic
+def log2(typing: Any, n: Any) -> Any:
+    """Return the same as `nvcoll.device.common.log2`, without a loop: what begins a call is computed before it may."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zeros = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+        return builder.sub(ir.Constant(I64, 63), zeros)
+
+    return types.int64(types.int64), emit
+
+
 def field(index: int) -> Any:
     """Make ``read(c)``: the argument of that number of a call."""
 

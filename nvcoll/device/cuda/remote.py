@@ -9,6 +9,9 @@ Two halves by the parity of the epoch suffice: a half is written again in epoch 
 here. That holds a contribution of each rank, made after the rank had read all that it was sent in epoch k: so those
 puts have gone out. Nothing is put from where it lies: schedules overwrite what they have sent. Within an epoch, a slot
 is staged once, or for several ranks with the same bytes.
+
+Small messages with low latency take a shorter way to ranks that NVSHMEM has mapped, such as those of other hosts in one
+NVLink domain: each thread puts the words of its pack from its registers. Through a network, each would be a message.
 """
 
 from types import SimpleNamespace
@@ -21,6 +24,9 @@ from numba.cuda.extending import intrinsic
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.ptx import I64
+
+BY_WORDS = 16 << 10
+"""Most bytes of a message whose words go one by one: more take longer than staging them."""
 
 
 def _call(builder: Any, name: str, result: Any, args: Any) -> Any:
@@ -64,6 +70,17 @@ def begin_put_signal(typing: Any, to: Any, source: Any, nbytes: Any, flag: Any, 
 
 
 @intrinsic
+def put_words(typing: Any, to: Any, first: Any, second: Any, third: Any, fourth: Any, rank: Any) -> Any:
+    """Store four words at another rank, at my own address of the place."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _call(builder, "nvcoll_put_words", ir.VoidType(), args)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), emit
+
+
+@intrinsic
 def landed(typing: Any, flag: Any, tag: Any) -> Any:
     """Make the data before a flag readable, which this thread has seen."""
 
@@ -95,7 +112,9 @@ def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[Any,
     return asked_now, asked_before
 
 
-def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, asked: Any) -> Any:
+def over(
+    jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, asked: Any, first_pack: Any = None
+) -> Any:
     """Return ``put`` that reaches far ranks too.
 
     Parameters
@@ -112,11 +131,16 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         ``store_part(c, e, to, source, nbytes)`` stages bytes in the form in which they travel.
     asked
         One of `askers`.
+    first_pack
+        ``first_pack(c, at, nbytes)`` returns a thread's first pack, at an address and of so many bytes. None where
+        words never go one by one.
     """
-    area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
+    area, half, flag, rank, stride, count, size_of = v.area, v.half, v.flag, v.rank, v.stride, v.count, v.itemsize
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
-    slot_at, spread, signals = w.slot_at, w.spread, w.signals
-    sync, meet, fence, thread, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.block
+    slot_at, pack_at, spread, signals = w.slot_at, w.pack_at, w.spread, w.signals
+    sync, meet, fence, thread, threads, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.threads, ptx.block
+    words = first_pack is not None
+    words_of = w.words_of if words else None
 
     @jit
     def stage_at(c, e, slot):
@@ -124,11 +148,18 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         return area(c, rank(c)) + stage(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
 
     @jit
-    def put_far(c, e, p, slot, source, nbytes):
+    def put_by_words(c, e, p, slot, source, nbytes):
+        """Put bytes of which each thread has a pack at most. With a negative tag, none."""
+        i = thread() * BYTES
+        if i < nbytes and e >= 0:
+            first, second, third, fourth = words_of(first_pack(c, source + i, nbytes - i), e)
+            put_words(pack_at(slot_at(c, e, rank(c), slot), i), first, second, third, fourth, p)
+
+    @jit
+    def put_staged(c, e, p, slot, source, nbytes, near):
         """Stage bytes and begin to put them. With a negative tag, none: earlier puts may still read the stage."""
         meet(e)
         staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
-        near = asked(c, p)  # asked for before it is needed: the answer takes as long as to stage
         store_part(c, e, staged, source, nbytes)
         if near == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
             sync()
@@ -144,6 +175,10 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         if area(c, p) != 0:
             put_near(c, e, p, slot, source, nbytes)
         elif nbytes > 0:
-            put_far(c, e, p, slot, source, nbytes)
+            near = asked(c, p)
+            if words and near != 0 and nbytes <= threads() * BYTES and count(c) * size_of(c) <= BY_WORDS:
+                put_by_words(c, e, p, slot, source, nbytes)
+            else:
+                put_staged(c, e, p, slot, source, nbytes, near)
 
     return put

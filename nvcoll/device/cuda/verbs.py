@@ -10,6 +10,7 @@ from nvcoll.device.cuda.opening import (
     MAPPED,
     TAG,
     opening_of,
+    own_pack_of,
     own_storer,
     plain_opening,
     plain_storer,
@@ -280,12 +281,17 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 put_back(load(targets + 8 * around(me + j, k)) + base + i, result, nbytes - i)
             i += step
 
+    @jit
+    def loaded(c, at, nbytes):
+        """Return a pack that is loaded now."""
+        return get(at, nbytes)
+
     at_once = not (w.signals or deep)
     store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
     asked_now, asked_before = far.askers(jit, v, remote, ptx.field(MAPPED))
     if remote:
-        put = far.over(jit, v, w, put, w.store_part, asked_now)
-        put_own = far.over(jit, v, w, put_own, store_own, asked_before) if at_once else put
+        put = far.over(jit, v, w, put, w.store_part, asked_now, loaded if at_once else None)
+        put_own = far.over(jit, v, w, put_own, store_own, asked_before, own_pack_of(jit)) if at_once else put
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
     if w.signals or at_once:
@@ -348,14 +354,14 @@ def entry(
         piece = min(capacity, last - first) if rounds else last - first
         shift = first * itemsize
         at, ready = settled(send + shift + thread() * BYTES), prepare(c)
-        if overlap:
-            if first + thread() * unit < last:
-                prefetch(at)
-                prefetch(epoch_at(c, block()))
-            await_predecessor()
-            let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
-        begun = start(c, ready, at, piece * itemsize - thread() * BYTES)
+        if overlap and first + thread() * unit < last:
+            prefetch(at)
+            prefetch(epoch_at(c, block()))
         while first < last:
+            if overlap:  # in the loop, for compilers compute in front of it what all pieces need; later waits are over
+                await_predecessor()
+                let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
+            begun = start(c, ready, at, piece * itemsize - thread() * BYTES)
             kernel(c + begun, send + shift, recv + shift, piece)
             first += piece
             if first < last:
@@ -363,7 +369,6 @@ def entry(
                 at += piece * itemsize
                 shift += piece * itemsize
                 piece = min(capacity, last - first)
-                begun = start(c, ready, at, piece * itemsize - thread() * BYTES)
             else:
                 advance(c, begun[0] if rounds else begin(c))
 

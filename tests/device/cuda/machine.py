@@ -20,6 +20,7 @@ import pytest
 
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS
+from nvcoll.device.common import log2
 from nvcoll.device.cuda import common, packs, ptx, remote, verbs
 from nvcoll.device.cuda.layout import EPOCH, EPOCHS, HISTORY
 
@@ -84,6 +85,7 @@ class Gpus:
     def __init__(self, clock):
         self.memory = {}
         self.stored = []  # (rank, address) of every store, in order
+        self.puts = []  # how, and to which rank, in order
         self.me = threading.local()
         self.clock = clock
 
@@ -136,11 +138,12 @@ class Gpus:
             self.store(at + WORD * k, pack[k])
 
     def mapped(self, to, rank):
-        return self._there(to, rank) if rank % 2 else 0  # whether it is changes when stores are fenced, no more
+        return self._there(to, rank) if rank % 2 else 0
 
     def begin_put(self, to, source, nbytes, rank):
         self.me.barrier.wait()
         if self.me.thread == 0:
+            self.puts.append(("block", rank))
             for k in range(0, nbytes, WORD):
                 self.store(self._there(to, rank) + k, self.load(source + k))
         self.me.barrier.wait()
@@ -149,6 +152,11 @@ class Gpus:
         self.begin_put(to, source, nbytes, rank)
         if self.me.thread == 0:
             self.store(self._there(flag, rank), tag)
+
+    def put_words(self, to, first, second, third, fourth, rank):
+        self.puts.append(("words", rank))
+        for k, word in enumerate((first, second, third, fourth)):
+            self.store(self._there(to, rank) + WORD * k, word)
 
     def _there(self, to, rank):
         """Return another rank's counterpart of an address of mine."""
@@ -171,7 +179,7 @@ class Gpus:
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
             "clock": self.clock, "field": lambda index: lambda c: c[index],
             "chosen": lambda indices: lambda c, k: c[indices[k]],
-            "settled": lambda value: value, "pinned": lambda value: value,
+            "settled": lambda value: value, "pinned": lambda value: value, "log2": log2,
         }  # fmt: skip
 
 
@@ -182,7 +190,7 @@ def machine(clock: Callable[[], int] = time.monotonic_ns) -> Iterator[Gpus]:
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in gpus.primitives().items():
             patch.setattr(ptx, name, stand_in)
-        for name in ("mapped", "begin_put", "begin_put_signal"):
+        for name in ("mapped", "begin_put", "begin_put_signal", "put_words"):
             patch.setattr(remote, name, getattr(gpus, name))
         patch.setattr(remote, "landed", lambda flag, tag: None)
         patch.setattr(packs, "partial", lambda unit: SimpleNamespace(take=gpus.take, give=gpus.give))

@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 
 from nvcoll.algorithms import ALGORITHMS, Shape
+from nvcoll.device.cuda import remote
 from nvcoll.planning import candidates
 from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
 from tests.gpu.kernels import REACHING
@@ -70,6 +71,19 @@ def test_results_are_right_where_other_nodes_are_reached_by_puts(name, deep):
         with machine() as gpus:
             world = World(gpus, *name.split("/"), node_sizes, deep=deep, threads=1 + turn % 3, far=True)
             run_and_check(world, calls_for(f"{name} {turn}"), turn)
+
+
+@pytest.mark.parametrize("name", [name for name in REACHING if name.endswith("/low_latency")])
+def test_words_go_one_by_one_to_ranks_that_are_mapped_and_in_small_messages_only(monkeypatch, name):
+    most = 8
+    monkeypatch.setattr(remote, "BY_WORDS", most * WORD)
+    with machine() as gpus:
+        world = World(gpus, *name.split("/"), (1, 1, 1), threads=most, far=True)
+        for count, mapped in ((most, "words"), (most + 1, "block")):
+            gpus.puts.clear()
+            run_and_check(world, [(count, 100, 1024)], count)
+            ways = {rank: {how for how, to in gpus.puts if to == rank} for rank in world.ranks}
+            assert ways == {0: {"block"}, 1: {mapped}, 2: {"block"}}  # odd ranks are mapped
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
