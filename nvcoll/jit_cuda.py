@@ -38,7 +38,7 @@ _numba = threading.Lock()
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel.
+    """A compiled kernel. Figures are those of the kernel itself, without the functions that it calls.
 
     Attributes
     ----------
@@ -67,7 +67,8 @@ class Kernel:
         return self._figure(r"(\d+) bytes stack frame")
 
     def _figure(self, pattern: str) -> int:
-        found = re.search(pattern, self.log)
+        own = self.log.partition(f"Function properties for {ENTRY}\n")[2]  # after those of functions that it calls
+        found = re.search(pattern, own)
         if found is None:
             raise RuntimeError(f"the CUDA linker does not tell {pattern!r}:\n{self.log}")
         return int(found[1])

@@ -7,6 +7,7 @@ import pytest
 from nvcoll import _plan, codecache, jit_cuda
 from nvcoll.algorithms import ALGORITHMS
 from nvcoll.errors import BootstrapError
+from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import SOURCES, CubinCache, Kernel
 
 KEY = ("one_shot", "simple", "SUM", "int32", "sm_90")
@@ -107,6 +108,15 @@ def test_headers_that_are_missing(monkeypatch):
         BootstrapError, match=r"^Init: kernels that reach other nodes need the headers of nvshmem, cccl; "
     ):
         jit_cuda.compile_shim("sm_90")
+
+
+def test_figures_are_those_of_the_kernel_itself():
+    def told(name, registers, nbytes):
+        spills = f"{nbytes} bytes stack frame, {nbytes} bytes spill stores, {nbytes} bytes spill loads"
+        return f"ptxas info : Function properties for {name}\n {spills}\nptxas info : Used {registers} registers\n"
+
+    kernel = Kernel(b"", told("called", 7, 0) + told(ENTRY, 100, 12))
+    assert (kernel.registers, kernel.spilled, kernel.local) == (100, 24, 12)
 
 
 def test_assemblers_that_say_nothing_are_noticed():

@@ -52,7 +52,16 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         doublings = log2(total)
         extra = total - (1 << doublings)  # places 0 .. 2 extra - 1 fold in pairs: the odd of each hands over and waits
         start = 1 if extra > 0 else 0
-        if me < 2 * extra and me % 2 == 1:
+        mine, done = fold(me, extra), 0
+        if source != 0 and extra == 0 and doublings > 0:  # nobody folds: the usual case comes first
+            put_own(c, e, rank_at(c, me ^ 1), 0, source, n * itemsize(c))
+            count_epoch(c, e)
+            if doublings == 1:
+                wait_reduce_finish(c, e, 2, me & 1, 0, source, result, n)
+                return
+            wait_reduce_all(c, e, 2, me & 1, 0, source, acc, n)
+            done = 1
+        elif me < 2 * extra and me % 2 == 1:
             if source != 0:
                 put_own(c, e, rank_at(c, me - 1), 0, source, n * itemsize(c))
                 count_epoch(c, e)
@@ -60,26 +69,14 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
                 put(c, e, rank_at(c, me - 1), 0, acc, n * width(c))
             wait_copy(c, e, 0, result, n * itemsize(c))
             return
-        if source != 0 and extra > 0:
+        elif extra > 0 and source != 0:
             count_epoch(c, e)
-        if me < 2 * extra:
-            if source != 0:
+            if me < 2 * extra:
                 wait_reduce_all(c, e, 2, 0, 0, source, acc, n)
             else:
-                wait_reduce(c, e, rank_at(c, me + 1), 0, acc, n)
-        elif source != 0 and extra > 0:
-            fill(c, acc, source, n)
-        mine = fold(me, extra)
-        done = 0
-        if source != 0 and extra == 0 and doublings > 0:
-            upper = mine & 1
-            put_own(c, e, rank_at(c, mine ^ 1), start, source, n * itemsize(c))
-            count_epoch(c, e)
-            if doublings == 1:
-                wait_reduce_finish(c, e, 2, upper, start, source, result, n)
-                return
-            wait_reduce_all(c, e, 2, upper, start, source, acc, n)
-            done = 1
+                fill(c, acc, source, n)
+        elif me < 2 * extra:
+            wait_reduce(c, e, rank_at(c, me + 1), 0, acc, n)
         for step in range(done, doublings):
             partner = rank_at(c, unfold(mine ^ (1 << step), extra))
             put(c, e, partner, start + step, acc, n * width(c))

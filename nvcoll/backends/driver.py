@@ -8,6 +8,7 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 import ctypes
 import threading
 import uuid as uuid_
+from functools import cache
 from typing import Any, Self
 
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
@@ -190,7 +191,7 @@ def gpu_of(address: int) -> int | None:
     ordinal = ctypes.c_int()
     ask = _library().cuPointerGetAttribute
     status = ask(ctypes.byref(ordinal), int(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL), ctypes.c_uint64(address))
-    return None if status else ordinal.value
+    return None if status or ordinal.value < 0 else ordinal.value
 
 
 def memory_info() -> tuple[int, int]:
@@ -343,6 +344,7 @@ def _problem_of_library() -> str | None:
     return None
 
 
+@cache
 def _library() -> ctypes.CDLL:
     """Return the driver's library itself."""
     return ctypes.CDLL("libcuda.so.1")

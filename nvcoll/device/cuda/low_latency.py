@@ -74,9 +74,7 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
     def data_of(got):
         return got
 
-    return SimpleNamespace(
-        spread=1, words_of=None, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of
-    )
+    return SimpleNamespace(spread=1, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of)
 
 
 def flags(jit: Any) -> SimpleNamespace:
@@ -102,19 +100,10 @@ def flags(jit: Any) -> SimpleNamespace:
         return (word >> 32) & low == (flag + (word & low) * factor) & low
 
     @jit
-    def words_of(pack, e):
-        """Return the words in which a pack travels."""
-        flag = flag_of(e)
-        return (
-            word_of(pack[0] & low, flag), word_of((pack[0] >> 32) & low, flag),
-            word_of(pack[1] & low, flag), word_of((pack[1] >> 32) & low, flag),
-        )  # fmt: skip
-
-    @jit
     def push(at, pack, e):
-        first, second, third, fourth = words_of(pack, e)
-        store_shared(at, (first, second))
-        store_shared(at + 16, (third, fourth))
+        flag = flag_of(e)
+        store_shared(at, (word_of(pack[0] & low, flag), word_of((pack[0] >> 32) & low, flag)))
+        store_shared(at + 16, (word_of(pack[1] & low, flag), word_of((pack[1] >> 32) & low, flag)))
 
     @jit
     def look(at):
@@ -134,9 +123,7 @@ def flags(jit: Any) -> SimpleNamespace:
     def data_of(got):
         return ((got[0] & low) | (got[1] << 32), (got[2] & low) | (got[3] << 32))
 
-    return SimpleNamespace(
-        spread=2, words_of=words_of, push=push, look=look, missing=missing, clear=clear, data_of=data_of
-    )
+    return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of)
 
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
@@ -246,6 +233,5 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
     return SimpleNamespace(
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
         settle=settle, settle_four=settle_four,
-        words_of=form.words_of, push=push, slot_in=slot_in, slot_at=slot_at, store_part=store_part, spread=spread,
-        signals=False,
+        push=push, slot_in=slot_in, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

@@ -18,7 +18,7 @@ TAG, LOW, HIGH, FIRST, AHEAD, HERE, MAPPED = range(len(DEVICE_FIELDS), len(DEVIC
 """What follows the fields of a call: its tag, the words of the thread's first pack, and four addresses.
 
 Three are for `share`: where that pack goes at the rank after me, and where two slots begin in the first half, the one
-that the rank after me has for me, and my first one. The last is not 0 if NVSHMEM has mapped the rank after me.
+that the rank after me has for me, and my first one. The last tells how the rank after me is reached (`remote.askers`).
 """
 OPENERS = "share", "reduce_shared", "put_own", "count_epoch"
 """Verbs that rely on what was loaded, or replace what entry does at the end: only for schedules known to use them."""
@@ -130,17 +130,6 @@ def own_storer(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put: Any) -> tu
         store_own(c, e, outward(c, e, slot_at(c, e, p, slot)), source, nbytes)
 
     return store_own, put_own
-
-
-def own_pack_of(jit: Any) -> Any:
-    """Return ``own_pack(c, at, nbytes)``: the thread's first pack, which `start` has loaded."""
-    low, high = ptx.field(LOW), ptx.field(HIGH)
-
-    @jit
-    def own_pack(c, at, nbytes):
-        return low(c), high(c)
-
-    return own_pack
 
 
 def sharing_at_once(

@@ -218,7 +218,7 @@ def pinned(typing: Any, value: Any) -> Any:
 
 @intrinsic
 def log2(typing: Any, n: Any) -> Any:
-    """Return the same as `nvcoll.device.common.log2`, without a loop: what begins a call is computed before it may."""
+    """Return how often n, at least 1, can be halved; not in a loop, for compilers do not move those to the front."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         zeros = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))

@@ -9,9 +9,6 @@ Two halves by the parity of the epoch suffice: a half is written again in epoch 
 here. That holds a contribution of each rank, made after the rank had read all that it was sent in epoch k: so those
 puts have gone out. Nothing is put from where it lies: schedules overwrite what they have sent. Within an epoch, a slot
 is staged once, or for several ranks with the same bytes.
-
-Small messages with low latency take a shorter way to ranks that NVSHMEM has mapped, such as those of other hosts in one
-NVLink domain: each thread puts the words of its pack from its registers. Through a network, each would be a message.
 """
 
 from types import SimpleNamespace
@@ -24,9 +21,6 @@ from numba.cuda.extending import intrinsic
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
 from nvcoll.device.cuda.ptx import I64
-
-BY_WORDS = 16 << 10
-"""Most bytes of a message whose words go one by one: more take longer than staging them."""
 
 
 def _call(builder: Any, name: str, result: Any, args: Any) -> Any:
@@ -70,17 +64,6 @@ def begin_put_signal(typing: Any, to: Any, source: Any, nbytes: Any, flag: Any, 
 
 
 @intrinsic
-def put_words(typing: Any, to: Any, first: Any, second: Any, third: Any, fourth: Any, rank: Any) -> Any:
-    """Store four words at another rank, at my own address of the place."""
-
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _call(builder, "nvcoll_put_words", ir.VoidType(), args)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 6), emit
-
-
-@intrinsic
 def landed(typing: Any, flag: Any, tag: Any) -> Any:
     """Make the data before a flag readable, which this thread has seen."""
 
@@ -91,17 +74,34 @@ def landed(typing: Any, flag: Any, tag: Any) -> Any:
     return types.void(types.int64, types.int64), emit
 
 
-def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[Any, Any]:
-    """Return two ``asked(c, p)``, which tell whether NVSHMEM has mapped rank p: by an address that is not 0.
+STORED_TO = -1
+"""What `askers` tell of a rank whose memory can be stored to."""
 
-    The second takes ``known(c)`` for the rank after me: the answer of the first, which was asked as the call began.
-    That brings NVSHMEM's tables into caches, too.
+
+def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+    """Return twice ``stored_to(c, p)`` and ``asked(c, p)``: whether rank p can be stored to, and how it is reached.
+
+    The answer is `STORED_TO`, or where NVSHMEM has mapped a far rank, or 0. The second two take ``known(c)`` for the
+    rank after me: the answer of the first, which was asked as the call began. That brings NVSHMEM's tables into caches,
+    too.
     """
     area, rank, size, around = v.area, v.rank, v.size, v.around
 
     @jit
+    def stored_to_now(c, p):
+        return area(c, p) != 0
+
+    @jit
     def asked_now(c, p):
-        return mapped(area(c, rank(c)), p) if remote else 0
+        if not remote or area(c, p) != 0:
+            return STORED_TO
+        return mapped(area(c, rank(c)), p)
+
+    @jit
+    def stored_to_before(c, p):
+        if p == around(rank(c) + 1, size(c)):
+            return known(c) == STORED_TO
+        return stored_to_now(c, p)
 
     @jit
     def asked_before(c, p):
@@ -109,12 +109,10 @@ def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[Any,
             return known(c)
         return asked_now(c, p)
 
-    return asked_now, asked_before
+    return (stored_to_now, asked_now), (stored_to_before, asked_before)
 
 
-def over(
-    jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, asked: Any, first_pack: Any = None
-) -> Any:
+def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, ask: tuple[Any, Any]) -> Any:
     """Return ``put`` that reaches far ranks too.
 
     Parameters
@@ -129,18 +127,14 @@ def over(
         ``put`` to the others.
     store_part
         ``store_part(c, e, to, source, nbytes)`` stages bytes in the form in which they travel.
-    asked
-        One of `askers`.
-    first_pack
-        ``first_pack(c, at, nbytes)`` returns a thread's first pack, at an address and of so many bytes. None where
-        words never go one by one.
+    ask
+        A pair of `askers`.
     """
-    area, half, flag, rank, stride, count, size_of = v.area, v.half, v.flag, v.rank, v.stride, v.count, v.itemsize
+    stored_to, asked = ask
+    area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
-    slot_at, pack_at, spread, signals = w.slot_at, w.pack_at, w.spread, w.signals
-    sync, meet, fence, thread, threads, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.threads, ptx.block
-    words = first_pack is not None
-    words_of = w.words_of if words else None
+    slot_at, spread, signals = w.slot_at, w.spread, w.signals
+    sync, meet, fence, thread, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.block
 
     @jit
     def stage_at(c, e, slot):
@@ -148,18 +142,11 @@ def over(
         return area(c, rank(c)) + stage(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
 
     @jit
-    def put_by_words(c, e, p, slot, source, nbytes):
-        """Put bytes of which each thread has a pack at most. With a negative tag, none."""
-        i = thread() * BYTES
-        if i < nbytes and e >= 0:
-            first, second, third, fourth = words_of(first_pack(c, source + i, nbytes - i), e)
-            put_words(pack_at(slot_at(c, e, rank(c), slot), i), first, second, third, fourth, p)
-
-    @jit
-    def put_staged(c, e, p, slot, source, nbytes, near):
+    def put_far(c, e, p, slot, source, nbytes):
         """Stage bytes and begin to put them. With a negative tag, none: earlier puts may still read the stage."""
         meet(e)
         staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
+        near = asked(c, p)  # asked for before it is needed: the answer takes as long as to stage
         store_part(c, e, staged, source, nbytes)
         if near == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
             sync()
@@ -172,13 +159,9 @@ def over(
 
     @jit
     def put(c, e, p, slot, source, nbytes):
-        if area(c, p) != 0:
+        if stored_to(c, p):
             put_near(c, e, p, slot, source, nbytes)
         elif nbytes > 0:
-            near = asked(c, p)
-            if words and near != 0 and nbytes <= threads() * BYTES and count(c) * size_of(c) <= BY_WORDS:
-                put_by_words(c, e, p, slot, source, nbytes)
-            else:
-                put_staged(c, e, p, slot, source, nbytes, near)
+            put_far(c, e, p, slot, source, nbytes)
 
     return put

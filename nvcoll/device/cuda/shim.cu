@@ -22,15 +22,6 @@ extern "C" __device__ __noinline__ void nvcoll_put_signal(word to, word source, 
                                      NVSHMEM_SIGNAL_SET, (int)rank);
 }
 
-// Store the four words of a pack at another rank; by each thread for itself.
-extern "C" __device__ __noinline__ void nvcoll_put_words(word to, word first, word second, word third, word fourth,
-                                                         word rank) {
-    nvshmem_longlong_p((word *)to, first, (int)rank);
-    nvshmem_longlong_p((word *)to + 1, second, (int)rank);
-    nvshmem_longlong_p((word *)to + 2, third, (int)rank);
-    nvshmem_longlong_p((word *)to + 3, fourth, (int)rank);
-}
-
 // Called by one thread that has seen a flag: do what this GPU needs, so that the bytes before it can be read.
 extern "C" __device__ void nvcoll_landed(word flag, word tag) {
     nvshmem_uint64_test((uint64_t *)flag, NVSHMEM_CMP_EQ, (uint64_t)tag);

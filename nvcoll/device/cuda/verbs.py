@@ -10,7 +10,6 @@ from nvcoll.device.cuda.opening import (
     MAPPED,
     TAG,
     opening_of,
-    own_pack_of,
     own_storer,
     plain_opening,
     plain_storer,
@@ -281,17 +280,12 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
                 put_back(load(targets + 8 * around(me + j, k)) + base + i, result, nbytes - i)
             i += step
 
-    @jit
-    def loaded(c, at, nbytes):
-        """Return a pack that is loaded now."""
-        return get(at, nbytes)
-
     at_once = not (w.signals or deep)
     store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
-    asked_now, asked_before = far.askers(jit, v, remote, ptx.field(MAPPED))
+    ask_now, ask_before = far.askers(jit, v, remote, ptx.field(MAPPED))
     if remote:
-        put = far.over(jit, v, w, put, w.store_part, asked_now, loaded if at_once else None)
-        put_own = far.over(jit, v, w, put_own, store_own, asked_before, own_pack_of(jit)) if at_once else put
+        put = far.over(jit, v, w, put, w.store_part, ask_now)
+        put_own = far.over(jit, v, w, put_own, store_own, ask_before) if at_once else put
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
     if w.signals or at_once:
@@ -303,7 +297,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     else:
         anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
         share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
-    opening = opening_of(jit, v, w, asked_now) if at_once else plain_opening(jit, v)
+    opening = opening_of(jit, v, w, ask_now[1]) if at_once else plain_opening(jit, v)
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
@@ -358,7 +352,9 @@ def entry(
             prefetch(at)
             prefetch(epoch_at(c, block()))
         while first < last:
-            if overlap:  # in the loop, for compilers compute in front of it what all pieces need; later waits are over
+            if overlap:
+                # In the loop, for compilers compute in front of it what all pieces need; only the first one waits.
+                # Blocks without a part do not wait: block 0 has one, and the kernel ends no sooner.
                 await_predecessor()
                 let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
             begun = start(c, ready, at, piece * itemsize - thread() * BYTES)

@@ -79,22 +79,30 @@ class Barrier:
             self._changed.notify_all()
 
 
+class Me(threading.local):
+    """Which thread this is, and whether the launch before has ended for it."""
+
+    entered = True
+
+
 class Gpus:
     """The memory that all share, and the primitives on it."""
 
     def __init__(self, clock):
         self.memory = {}
+        self.tables = set()  # addresses of what nobody changes
         self.stored = []  # (rank, address) of every store, in order
-        self.puts = []  # how, and to which rank, in order
-        self.me = threading.local()
+        self.me = Me()
         self.clock = clock
 
     def load(self, at):
         assert at % WORD == 0
+        assert self.me.entered or at in self.tables
         return signed(self.memory.get(at, 0))
 
     def store(self, at, value):
         assert at % WORD == 0
+        assert self.me.entered
         self._delay()
         self.memory[at] = signed(value)
         self.stored.append((self.me.rank, at))
@@ -138,12 +146,11 @@ class Gpus:
             self.store(at + WORD * k, pack[k])
 
     def mapped(self, to, rank):
-        return self._there(to, rank) if rank % 2 else 0
+        return self._there(to, rank) if rank % 2 else 0  # whether it is changes when stores are fenced, no more
 
     def begin_put(self, to, source, nbytes, rank):
         self.me.barrier.wait()
         if self.me.thread == 0:
-            self.puts.append(("block", rank))
             for k in range(0, nbytes, WORD):
                 self.store(self._there(to, rank) + k, self.load(source + k))
         self.me.barrier.wait()
@@ -152,11 +159,6 @@ class Gpus:
         self.begin_put(to, source, nbytes, rank)
         if self.me.thread == 0:
             self.store(self._there(flag, rank), tag)
-
-    def put_words(self, to, first, second, third, fourth, rank):
-        self.puts.append(("words", rank))
-        for k, word in enumerate((first, second, third, fourth)):
-            self.store(self._there(to, rank) + WORD * k, word)
 
     def _there(self, to, rank):
         """Return another rank's counterpart of an address of mine."""
@@ -173,13 +175,14 @@ class Gpus:
             "load": self.load, "load_relaxed": self.load, "load_acquire": self.poll, "load_pack": self.load_pack,
             "load_shared": self.poll_pack, "store": self.store, "store_relaxed": self.store,
             "store_pack": self.store_pack, "store_shared": self.store_pack,
-            "store_all": self.store_all, "add": self.add, "fence": lambda: None,
+            "store_all": self.store_all, "add": self.add, "fence": lambda: None, "prefetch": lambda at: None,
             "sync": lambda: me.barrier.wait() and None,
             "any_of": lambda flag: me.barrier.wait(flag) > 0, "meet": self.meet, "leave": self.leave,
             "thread": lambda: me.thread, "threads": lambda: me.threads, "block": lambda: me.block,
             "clock": self.clock, "field": lambda index: lambda c: c[index],
             "chosen": lambda indices: lambda c, k: c[indices[k]],
             "settled": lambda value: value, "pinned": lambda value: value, "log2": log2,
+            "await_predecessor": lambda: setattr(me, "entered", True), "let_successor": lambda: None,
         }  # fmt: skip
 
 
@@ -190,7 +193,7 @@ def machine(clock: Callable[[], int] = time.monotonic_ns) -> Iterator[Gpus]:
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in gpus.primitives().items():
             patch.setattr(ptx, name, stand_in)
-        for name in ("mapped", "begin_put", "begin_put_signal", "put_words"):
+        for name in ("mapped", "begin_put", "begin_put_signal"):
             patch.setattr(remote, name, getattr(gpus, name))
         patch.setattr(remote, "landed", lambda flag, tag: None)
         patch.setattr(packs, "partial", lambda unit: SimpleNamespace(take=gpus.take, give=gpus.give))
@@ -250,7 +253,7 @@ class World:
         self.node_sizes, one = node_sizes, ALGORITHMS[algorithm]
         a = arithmetic(combine, widens=widens)
         v = verbs.vocabulary(jit, a, protocol, deep, far)
-        self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=False, opens=one.opens)
+        self._kernel = verbs.entry(jit, v, a, one.text_for("cuda"), one.rounds, overlap=True, opens=one.opens)
         self._fields = [self._lay_out(rank, node_sizes, timeout, far) for rank in self.ranks]
         self.ended = set()
 
@@ -267,6 +270,7 @@ class World:
         for at, table in ((members, inside), (owners, alike), (peers, areas)):
             for k, value in enumerate(table):
                 self.gpus.memory[at + WORD * k] = value
+                self.gpus.tables.add(at + WORD * k)
         fields = {
             "ranks": n, "rank": rank, "size": n, "nodes": len(node_sizes), "node": node,
             "local_rank": mine, "node_size": node_sizes[node], "slices": min(node_sizes),
@@ -385,6 +389,7 @@ class World:
                 send, recv = buffers[call, rank]
                 own = {"send": send, "recv": recv, "count": count, "part": self.part(count), "stamp": stamp(call, rank)}
                 fields = self._fields[rank] | own | {"capacity": capacity, "stride": stride}
+                me.entered = False
                 self._kernel(*(fields[name] for name in DEVICE_FIELDS))
                 barrier.wait()  # the next launch of a stream begins when all of this one have ended
         except End:

@@ -9,7 +9,6 @@ from itertools import accumulate
 import pytest
 
 from nvcoll.algorithms import ALGORITHMS, Shape
-from nvcoll.device.cuda import remote
 from nvcoll.planning import candidates
 from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
 from tests.gpu.kernels import REACHING
@@ -73,19 +72,6 @@ def test_results_are_right_where_other_nodes_are_reached_by_puts(name, deep):
             run_and_check(world, calls_for(f"{name} {turn}"), turn)
 
 
-@pytest.mark.parametrize("name", [name for name in REACHING if name.endswith("/low_latency")])
-def test_words_go_one_by_one_to_ranks_that_are_mapped_and_in_small_messages_only(monkeypatch, name):
-    most = 8
-    monkeypatch.setattr(remote, "BY_WORDS", most * WORD)
-    with machine() as gpus:
-        world = World(gpus, *name.split("/"), (1, 1, 1), threads=most, far=True)
-        for count, mapped in ((most, "words"), (most + 1, "block")):
-            gpus.puts.clear()
-            run_and_check(world, [(count, 100, 1024)], count)
-            ways = {rank: {how for how, to in gpus.puts if to == rank} for rank in world.ranks}
-            assert ways == {0: {"block"}, 1: {mapped}, 2: {"block"}}  # odd ranks are mapped
-
-
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
 @pytest.mark.parametrize("name", IN_ORDER)
 @pytest.mark.parametrize("ranks", range(2, 8))
@@ -130,16 +116,19 @@ def test_where_a_rank_does_not_come_every_block_loses_threads(name):
         assert {place[:2] for place in world.ended} == set(itertools.product((0, 1, 3), range(BLOCKS)))
 
 
-@pytest.mark.parametrize("name", candidates())
-def test_a_rank_that_has_failed_sends_nothing(name):
+@pytest.mark.parametrize(
+    ("name", "far"), [*((name, False) for name in candidates()), *((name, True) for name in REACHING)]
+)
+def test_a_rank_that_has_failed_sends_nothing(name, far):
+    node_sizes = (1, 1) if far else (2, 2)  # where three nodes fold, the first one sends nothing anyway
     for failed in (False, True):
         ticks = itertools.count(0, 10**9)
         with machine(clock=lambda ticks=ticks: next(ticks)) as gpus:
-            world = World(gpus, *name.split("/"), (2, 2), timeout=5 * 10**9)
+            world = World(gpus, *name.split("/"), node_sizes, timeout=5 * 10**9, far=far)
             if failed:
                 world.fail(0)
             world.run([(8, 100, 1024)], value, ranks=[0])
-            assert any(world.arrived(rank) for rank in (1, 2, 3)) is not failed
+            assert any(world.arrived(rank) for rank in world.ranks[1:]) is not failed
             assert {place[:2] for place in world.ended} == {(0, block) for block in range(BLOCKS)}
 
 
