@@ -52,7 +52,7 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
         doublings = log2(total)
         extra = total - (1 << doublings)  # places 0 .. 2 extra - 1 fold in pairs: the odd of each hands over and waits
         start = 1 if extra > 0 else 0
-        mine, done = fold(me, extra), 0
+        done = 0
         if source != 0 and extra == 0 and doublings > 0:  # nobody folds: the usual case comes first
             put_own(c, e, rank_at(c, me ^ 1), 0, source, n * itemsize(c))
             count_epoch(c, e)
@@ -77,6 +77,7 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
                 fill(c, acc, source, n)
         elif me < 2 * extra:
             wait_reduce(c, e, rank_at(c, me + 1), 0, acc, n)
+        mine = fold(me, extra)
         for step in range(done, doublings):
             partner = rank_at(c, unfold(mine ^ (1 << step), extra))
             put(c, e, partner, start + step, acc, n * width(c))
