@@ -26,15 +26,15 @@ stage = test_bench_gpu.stage
 class Imagined(test_bench_gpu.Alone):
     """A communicator that notes the launches in force and the plans at each call; alone, but says it is not."""
 
-    remote = False
+    node_sizes = (4,)
 
     def __init__(self):
         super().__init__()
-        launches = read_rules(None)[LAUNCH]
-        topology = SimpleNamespace(node_sizes=(4,))
+        topology = SimpleNamespace(node_sizes=self.node_sizes)
         self._world.planner = SimpleNamespace(
-            launches=launches, kind="cuda", topology=topology, crowded=False, remote=self.remote
-        )
+            launches=read_rules(None)[LAUNCH], kind="cuda", topology=topology, crowded=False,
+            remote=len(self.node_sizes) > 1, slices=min(self.node_sizes),
+        )  # fmt: skip
         self._calls = SimpleNamespace(_world=self._world, _kept={}, _fast={})
         self.seen = []
 
@@ -54,7 +54,7 @@ class Imagined(test_bench_gpu.Alone):
 
 
 class Far(Imagined):
-    remote = True
+    node_sizes = (2, 2)
 
 
 def output(monkeypatch, tmp_path, comm, *words):
@@ -95,8 +95,9 @@ def test_rules_for_gpus(stage, monkeypatch, tmp_path):
     assert LAUNCH not in rules
 
 
-def test_shapes_of_launches(stage, monkeypatch, tmp_path):
-    comm = Imagined()
+@pytest.mark.parametrize("kind", [Imagined, Far])
+def test_shapes_of_launches(stage, monkeypatch, tmp_path, kind):
+    comm, far = kind(), kind is Far
     before, calls = comm._world.planner.launches, comm._calls
     kept, fast = calls._kept, calls._fast
     status, lines = output(monkeypatch, tmp_path, comm, "--launch")
@@ -106,30 +107,34 @@ def test_shapes_of_launches(stage, monkeypatch, tmp_path):
     assert comm._world.planner.launches is before, "calls have the shapes in force again"
     seen = {(nbytes, algorithm, made) for nbytes, algorithm, made in comm.seen if made != json.dumps(before)}
     assert seen == {
-        (nbytes, NAMES[0], json.dumps([form.rule()])) for nbytes in (8, 64, 512, 4096) for form in launch.FORMS.values()
+        (nbytes, NAMES[0], json.dumps([form.rule()]))
+        for nbytes in (8, 64, 512, 4096)
+        for form in launch.FORMS[far].values()
     }
     rules = read_rules(tmp_path / "rules.json")[LAUNCH]
-    assert rules[0] == launch.FORMS[rules_name(rules[0])].rule() | {"far": False, "note": rules[0]["note"]}
-    assert _selection.shape_launch(rules, 64, True) == _selection.shape_launch(before, 64, True)
+    assert rules[0] == launch.FORMS[far][rules_name(rules[0])].rule() | {"far": far, "note": rules[0]["note"]}
+    assert _selection.shape_launch(rules, 64, not far) == _selection.shape_launch(before, 64, not far)
     at = lines.index("# rules for launch:")
     assert json.loads(lines[at + 1].removeprefix("#")) == rules[0]
     assert "64 threads" in lines[at + 3], "the shape in force, beside that which was chosen"
 
 
 def rules_name(rule):
-    return str(launch.Form(rule["threads"], rule.get("deep", False)))
+    return str(launch.Form(rule["threads"], rule.get("deep", False), rule.get("blocks")))
 
 
-def test_a_shape_whose_blocks_are_limited_was_not_measured():
-    rules = [{"upto": 8, "threads": 64, "blocks": 3}, {"threads": 64, "deep": True}]
-    assert launch._in_force(rules, 8) == "64 threads, 3 blocks"
-    assert launch._in_force(rules, 9) == "64 threads, deep"
-    assert launch._in_force(rules, 9) in launch.FORMS
+def test_the_shape_in_force():
+    rules = [{"upto": 8, "threads": 64, "blocks": 3}, {"far": True, "threads": 512, "blocks": 16}, {"threads": 64}]
+    shapes = [launch._in_force(rules, nbytes, far) for nbytes, far in ((8, False), (9, False), (9, True))]
+    assert shapes == ["64 threads, 3 blocks", "64 threads", "512 threads, 16 blocks"]
+    assert shapes[0] not in launch.FORMS[True]
+    assert shapes[1] in launch.FORMS[False]
+    assert shapes[2] in launch.FORMS[True]
 
 
-def test_shapes_for_far_gpus_are_refused(stage, monkeypatch, tmp_path):
-    with pytest.raises(ArgumentError, match="--launch measures GPUs that reach each other's memory, here some are"):
-        output(monkeypatch, tmp_path, Far(), "--launch")
+def test_hosts_have_no_shapes(stage):
+    with pytest.raises(ArgumentError, match="--launch shapes launches on GPUs, these ranks are on hosts; leave it out"):
+        launch.refuse(SimpleNamespace(target="host"))
 
 
 def test_buffers_of_hosts_are_refused(stage, monkeypatch, tmp_path):
@@ -160,18 +165,20 @@ def test_options_have_defaults():
 @pytest.mark.timeout(210)
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
-def test_on_gpus(run_command, tmp_path):
+@pytest.mark.parametrize(
+    ("far", "algorithms"), [(False, ["one_shot", "two_shot"]), (True, ["nvrar/low_latency"])], ids=["near", "far"]
+)
+def test_on_gpus(run_command, tmp_path, far, algorithms):
     path = tmp_path / "rules.json"
-    command = [NVCOLL, "tune", "allreduce", "-n", "2", "--max", "64K", "--factor", "16", "--time", "0.01", "--launch"]
-    command += ["--algorithm", "one_shot", "--algorithm", "two_shot", "--output", path]
-    status, text = run_command(command, timeout=100, env={"NVCOLL_BACKEND": "nvshmem"})
+    env = {"NVCOLL_BACKEND": "nvshmem"} | ({"NVCOLL_RANKS_PER_NODE": "1"} if far else {})
+    sizes = ["-n", "2", "--max", "64K", "--factor", "16", "--time", "0.01"]
+    named = [word for name in algorithms for word in ("--algorithm", name)]
+    command = [NVCOLL, "tune", "allreduce", *sizes, "--launch", *named, "--output", path]
+    status, text = run_command(command, timeout=100, env=env)
     assert status == 0, text
     rules = read_rules(path)
     assert rules["cuda"][0]["ranks"] == [2, 2]
-    assert rules[LAUNCH][0]["far"] is False
-    status, text = run_command(
-        [NVCOLL, "bench", "allreduce", "-n", "2", "--max", "64K", "--factor", "16", "--time", "0.01"],
-        timeout=100,
-        env={"NVCOLL_BACKEND": "nvshmem", "NVCOLL_RULES": str(path)},
-    )
+    assert rules[LAUNCH][0]["far"] is far
+    env["NVCOLL_RULES"] = str(path)
+    status, text = run_command([NVCOLL, "bench", "allreduce", *sizes], timeout=100, env=env)
     assert status == 0, text

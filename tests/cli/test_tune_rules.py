@@ -180,19 +180,30 @@ class TestLaunchRules:
     FOUND = [("64 threads", 1024), ("512 threads, deep", None)]  # noqa: RUF012
 
     def test_ranges_become_rules(self):
-        assert launch.rules(self.FOUND, "here") == [
+        assert launch.rules(self.FOUND, "here", False, 1) == [
             {"far": False, "upto": 1024, "threads": 64, "note": "here"},
             {"far": False, "threads": 512, "deep": True},
         ]
 
-    @pytest.mark.parametrize("base", [{}, {LAUNCH: [{"far": False, "threads": 32}, {"threads": 128}]}])
-    def test_what_is_left_of_the_old_ones_is_for_far_gpus(self, base):
+    def test_those_of_far_gpus_speak_of_slices(self):
+        found = [("64 threads", 1024), ("512 threads, deep, 16 blocks", None)]
+        assert launch.rules(found, "here", True, 3) == [
+            {"far": True, "upto": 342, "threads": 64, "note": "here"},
+            {"far": True, "threads": 512, "deep": True, "blocks": 16},
+        ]
+
+    @pytest.mark.parametrize("far", [False, True])
+    @pytest.mark.parametrize(
+        "base", [{}, {LAUNCH: [{"far": False, "threads": 32}, {"far": True, "threads": 32}, {"threads": 128}]}]
+    )
+    def test_what_is_left_of_the_old_ones_is_for_other_gpus(self, base, far):
         old = base.get(LAUNCH) or read_rules(None)[LAUNCH]
-        merged = launch.merge(base, launch.rules(self.FOUND, "here"))
+        merged = launch.merge(base, launch.rules(self.FOUND, "here", far, 1))
         rulebook.check(merged)
-        assert {"far": False, "threads": 32} not in merged[LAUNCH]
+        assert {"far": far, "threads": 32} not in merged[LAUNCH]
         for nbytes in (8, 1024, 1025, 1 << 24):
-            shape = _selection.shape_launch(merged[LAUNCH], nbytes, False)
+            shape = _selection.shape_launch(merged[LAUNCH], nbytes, far)
             assert shape == ((64, None, False) if nbytes <= 1024 else (512, None, True))
-            assert _selection.shape_launch(merged[LAUNCH], nbytes, True) == _selection.shape_launch(old, nbytes, True)
-        assert launch.merge(merged, launch.rules(self.FOUND, "here")) == merged, "a second time changes nothing"
+            others = [_selection.shape_launch(rules, nbytes, not far) for rules in (merged[LAUNCH], old)]
+            assert others[0] == others[1]
+        assert launch.merge(merged, launch.rules(self.FOUND, "here", far, 1)) == merged, "a second time changes nothing"

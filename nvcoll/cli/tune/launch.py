@@ -1,4 +1,4 @@
-"""Shapes of launches on GPUs: threads of a block, and whether a thread has several packs under way."""
+"""Shapes of launches on GPUs: threads of a block, most blocks, and whether a thread has several packs under way."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from nvcoll.errors import ArgumentError
 from nvcoll.planning import LAUNCH, read_rules
 
 THREADS = (64, 128, 256, 512)
+FEW = (8, 16, 32, 64)
+"""Most blocks, for far ranks: through a network, what a block sends at a time is a message."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,22 @@ class Form:
 
     threads: int
     deep: bool
+    blocks: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.threads} threads, deep" if self.deep else f"{self.threads} threads"
+        limit = f", {self.blocks} blocks" if self.blocks else ""
+        return f"{self.threads} threads{', deep' if self.deep else ''}{limit}"
 
     def rule(self) -> Rule:
         """Return the part of a rule that says it."""
-        return {"threads": self.threads} | ({"deep": True} if self.deep else {})
+        limit = {"blocks": self.blocks} if self.blocks else {}
+        return {"threads": self.threads} | ({"deep": True} if self.deep else {}) | limit
 
 
-FORMS = {str(form): form for form in (Form(threads, deep) for deep in (False, True) for threads in THREADS)}
+_NEAR = [Form(threads, deep) for deep in (False, True) for threads in THREADS]
+_FAR = [*_NEAR, *(Form(THREADS[-1], deep, blocks) for deep in (False, True) for blocks in FEW)]
+FORMS = {far: {str(form): form for form in forms} for far, forms in ((False, _NEAR), (True, _FAR))}
+"""Whether some ranks are far -> the shapes that are measured, by name."""
 
 
 class Shaped(Nvcoll):
@@ -73,11 +81,6 @@ def refuse(comm: Any) -> None:
     """Raise ArgumentError where shapes are not measured; the same on all ranks."""
     if comm.target != "cuda":
         raise ArgumentError("--launch shapes launches on GPUs, these ranks are on hosts; leave it out")
-    if comm._world.planner.remote:
-        raise ArgumentError(
-            "--launch measures GPUs that reach each other's memory, here some are reached through a network; leave it "
-            "out"
-        )
 
 
 class Shapes:
@@ -98,6 +101,10 @@ class Shapes:
         Bytes -> seconds of a call by shape.
     before
         Bytes -> the shape that the rules in force give.
+    far
+        Whether some ranks are reached through a network. Rules have entries of their own for that.
+    slices
+        What messages are divided by for the sizes of those rules.
     """
 
     def __init__(self, field: Field, workload: Workload, chosen: Mapping[int, str]) -> None:
@@ -105,8 +112,12 @@ class Shapes:
         self.workload = workload
         self.chosen = chosen
         self.times: dict[int, dict[str, float]] = {nbytes: {} for nbytes in chosen}
-        launches = field.ranks.comm._world.planner.launches
-        self.before = {nbytes: _in_force(launches, nbytes) for nbytes in chosen}
+        planner = field.ranks.comm._world.planner
+        self.far: bool = planner.remote
+        self.slices: int = planner.slices if self.far else 1
+        self.before = {
+            nbytes: _in_force(planner.launches, _of_a_slice(nbytes, self.slices), self.far) for nbytes in chosen
+        }
 
     def rows(self) -> Iterator[Row]:
         """Measure; collective. Calls have the shapes of the rules in force again afterwards.
@@ -123,29 +134,37 @@ class Shapes:
         try:
             for count in self.workload.counts:
                 nbytes = count * self.workload.datatype.itemsize
-                own = [Shaped(like, self.chosen[nbytes], form) for form in FORMS.values()]
+                own = [Shaped(like, self.chosen[nbytes], form) for form in FORMS[self.far].values()]
                 yield from timed(self.field, self.workload, count, own, self.times[nbytes])
         finally:
             calls._kept, calls._fast, planner.launches = before
 
 
-def _in_force(launches: list[Rule], nbytes: int) -> str:
-    """Return the shape that rules give; one whose blocks they limit is none of those that are measured."""
-    threads, most, deep = _selection.shape_launch(launches, nbytes, False)
-    return str(Form(threads, deep)) + (f", {most} blocks" if most else "")
+def _in_force(launches: list[Rule], nbytes: int, far: bool) -> str:
+    """Return the shape that rules give; one whose blocks they limit may be none of those that are measured."""
+    threads, most, deep = _selection.shape_launch(launches, nbytes, far)
+    return str(Form(threads, deep, most))
 
 
-def rules(found: list[tuple[str, int | None]], note: str) -> list[Rule]:
-    """Return a rule for each range of sizes, for GPUs that reach each other's memory; the first has the note."""
-    listed: list[Rule] = [limited({"far": False}, upto) | FORMS[name].rule() for name, upto in found]
+def _of_a_slice(nbytes: int, slices: int) -> int:
+    return -(-nbytes // slices)
+
+
+def rules(found: list[tuple[str, int | None]], note: str, far: bool, slices: int) -> list[Rule]:
+    """Return a rule for each range of sizes, for near GPUs or far ones; the first has the note."""
+    listed: list[Rule] = []
+    for name, upto in found:
+        most = None if upto is None else _of_a_slice(upto, slices)
+        listed.append(limited({"far": far}, most) | FORMS[far][name].rule())
     listed[0]["note"] = note
     return listed
 
 
 def merge(old: Rules, new: list[Rule]) -> Rules:
-    """Put new rules before the others, but leave out those that speak of near GPUs only: none of them counts any more.
+    """Put new rules before the others, but leave out those that speak of the same GPUs only: none counts any more.
 
-    A file without any gets the package's besides, for a list must speak of far GPUs too.
+    They are for near GPUs, or for far ones. A file without any gets the package's besides, for a list must speak of
+    both.
     """
     kept = old.get(LAUNCH) or read_rules(None)[LAUNCH]
-    return old | {LAUNCH: [*new, *(rule for rule in kept if rule.get("far") is not False)]}
+    return old | {LAUNCH: [*new, *(rule for rule in kept if rule.get("far") is not new[0]["far"])]}
