@@ -79,12 +79,6 @@ class Barrier:
             self._changed.notify_all()
 
 
-class Me(threading.local):
-    """Which thread this is, and whether the launch before has ended for it."""
-
-    entered = True
-
-
 class Gpus:
     """The memory that all share, and the primitives on it."""
 
@@ -92,7 +86,9 @@ class Gpus:
         self.memory = {}
         self.tables = set()  # addresses of what nobody changes
         self.stored = []  # (rank, address) of every store, in order
-        self.me = Me()
+        self.looked = {}  # thread -> how many stores there had been when it first looked for what others send
+        self.me = threading.local()
+        self.me.entered = True  # whether the launch before has ended for this thread
         self.clock = clock
 
     def load(self, at):
@@ -122,6 +118,7 @@ class Gpus:
 
     def poll_pack(self, at):
         assert at % (2 * WORD) == 0
+        self.looked.setdefault((self.me.rank, self.me.block, self.me.thread), len(self.stored))
         return self.poll(at), self.load(at + WORD)
 
     def add(self, at, value):
@@ -289,7 +286,7 @@ class World:
     def fail(self, rank):
         """Mark a rank as one that has given up, as its kernels do."""
         for block in range(BLOCKS):
-            self.gpus.memory[self._fields[rank]["state"] + EPOCHS + EPOCH * block + WORD] = common.FAILED
+            self.gpus.memory[self.epoch_at(rank, block) + WORD] = common.FAILED
 
     def histories(self):
         """Return, by rank, the two words that differ where calls did."""
@@ -301,9 +298,13 @@ class World:
         """Return the elements of a block, in whole packs; the last one may have less."""
         return -(-count // (2 * BLOCKS)) * 2
 
+    def epoch_at(self, rank, block):
+        """Return where a block's epoch lies."""
+        return self._fields[rank]["state"] + EPOCHS + EPOCH * block
+
     def epochs(self, rank):
         """Return the epochs of a rank's blocks."""
-        return [self.gpus.load(self._fields[rank]["state"] + EPOCHS + EPOCH * block) for block in range(BLOCKS)]
+        return [self.gpus.load(self.epoch_at(rank, block)) for block in range(BLOCKS)]
 
     def sent(self):
         """Return what went to areas of other ranks, as often as it was stored: by whom, and where."""

@@ -132,6 +132,18 @@ def test_a_rank_that_has_failed_sends_nothing(name, far):
             assert {place[:2] for place in world.ended} == {(0, block) for block in range(BLOCKS)}
 
 
+@pytest.mark.parametrize("name", [f"{name}/low_latency" for name, one in ALGORITHMS.items() if one.opens])
+def test_the_epoch_is_counted_before_a_call_waits(name):
+    for node_sizes, far in itertools.product([(2,), (1, 1), (1, 1, 1), (2, 2), (2, 1)], (False, True)):
+        with machine() as gpus:
+            world = World(gpus, *name.split("/"), node_sizes, far=far)
+            world.run([(8, 100, 1024)], value)
+            first_looks = {place[:2]: before for place, before in gpus.looked.items() if place[2] == 0}
+            assert len(first_looks) == len(world.ranks) * BLOCKS
+            for (rank, block), before in first_looks.items():
+                assert gpus.stored.index((rank, world.epoch_at(rank, block))) < before
+
+
 @pytest.mark.parametrize("name", candidates())
 def test_histories_are_the_same_if_calls_are(name):
     with machine() as gpus:
