@@ -115,17 +115,17 @@ class DevicePlanner(Chooser):
         """Tell whether threads have several packs of a message under way at a time."""
         return self._shape(nbytes, datatype)[2]
 
-    def _whole(self, nbytes: int) -> int:
+    def launched(self, nbytes: int) -> int:
         """Return how much of a message a launch puts in one: through a network, what a node sends goes in slices."""
         return -(-nbytes // self.slices) if self.remote else nbytes
 
     def _shape(self, nbytes: int, datatype: str) -> tuple[int, int | None, bool]:
-        return launch_shape(self.launches, self._whole(nbytes), datatype, self.remote)
+        return launch_shape(self.launches, self.launched(nbytes), datatype, self.remote)
 
     def grid(self, nbytes: int, function: int, datatype: str = "float32") -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
         threads, limit, _ = self._shape(nbytes, datatype)
-        nbytes = self._whole(nbytes)
+        nbytes = self.launched(nbytes)
         crew = min(threads * self.slices, THREADS) if self.remote else threads  # inside a node, all slices are moved
         resident = self.kernels.occupancy(function, crew) * self.multiprocessors
         if resident < self.sharers:

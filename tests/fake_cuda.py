@@ -272,7 +272,7 @@ class FakeLibrary:
 
 def install(monkeypatch: pytest.MonkeyPatch, driver: types.ModuleType | None) -> None:
     """Let `from cuda.bindings import driver` find this one; None: no cuda-python."""
-    monkeypatch.setattr("nvcoll.backends.driver._library", lambda: FakeLibrary(driver))
+    monkeypatch.setattr("nvcoll.backends.driver.library", lambda: FakeLibrary(driver))
     bindings = types.ModuleType("cuda.bindings")
     if driver is not None:
         bindings.driver = driver

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import segments, wait_until_empty
+from tests.conftest import SHM, segments, wait_until_empty
 from tests.crew import PRELUDE
 
 pytestmark = pytest.mark.mpi
@@ -306,7 +306,7 @@ def test_a_killed_rank_ends_the_run_and_nothing_remains(on_nodes):
 
 
 def segments_of_mpich():
-    return set(Path("/dev/shm").glob("mpich_shm_*"))
+    return set(SHM.glob("mpich_shm_*"))
 
 
 def test_nodes_without_mpi_are_refused(run_command):

@@ -189,7 +189,7 @@ def gpu_of(address: int) -> int | None:
         return None
     # By ctypes: some versions of cuda-python answer 0 for every GPU (github.com/NVIDIA/cuda-python/issues/2928).
     ordinal = ctypes.c_int()
-    ask = _library().cuPointerGetAttribute
+    ask = library().cuPointerGetAttribute
     status = ask(ctypes.byref(ordinal), int(attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL), ctypes.c_uint64(address))
     return None if status or ordinal.value < 0 else ordinal.value
 
@@ -338,14 +338,14 @@ def occupancy(function: int, threads: int, shared: int = 0) -> int:
 def _problem_of_library() -> str | None:
     """Return why the driver's library does not load, or None."""
     try:
-        _library()
+        library()
     except OSError as exc:
         return f"libcuda.so.1 does not load ({exc})"
     return None
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """Return the driver's library itself."""
     return ctypes.CDLL("libcuda.so.1")
 

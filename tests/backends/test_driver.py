@@ -41,7 +41,7 @@ class TestAvailable:
         def load():
             raise OSError("libcuda.so.1: cannot open shared object file")
 
-        monkeypatch.setattr(driver, "_library", load)
+        monkeypatch.setattr(driver, "library", load)
         reason = "libcuda.so.1 does not load (libcuda.so.1: cannot open shared object file); install the NVIDIA driver"
         assert driver.available() == reason
         assert fake.calls == []

@@ -33,7 +33,7 @@ class Imagined(test_bench_gpu.Alone):
         topology = SimpleNamespace(node_sizes=self.node_sizes)
         self._world.planner = SimpleNamespace(
             launches=read_rules(None)[LAUNCH], kind="cuda", topology=topology, crowded=False,
-            remote=len(self.node_sizes) > 1, slices=min(self.node_sizes),
+            remote=len(self.node_sizes) > 1, launched=lambda nbytes: -(-nbytes // len(self.node_sizes)),
         )  # fmt: skip
         self._calls = SimpleNamespace(_world=self._world, _kept={}, _fast={})
         self.seen = []

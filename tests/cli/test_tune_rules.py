@@ -180,14 +180,14 @@ class TestLaunchRules:
     FOUND = [("64 threads", 1024), ("512 threads, deep", None)]  # noqa: RUF012
 
     def test_ranges_become_rules(self):
-        assert launch.rules(self.FOUND, "here", False, 1) == [
+        assert launch.rules(self.FOUND, "here", False, int) == [
             {"far": False, "upto": 1024, "threads": 64, "note": "here"},
             {"far": False, "threads": 512, "deep": True},
         ]
 
     def test_those_of_far_gpus_speak_of_slices(self):
         found = [("64 threads", 1024), ("512 threads, deep, 16 blocks", None)]
-        assert launch.rules(found, "here", True, 3) == [
+        assert launch.rules(found, "here", True, lambda nbytes: -(-nbytes // 3)) == [
             {"far": True, "upto": 342, "threads": 64, "note": "here"},
             {"far": True, "threads": 512, "deep": True, "blocks": 16},
         ]
@@ -198,7 +198,7 @@ class TestLaunchRules:
     )
     def test_what_is_left_of_the_old_ones_is_for_other_gpus(self, base, far):
         old = base.get(LAUNCH) or read_rules(None)[LAUNCH]
-        merged = launch.merge(base, launch.rules(self.FOUND, "here", far, 1))
+        merged = launch.merge(base, launch.rules(self.FOUND, "here", far, int))
         rulebook.check(merged)
         assert {"far": far, "threads": 32} not in merged[LAUNCH]
         for nbytes in (8, 1024, 1025, 1 << 24):
@@ -206,4 +206,6 @@ class TestLaunchRules:
             assert shape == ((64, None, False) if nbytes <= 1024 else (512, None, True))
             others = [_selection.shape_launch(rules, nbytes, not far) for rules in (merged[LAUNCH], old)]
             assert others[0] == others[1]
-        assert launch.merge(merged, launch.rules(self.FOUND, "here", far, 1)) == merged, "a second time changes nothing"
+        assert launch.merge(merged, launch.rules(self.FOUND, "here", far, int)) == merged, (
+            "a second time changes nothing"
+        )

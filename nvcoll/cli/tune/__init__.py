@@ -158,7 +158,7 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
     for text in summary.lines(str(scope), new, chosen, race):
         tell(f"# {text}")
     if shaped:
-        forms = launch.rules(ranges(shaped), note, shapes.far, shapes.slices)
+        forms = launch.rules(ranges(shaped), note, shapes.far, shapes.launched)
         merged = launch.merge(merged, forms)
         for text in summary.lines("launch", forms, shaped, shapes):
             tell(f"# {text}")

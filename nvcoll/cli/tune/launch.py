@@ -1,6 +1,6 @@
 """Shapes of launches on GPUs: threads of a block, most blocks, and whether a thread has several packs under way."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,8 @@ class Shapes:
         Bytes -> the shape that the rules in force give.
     far
         Whether some ranks are reached through a network. Rules have entries of their own for that.
-    slices
-        What messages are divided by for the sizes of those rules.
+    launched
+        ``launched(nbytes)`` returns the size that rules speak of.
     """
 
     def __init__(self, field: Field, workload: Workload, chosen: Mapping[int, str]) -> None:
@@ -114,10 +114,8 @@ class Shapes:
         self.times: dict[int, dict[str, float]] = {nbytes: {} for nbytes in chosen}
         planner = field.ranks.comm._world.planner
         self.far: bool = planner.remote
-        self.slices: int = planner.slices if self.far else 1
-        self.before = {
-            nbytes: _in_force(planner.launches, _of_a_slice(nbytes, self.slices), self.far) for nbytes in chosen
-        }
+        self.launched: Callable[[int], int] = planner.launched
+        self.before = {nbytes: _in_force(planner.launches, planner.launched(nbytes), self.far) for nbytes in chosen}
 
     def rows(self) -> Iterator[Row]:
         """Measure; collective. Calls have the shapes of the rules in force again afterwards.
@@ -146,15 +144,14 @@ def _in_force(launches: list[Rule], nbytes: int, far: bool) -> str:
     return str(Form(threads, deep, most))
 
 
-def _of_a_slice(nbytes: int, slices: int) -> int:
-    return -(-nbytes // slices)
+def rules(found: list[tuple[str, int | None]], note: str, far: bool, launched: Callable[[int], int]) -> list[Rule]:
+    """Return a rule for each range of sizes, for near GPUs or far ones; the first has the note.
 
-
-def rules(found: list[tuple[str, int | None]], note: str, far: bool, slices: int) -> list[Rule]:
-    """Return a rule for each range of sizes, for near GPUs or far ones; the first has the note."""
+    ``launched(nbytes)`` is that of `Shapes`.
+    """
     listed: list[Rule] = []
     for name, upto in found:
-        most = None if upto is None else _of_a_slice(upto, slices)
+        most = None if upto is None else launched(upto)
         listed.append(limited({"far": far}, most) | FORMS[far][name].rule())
     listed[0]["note"] = note
     return listed

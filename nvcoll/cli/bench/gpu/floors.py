@@ -71,7 +71,7 @@ def bare_launch(stage: Stage) -> float:
     RuntimeError
         The driver refused.
     """
-    driver = ctypes.CDLL("libcuda.so.1")
+    driver = nvidia.library()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _succeed(driver, "cuModuleLoadData", ctypes.byref(module), EMPTY)
     _succeed(driver, "cuModuleGetFunction", ctypes.byref(function), module, b"empty")
