@@ -24,10 +24,10 @@ from nvcoll.cli.bench.measure import Budget
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import OPS
 from tests.cli.test_bench import parsed, row, timing
+from tests.gpu.devices import GPUS
 
 NVCOLL = Path(sys.executable).with_name("nvcoll")
 QUICK = ["--max", "4K", "--factor", "16", "--time", "0.001"]
-GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))
 REPLAY = 1e-4  # seconds
 
 

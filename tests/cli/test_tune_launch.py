@@ -16,9 +16,9 @@ from nvcoll.errors import ArgumentError
 from nvcoll.planning import LAUNCH, Candidate, read_rules
 from tests.cli import test_bench_gpu
 from tests.cli.test_tune import parsed
+from tests.gpu.devices import GPUS
 
 NVCOLL = Path(sys.executable).with_name("nvcoll")
-GPUS = test_bench_gpu.GPUS
 NAMES = ("one_shot/low_latency", "two_shot/simple")
 stage = test_bench_gpu.stage
 

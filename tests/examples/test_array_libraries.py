@@ -2,15 +2,13 @@
 
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nvcoll import emulate
 from tests.examples.test_tp_mlp import DIFFERENCE, SCRIPT
-
-GPUS = len(list(Path("/dev").glob("nvidia[0-9]*")))
+from tests.gpu.devices import GPUS
 
 
 class Elsewhere:

@@ -2,12 +2,12 @@
 
 import os
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from nvcoll import settings
 from tests.conftest import worker_processes
+from tests.gpu.devices import GPUS
 from tests.gpu.kernels import FAR_KERNELS, KERNELS, compile_one
 
 
@@ -46,13 +46,12 @@ def compiled_far(gpu):
 
 def compile_all(arch, kernels, remote):
     one = partial(compile_one, settings.read().cache_dir, arch, remote)
-    with worker_processes(min(32, len(os.sched_getaffinity(0)))) as pool:
+    with worker_processes(min(64, len(os.sched_getaffinity(0)))) as pool:
         list(pool.map(one, kernels))
 
 
 @pytest.fixture
 def two_gpus():
     """Skip where there is one only."""
-    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if gpus < 2:
-        pytest.skip(f"needs two GPUs, there is {gpus}")
+    if GPUS < 2:
+        pytest.skip(f"needs two GPUs, there is {GPUS}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.crew import Crew
+from tests.gpu.devices import GPUS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled_far")]
 ROOT = str(Path(__file__).parents[2])
@@ -49,6 +50,11 @@ WORLDS = [  # ranks, ranks of a node; and how much is tried, for the kernels of 
     pytest.param(2, 1, 5, 5, (1, 5, 1021, 65537, 400_009), id="2-of-1"),
     pytest.param(4, 3, 2, 2, (5, 20_011), id="4-of-3"),
     pytest.param(4, 2, 2, 2, (5, 20_011), id="4-of-2"),
+]
+WORLDS += [  # a GPU for each rank
+    pytest.param(GPUS, each, 5, 3, (1, 5, 1021, 65537), id=f"{GPUS}-gpus-of-{each}")
+    for each in (1, 2, 4)
+    if each < GPUS > 2
 ]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.crew import Crew
+from tests.gpu.devices import GPUS
 from tests.gpu.kernels import DEEP_PAIRS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("compiled")]
@@ -49,6 +50,7 @@ SHARING = [
     pytest.param(4, 2, (5, 1021, 65537), id="4"),
     pytest.param(8, 2, (7, 20_011), id="8"),
 ]
+SHARING += [pytest.param(ranks, 2, (7, 20_011), id=str(ranks)) for ranks in (GPUS, 2 * GPUS) if ranks > 8]
 
 
 @pytest.mark.parametrize(("ranks", "pairs", "counts"), SHARING)
@@ -60,7 +62,8 @@ def test_every_algorithm(run_ranks, ranks, pairs, counts):
 
 
 def test_gpus_with_different_numbers_of_ranks_are_refused(run_ranks, two_gpus):
-    ranks = run_ranks("from nvcoll import COMM_WORLD; COMM_WORLD.Barrier()", 3, timeout=60, env=ENV, check=False)
+    env = ENV | {"CUDA_VISIBLE_DEVICES": "0,1"}
+    ranks = run_ranks("from nvcoll import COMM_WORLD; COMM_WORLD.Barrier()", 3, timeout=60, env=env, check=False)
     assert "same number of ranks on every GPU of a host, got 2, 1; start as many on each" in ranks.stderr
 
 

@@ -17,7 +17,7 @@ from nvcoll.ops import DATATYPES, OPS
 from tests.gpu.kernels import compile_one
 
 SMALLEST = 8  # bytes
-WORKERS = 32
+WORKERS = 64
 SHOWN = 10  # faults that a rank prints in a part; the others are counted
 
 
