@@ -41,6 +41,8 @@ class Member:
     """
 
     segment: Any
+    lingers = True
+    """Whether `close` may be left out and all goes with the last view of it, at any time; else ranks close together."""
 
     def __init__(self, exchange: Any, members: tuple[int, ...], place: int, extent: int, descriptor: int) -> None:
         self.exchange = exchange

@@ -98,12 +98,16 @@ class Heap:
             self._release(piece.number)
 
     def close(self) -> None:
-        """Give everything back. Buffers become freed ones; while views of them live on, their memory does."""
+        """Give everything back. Buffers become freed ones.
+
+        While views of them live on, so does memory that can: to touch a view must not crash the process.
+        """
         with self._lock:
             self._closed, self.finish = True, None
             self._pieces.clear()
-            if not invalidate(self.memory.address(self.memory.place), self.memory.extent):
-                self.memory.close()  # else it goes with the last of them: to touch a view must not crash the process
+            viewed = invalidate(self.memory.address(self.memory.place), self.memory.extent)
+            if not (viewed and self.memory.lingers):
+                self.memory.close()
 
     def retire(self) -> None:
         """Refuse to allocate and free from here on, but leave the memory where it is."""

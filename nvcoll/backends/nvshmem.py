@@ -125,6 +125,8 @@ class SymmetricMemory(Member):
         UUIDs of the GPUs of all ranks.
     """
 
+    lingers = False  # NVSHMEM's end is collective, and without it there would be no new start
+
     def __init__(self, exchange: Any, topology: Any, settings: Any) -> None:
         self._base = 0
         self._ours = False

@@ -35,6 +35,9 @@ class DeviceBuffer(DeviceSpan):
     The buffer is bound to no stream. What nvcoll writes is ordered on the stream that the call was given, and another
     library sees it in work on that stream, or after it was synchronised. Through DLPack a library names its own stream,
     where work comes after the calls made before; ``__cuda_array_interface__`` puts nothing in order.
+
+    After `free`, and after the communicator is finalized, arrays that other libraries made of it must not be used: their
+    memory is gone.
     """
 
     __slots__ = ("__weakref__", "_datatype", "_owner", "_shape", "_whole")
@@ -258,8 +261,8 @@ class DeviceBuffer(DeviceSpan):
         host_array
             Anything ``numpy.asarray`` takes, of the same shape. Its elements are converted to `dtype`.
         stream
-            The copy comes after what was queued there; None is the legacy default stream,
-            or the communicator's own where it has one (`Comm.stream`). It is done on return.
+            The copy comes after what was queued there, and after the calls made so far; None is the legacy default
+            stream, or the communicator's own where it has one (`Comm.stream`). It is done on return.
 
         Raises
         ------
@@ -283,8 +286,8 @@ class DeviceBuffer(DeviceSpan):
         host_array
             Where to: a writable array of NumPy in C order, of the same shape and type. None makes a new one.
         stream
-            The copy comes after what was queued there; None is the legacy default stream,
-            or the communicator's own where it has one (`Comm.stream`). It is done on return.
+            The copy comes after what was queued there, and after the calls made so far; None is the legacy default
+            stream, or the communicator's own where it has one (`Comm.stream`). It is done on return.
 
         Returns
         -------
@@ -317,8 +320,8 @@ class DeviceBuffer(DeviceSpan):
         value
             A number, converted to `dtype` as NumPy does.
         stream
-            It comes after what was queued there; None is the legacy default stream,
-            or the communicator's own where it has one (`Comm.stream`). It is done on return.
+            It comes after what was queued there, and after the calls made so far; None is the legacy default stream, or
+            the communicator's own where it has one (`Comm.stream`). It is done on return.
 
         Raises
         ------

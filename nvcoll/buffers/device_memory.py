@@ -73,8 +73,9 @@ class DeviceOwner(DeviceMemory):
             self.allocation.drop()
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy bytes between two addresses, one of which is here."""
+        """Copy bytes between two addresses, one of which is here, after the calls made so far."""
         if nbytes:
+            self.precede(stream)
             with self.gpu:
                 self.driver.copy(to, source, nbytes, stream)
 
@@ -84,6 +85,7 @@ class DeviceOwner(DeviceMemory):
         if not nbytes:
             return
         if len(set(pattern)) == 1:
+            self.precede(stream)
             with self.gpu:
                 self.driver.memset(address, pattern[0], nbytes, stream)
             return

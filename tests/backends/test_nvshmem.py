@@ -8,9 +8,11 @@ import threading
 import pytest
 
 from nvcoll import _topology, settings
+from nvcoll.backends import driver as nvidia
 from nvcoll.backends import nvshmem
 from nvcoll.backends.emulated import Hub, LocalExchange
 from nvcoll.backends.heap import Heap
+from nvcoll.buffers import DeviceBuffer
 from nvcoll.errors import AllocationError, BootstrapError, PeerLostError, TimeoutError
 from tests.fake_nvshmem import FAR, FakeNvshmem, NVSHMEMError
 
@@ -155,6 +157,21 @@ class TestLife:
         first.free()
         heap.close()
         assert fake.calls[-1] == ("finalize",)
+
+    @pytest.mark.parametrize("how", ["alive", "freed", "exported"])
+    def test_a_heap_ends_with_its_communicator_whatever_refers_to_it(self, fake, how):
+        for _ in range(2):
+            memory = open_memory(LocalExchange(Hub(1, 10), 0))
+            heap = Heap(memory)
+            buffer = DeviceBuffer.on(heap.allocate(4096), 10, "float32", memory.device, nvidia)
+            kept = buffer.__dlpack__() if how == "exported" else buffer[2:]
+            if how == "freed":
+                buffer.free()
+            heap.close()
+            assert fake.calls[-2:] == [("free", FAR), ("finalize",)]
+            assert buffer.freed
+            del kept
+        assert [call[0] for call in fake.calls].count("init") == 2
 
     def test_ranges_outside_of_the_heap(self, fake):
         memory = open_memory()

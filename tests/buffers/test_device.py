@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -213,6 +214,19 @@ def test_what_a_consumer_of_dlpack_queues_comes_after_the_calls():
     with pytest.raises(BufferError):
         buffer.__dlpack__(stream=5, copy=True)
     assert len(preceded) == 4
+
+
+def test_copies_come_after_the_calls():
+    done, gpu = [], FakeGpu()
+    driver = SimpleNamespace(copy=lambda *told: done.append("copy"), memset=lambda *told: done.append("memset"))
+    buffer = DeviceBuffer.on(FakeAllocation(64), 16, "f4", gpu, driver, 3, lambda stream: done.append(stream))
+    buffer.copy_from(np.ones(16))
+    buffer[4:].copy_to(stream=5)
+    buffer.fill(0, stream=6)
+    assert done == [3, "copy", 5, "copy", 6, "memset"]
+    buffer[:0].fill(1)
+    buffer[:0].copy_to()
+    assert len(done) == 6
 
 
 def test_dlpack_of_nothing_has_no_address():
