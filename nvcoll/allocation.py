@@ -27,7 +27,7 @@ class Allocating(Living):
         Returns
         -------
         Buffer
-            A NumPy array; on GPUs a `DeviceBuffer` instead. Verbs use it where it lies, without copies.
+            A NumPy array; on GPUs a `DeviceBuffer` instead. Verbs need not copy it to memory that others reach.
 
         Raises
         ------

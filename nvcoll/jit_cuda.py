@@ -154,11 +154,15 @@ def compile_kernel(
     arch
         Architecture, ``"sm_90"`` for one.
     deep
-        Whether a thread has several packs under way at a time; types of one byte never do.
+        Whether a thread may have several packs under way at a time; types of one byte never do, nor does what would
+        need more registers than there are. The ranks of a world have the same compilers, and so the same kernels.
     shim
         What `compile_shim` gives, for a kernel that reaches far ranks.
     """
-    return assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep, shim), arch)
+    kernel = assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep, shim), arch)
+    if deep and kernel.spilled:
+        return compile_kernel(algorithm, protocol, op, datatype, arch, False, shim)
+    return kernel
 
 
 def compile_shim(arch: str) -> bytes:

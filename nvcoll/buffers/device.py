@@ -35,9 +35,6 @@ class DeviceBuffer(DeviceSpan):
     The buffer is bound to no stream. What nvcoll writes is ordered on the stream that the call was given, and another
     library sees it in work on that stream, or after it was synchronised. Through DLPack a library names its own stream,
     where work comes after the calls made before; ``__cuda_array_interface__`` puts nothing in order.
-
-    After `free`, and after the communicator is finalized, arrays that other libraries made of it must not be used: their
-    memory is gone.
     """
 
     __slots__ = ("__weakref__", "_datatype", "_owner", "_shape", "_whole")

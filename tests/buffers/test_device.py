@@ -219,7 +219,7 @@ def test_what_a_consumer_of_dlpack_queues_comes_after_the_calls():
 def test_copies_come_after_the_calls():
     done, gpu = [], FakeGpu()
     driver = SimpleNamespace(copy=lambda *told: done.append("copy"), memset=lambda *told: done.append("memset"))
-    buffer = DeviceBuffer.on(FakeAllocation(64), 16, "f4", gpu, driver, 3, lambda stream: done.append(stream))
+    buffer = DeviceBuffer.on(FakeAllocation(64), 16, "f4", gpu, driver, 3, done.append)
     buffer.copy_from(np.ones(16))
     buffer[4:].copy_to(stream=5)
     buffer.fill(0, stream=6)

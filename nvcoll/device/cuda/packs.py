@@ -40,6 +40,14 @@ def _scatter(context: Any, builder: Any, value: Any, tuple_type: Any) -> Any:
     return context.make_tuple(builder, tuple_type, words)
 
 
+def _word(builder: Any, values: Any) -> Any:
+    """Return bytes, each in 32 bits, as a word. By shifts: a vector of bytes takes more registers than there are."""
+    total = ir.Constant(I64, 0)
+    for k, value in enumerate(values):
+        total = builder.or_(total, builder.shl(builder.zext(value, I64), ir.Constant(I64, 8 * k)))
+    return total
+
+
 def _bf16(builder: Any, value: Any, lanes: int) -> Any:
     """Round float32 to bfloat16 two at a time, by the instruction that GPUs from sm_80 on have for it."""
     pairs = ir.Constant(ir.VectorType(ir.IntType(32), lanes // 2), ir.Undefined)
@@ -71,8 +79,8 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
     """
     words = 2 * width // itemsize
     wide = types.UniTuple(types.int64, words)
-    elements, sums, narrow_sums = (
-        _vector(datatype, BYTES), _vector(accumulator, 8 * words), _vector(accumulator, BYTES),
+    elements, sums, narrow_sums, eight = (
+        _vector(datatype, BYTES), _vector(accumulator, 8 * words), _vector(accumulator, BYTES), _vector(accumulator, 8),
     )  # fmt: skip
     operator = reduce.OPERATORS["SUM" if op == "AVG" else op]
     lanes = elements.count
@@ -92,8 +100,15 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
         @intrinsic
         def combine(typing: Any, left: Any, right: Any) -> Any:
             def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                left, right = (_gather(builder, one, len(tuple_type), vector) for one in args)
-                return _scatter(context, builder, operator(builder, left, right, accumulator), tuple_type)
+                count = len(tuple_type)
+                if width > 1:
+                    left, right = (_gather(builder, one, count, vector) for one in args)
+                    return _scatter(context, builder, operator(builder, left, right, accumulator), tuple_type)
+                words = []
+                for k in range(count):  # one after the other: each byte takes a register, and there are not so many
+                    left, right = (builder.bitcast(builder.extract_value(one, k), eight) for one in args)
+                    words.append(builder.bitcast(operator(builder, left, right, accumulator), I64))
+                return context.make_tuple(builder, tuple_type, words)
 
             return tuple_type(tuple_type, tuple_type), emit
 
@@ -128,18 +143,23 @@ def partial(unit: int) -> SimpleNamespace:
     letter = {1: "r", 2: "h", 4: "r", 8: "l"}[unit]
     register = ir.IntType(32) if unit == 1 else scalar  # bytes travel in 32-bit registers
 
+    def loaded(builder: Any, args: Any, k: int) -> Any:
+        """Load unit k, or 0 if it does not count."""
+        inside = builder.icmp_signed("<", ir.Constant(I64, k * unit), args[1])
+        offset = builder.select(inside, ir.Constant(I64, k * unit), ir.Constant(I64, 0))
+        text, at = f"ld.global.u{8 * unit} $0, [$1];", builder.add(args[0], offset)
+        got = assembly(builder, text, f"={letter},l", register, [at])
+        return builder.select(inside, got, ir.Constant(register, 0))
+
     @intrinsic
     def take(typing: Any, address: Any, nbytes: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            got = [loaded(builder, args, k) for k in range(count)]  # all are under way before the first is used
+            if unit == 1:
+                return context.make_tuple(builder, PACK, [_word(builder, got[:8]), _word(builder, got[8:])])
             packed = ir.Constant(ir.VectorType(scalar, count), ir.Undefined)
-            for k in range(count):  # all loads before the first use: they are under way together
-                inside = builder.icmp_signed("<", ir.Constant(I64, k * unit), args[1])
-                offset = builder.select(inside, ir.Constant(I64, k * unit), ir.Constant(I64, 0))
-                text, at = f"ld.global.u{8 * unit} $0, [$1];", builder.add(args[0], offset)
-                got = assembly(builder, text, f"={letter},l", register, [at])
-                got = builder.trunc(got, scalar) if register != scalar else got
-                got = builder.select(inside, got, ir.Constant(scalar, 0))
-                packed = builder.insert_element(packed, got, ir.Constant(ir.IntType(32), k))
+            for k in range(count):
+                packed = builder.insert_element(packed, got[k], ir.Constant(ir.IntType(32), k))
             return _scatter(context, builder, packed, PACK)
 
         return PACK(types.int64, types.int64), emit
