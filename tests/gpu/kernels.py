@@ -1,9 +1,10 @@
 """Which kernels the tests of this folder use: they are compiled together, for one by one they take minutes.
 
-``from tests.gpu.kernels import FAR_KERNELS, FAR_PAIRS, KERNELS, LARGE_PAIRS, PAIRS``
+``from tests.gpu.kernels import EVERY, FAR_KERNELS, FAR_PAIRS, KERNELS, LARGE_PAIRS, PAIRS``
 """
 
 from nvcoll.jit_cuda import CubinCache
+from nvcoll.ops import DATATYPES, OPS
 from nvcoll.planning import candidates
 
 PAIRS = [
@@ -19,6 +20,13 @@ KERNELS = [(*name.split("/"), op, datatype, False) for name in candidates() for 
 KERNELS += [(*name.split("/"), "SUM", "int32", False) for name in candidates()]  # graphs
 KERNELS += [(*name.split("/"), *BARRIER, False) for name in candidates() if name.endswith("/low_latency")]
 KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in DEEP_PAIRS]
+
+EVERY_PAIR = [(datatype, op) for datatype, kind in DATATYPES.items() for op in OPS if OPS[op].supports(kind) is None]
+EVERY = {  # NVRAR with all of them, the other algorithms in turn
+    name: EVERY_PAIR if name.startswith("nvrar/") else EVERY_PAIR[k % 10 :: 10] for k, name in enumerate(candidates())
+}
+KERNELS += [(*name.split("/"), op, datatype, False) for name, pairs in EVERY.items() for datatype, op in pairs]
+KERNELS = list(dict.fromkeys(KERNELS))
 
 FAR_PAIRS = [*PAIRS[:3], ("float64", "PROD"), ("complex64", "SUM")]
 REACHING = [name for name in candidates() if not name.startswith("two_shot")]  # ranks that cannot be stored to

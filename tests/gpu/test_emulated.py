@@ -14,13 +14,13 @@ from nvcoll.backends import driver
 from nvcoll.planning import candidates
 from tests.algorithms.calls import PLACES, Call
 from tests.gpu.calls import judge
-from tests.gpu.kernels import LARGE_PAIRS, PAIRS
+from tests.gpu.kernels import EVERY, LARGE_PAIRS, PAIRS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled")]
 
 WORLDS = [
     (2, None), (3, None), (5, None), (8, None), (16, None), (33, None), (64, None), (4, 2), (5, [1, 4]), (7, [2, 2, 3]),
-    (8, [1, 3, 4]), (16, 4),
+    (8, [1, 3, 4]), (16, 4), (30, [1, 2, 3] * 5), (32, 2),
 ]  # fmt: skip
 COUNTS = [0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 63, 64, 65, 127, 257, 509, 1021, 4093, 16384, 65537]
 ROWS = [*((place,) for place in PLACES), PLACES[:4], PLACES[::-1]]
@@ -46,6 +46,14 @@ def cases():
 )
 def test_calls_in_a_world(gpu, size, nodes, calls):
     judge(gpu, calls, size, nodes)
+
+
+@pytest.mark.parametrize(("size", "nodes"), [(8, 2), (6, [1, 2, 3])], ids=str)
+@pytest.mark.parametrize("name", [*(name for name in EVERY if name.startswith("nvrar/")), "others"])
+def test_every_type_and_operator(gpu, size, nodes, name):
+    names = [name] if name in EVERY else [one for one in EVERY if not one.startswith("nvrar/")]
+    counts, rows = itertools.cycle(COUNTS[:-2]), itertools.cycle(ROWS)
+    judge(gpu, [Call(one, *pair, next(counts), next(rows)) for one in names for pair in EVERY[one]], size, nodes)
 
 
 @pytest.mark.parametrize(("size", "count"), [(2, 3_000_017), (8, 400_009), (64, 60_013)])

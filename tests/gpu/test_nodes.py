@@ -50,6 +50,7 @@ WORLDS = [  # ranks, ranks of a node; and how much is tried, for the kernels of 
     pytest.param(2, 1, 5, 5, (1, 5, 1021, 65537, 400_009), id="2-of-1"),
     pytest.param(4, 3, 2, 2, (5, 20_011), id="4-of-3"),
     pytest.param(4, 2, 2, 2, (5, 20_011), id="4-of-2"),
+    pytest.param(8, 2, 1, 2, (5, 20_011), id="8-of-2"),
 ]
 WORLDS += [  # a GPU for each rank
     pytest.param(GPUS, each, 5, 3, (1, 5, 1021, 65537), id=f"{GPUS}-gpus-of-{each}")

@@ -61,6 +61,7 @@ def parse(arguments):
     add("--graph-largest", type=size, default=1 << 20, help="most bytes of a message in the graph (1M)")
     add("--largest", type=size, default=4 << 20, help="most bytes of a message that the host launches (4M)")
     add("--slots", type=int, default=6, help="calls between two looks at results; each has 2 symmetric arrays (6)")
+    add("--meet", type=int, default=500, help="calls of the host after which ranks wait for each other (500)")
     add("--sleep", type=float, default=1e-3, help="longest pause of a rank between its calls, in seconds (0.001)")
     add("--every", type=float, default=15, help="seconds between lines on how far it is (15)")
     add("--seed", type=int, default=1)

@@ -1,7 +1,8 @@
 """Calls one after another, launched by the host, with pauses of each rank's own; results are looked at in batches.
 
-Needs no torch, and runs on hosts too. Every batch ends with an exchange of the host, in which the ranks compare the
-digests of their results and agree whether the time is over; there is nothing between the calls of a batch.
+Needs no torch, and runs on hosts too. A rank looks at its results after every batch, and goes on when it likes: nothing
+but the calls themselves keeps it from running ahead. From time to time the ranks meet on the host, compare the digests
+of their results, and agree whether the time is over.
 """
 
 import time
@@ -154,6 +155,21 @@ class Batch:
             room.free()
 
 
+def looked_at(batch, first, calls, faults):
+    """Make the calls of a batch and note what is wrong; return the digests of the results."""
+    digests = []
+    try:
+        for number, (call, result, wrong) in enumerate(batch.run(first, calls), first):
+            digests.append(zlib.crc32(result))
+            if wrong.size:
+                where = f"call {number}: {call}: {wrong.size} wrong elements, the first at {wrong[0]}"
+                faults.add(where, wrong.size)
+    except Exception as exc:
+        faults.add(f"calls {first} to {first + len(calls) - 1}: {type(exc).__name__}: {exc}", 0)
+        raise
+    return digests
+
+
 def soak(comm, options, calls):
     """Make the calls, or as many as the time allows; return what the summary says and the number of faults."""
     prepare(comm, calls)
@@ -161,16 +177,10 @@ def soak(comm, options, calls):
     agree(comm)  # memory is had and given back while nothing runs, lest it wait for a rank that shares the GPU
     start, said, done, seconds, late, differing = time.monotonic(), time.monotonic(), 0, 0.0, False, 0
     while done < len(calls) and not late:
-        some, digests = calls[done : done + options.slots], []
-        try:
-            for number, (call, result, wrong) in enumerate(batch.run(done, some), done):
-                digests.append(zlib.crc32(result))
-                if wrong.size:
-                    where = f"call {number}: {call}: {wrong.size} wrong elements, the first at {wrong[0]}"
-                    faults.add(where, wrong.size)
-        except Exception as exc:
-            faults.add(f"calls {done} to {done + len(some) - 1}: {type(exc).__name__}: {exc}", 0)
-            raise
+        some, digests = calls[done : done + options.meet], []
+        for first in range(0, len(some), options.slots):
+            digests += looked_at(batch, done + first, some[first : first + options.slots], faults)
+            seconds += batch.seconds
         told = agree(comm, late=time.monotonic() - start > options.seconds, digests=digests)
         late = any(one["late"] for one in told)
         for number, (call, *its) in enumerate(zip(some, *(one["digests"] for one in told), strict=True), done):
@@ -178,7 +188,6 @@ def soak(comm, options, calls):
                 differing += 1
                 faults.add(f"call {number}: {call}: ranks have different results", 0)
         done += len(some)
-        seconds += batch.seconds
         if comm.rank == 0 and time.monotonic() - said > options.every:
             said = time.monotonic()
             print(f"eager: {done} calls after {said - start:.0f} s, {faults.number} faults", flush=True)
