@@ -74,10 +74,11 @@ class DeviceCalls:
         if not same:
             area.fail()
             self._raised = True
+            number, rank = self._world.planner.state.sequence, self._world.rank
             raise MismatchError(
-                f"Barrier: in a call up to number {self._world.planner.state.sequence} of rank {self._world.rank} the "
-                "ranks have not called the same (count, datatype, operator or algorithm), and its result is wrong; "
-                "make the calls agree"
+                f"Barrier: in a call up to number {number} of rank {rank}, or a replay of one, the ranks have not "
+                "called the same (count, datatype, operator or algorithm), and its result is wrong; make the calls "
+                "agree"
             )
 
     def _meeting(self, verb: str) -> DevicePlan:
@@ -206,7 +207,8 @@ class DeviceCalls:
         others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
         missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
         odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
-        where = f"{verb}: a call up to number {state.sequence} failed on the GPU of rank {world.rank}"
+        calls = f"a call up to number {state.sequence}, or a replay of one,"
+        where = f"{verb}: {calls} failed on the GPU of rank {world.rank}"
         if odd:
             return MismatchError(
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "

@@ -3,7 +3,7 @@
 import contextlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nvcoll.backends.emulated import on_gpu
@@ -26,9 +26,10 @@ class Emulation:
     """
 
     def __init__(self, size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None, device: int | None) -> None:
-        self.size = size
-        self.device = _ordinal(device)
-        self.node_sizes = _node_sizes(size, ranks_per_node)
+        self.size = _number(size, 1, f"size is {size!r}, expected 1 or more ranks")
+        ordinal = f"device is {device!r}, expected the ordinal of a GPU, 0 or more; leave it out for the host"
+        self.device = None if device is None else _number(device, 0, ordinal)
+        self.node_sizes = _node_sizes(self.size, ranks_per_node)
 
     def run(self, fn: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``fn(comm, *args)`` on every rank, each on a thread of its own, and wait for all.
@@ -120,31 +121,25 @@ def _first(failures: list[tuple[int, BaseException]]) -> BaseException:
 
 
 def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
-    if not isinstance(size, int) or size < 1:
-        raise ArgumentError(f"emulate: size is {size!r}, expected 1 or more ranks")
     if ranks_per_node is None:
         return (size,)
-    if isinstance(ranks_per_node, int):
-        if ranks_per_node < 1:
-            raise ArgumentError(f"emulate: ranks_per_node is {ranks_per_node}, expected 1 or more")
-        full, rest = divmod(size, ranks_per_node)
-        return (ranks_per_node,) * full + ((rest,) if rest else ())
-    sizes = tuple(ranks_per_node)
-    if sum(sizes) != size or min(sizes) < 1:
-        raise ArgumentError(
-            f"emulate: ranks_per_node is {list(sizes)}, expected positive numbers that add up to {size}"
-        )
+    if not isinstance(ranks_per_node, Iterable):
+        each = _number(ranks_per_node, 1, f"ranks_per_node is {ranks_per_node!r}, expected 1 or more")
+        full, rest = divmod(size, each)
+        return (each,) * full + ((rest,) if rest else ())
+    given = list(ranks_per_node)
+    expected = f"ranks_per_node is {given}, expected positive numbers that add up to {size}"
+    sizes = tuple(_number(each, 1, expected) for each in given)
+    if sum(sizes) != size:
+        raise ArgumentError(f"emulate: {expected}")
     return sizes
 
 
-def _ordinal(device: int | None) -> int | None:
-    if device is None:
-        return None
-    if isinstance(device, bool) or not hasattr(device, "__index__") or operator.index(device) < 0:
-        raise ArgumentError(
-            f"emulate: device is {device!r}, expected the ordinal of a GPU, 0 or more; leave it out for the host"
-        )
-    return operator.index(device)
+def _number(value: Any, least: int, expected: str) -> int:
+    """Return an argument as a number; `expected` is the message of what is none, or too small."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < least:
+        raise ArgumentError(f"emulate: {expected}")
+    return operator.index(value)
 
 
 def emulate(

@@ -162,11 +162,18 @@ class TestNodes:
             (4, [4, 0], r"emulate: ranks_per_node is \[4, 0\], expected positive numbers that add up to 4"),
             (4, [5, -1], r"emulate: ranks_per_node is \[5, -1\], expected positive numbers that add up to 4"),
             (4, [], r"emulate: ranks_per_node is \[\], expected positive numbers that add up to 4"),
+            (4, 1.5, r"emulate: ranks_per_node is 1\.5, expected 1 or more"),
+            (2, [1.0, 1.0], r"emulate: ranks_per_node is \[1\.0, 1\.0\], expected positive numbers that add up to 2"),
         ],
     )
     def test_numbers_that_do_not_fit(self, size, ranks_per_node, message):
         with pytest.raises(nvcoll.ArgumentError, match=f"^{message}$"):
             nvcoll.emulate(size, ranks_per_node)
+
+    def test_numbers_of_numpy(self):
+        assert nvcoll.emulate(np.int64(5), np.int8(2)).node_sizes == (2, 2, 1)
+        assert nvcoll.emulate(np.uint8(3), np.array([1, 2])).node_sizes == (1, 2)
+        assert type(nvcoll.emulate(np.int64(5)).size) is int
 
     @pytest.mark.parametrize("device", [-1, True, "0", 0.0])
     def test_devices_that_are_none(self, device):

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from .device import DeviceBuffer
 from .dlpack import CUDA, CUDA_HOST, GPU_DEVICES, datatype_of
 from .specs import Memory, Spec, refuse_sentinels, refuse_uncomputed, unpack
-from .streams import LEGACY_BY_NAME
+from .streams import LEGACY_BY_NAME, interface_of
 
 TELLS_STREAM = 3
 """The first version of ``__cuda_array_interface__`` that has a stream."""
@@ -29,7 +30,7 @@ def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int
         The call and its argument (``"Allreduce"``, ``"recvbuf"``), for messages.
     spec
         The forms of `nvcoll.buffers.parse`, where ``buf`` is a `DeviceBuffer`, a CUDA tensor of torch, or any object
-        with ``__cuda_array_interface__`` or DLPack for CUDA, in C order.
+        with ``__cuda_array_interface__`` or DLPack for CUDA. Elements are taken in the order of memory.
     writable
         Whether the verb writes there.
     stream
@@ -44,7 +45,7 @@ def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int
     Raises
     ------
     ArgumentError
-        Memory that is too small, read-only, masked or not in C order, or a malformed spec.
+        Memory that is too small, read-only, masked or not contiguous, or a malformed spec.
     DatatypeError
         Element types and kinds of objects that are not supported, memory of the host among them.
     StateError
@@ -66,10 +67,11 @@ def _memory(where: str, buf: Any, stream: int) -> Memory:
     if torch is not None and isinstance(buf, torch.Tensor):
         return _from_tensor(where, buf, torch.strided)
     refuse_sentinels(where, buf)
-    interface = getattr(buf, "__cuda_array_interface__", None)
+    interface = interface_of(buf)
     exports = hasattr(buf, "__dlpack__") and hasattr(buf, "__dlpack_device__")
     # Before version 3, JAX's among them, the interface says nothing of what is not computed yet; DLPack sees to that.
-    if interface is not None and (interface.get("version", 0) >= TELLS_STREAM or not exports):
+    # And it has no names for bfloat16 and its kin, of which CuPy's shows bytes without a meaning.
+    if interface is not None and not (exports and (interface.get("version", 0) < TELLS_STREAM or _nameless(interface))):
         return _from_interface(where, buf, interface)
     if exports:
         return _from_dlpack(where, buf, stream)
@@ -90,28 +92,32 @@ def _from_tensor(where: str, tensor: Any, strided: object) -> Memory:
     if tensor.device.type != "cuda":
         raise _on_host(where, tensor) if tensor.device.type == "cpu" else _elsewhere(where, str(tensor.device))
     refuse_uncomputed(where, tensor, strided)
-    if not tensor.is_contiguous():
-        raise _gaps(where, tensor)
+    strides = None if tensor.is_contiguous() else tensor.stride()
+    order = _order(where, tensor, tensor.shape, strides, 1)
     nbytes = tensor.numel() * tensor.element_size()
-    return Memory(tensor.data_ptr(), nbytes, tensor.dtype, False, tensor, "C", tensor.device.index)
+    return Memory(tensor.data_ptr(), nbytes, tensor.dtype, False, tensor, order, tensor.device.index)
 
 
 def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
     """Read ``__cuda_array_interface__``, version 0 to 3."""
     if interface.get("mask") is not None:
         raise ArgumentError(f"{where} has a mask, expected an array without; pass its values with the masked ones set")
-    shape, typestr, (address, readonly) = tuple(interface["shape"]), interface["typestr"], interface["data"]
+    try:
+        shape, typestr, (address, readonly) = tuple(interface["shape"]), interface["typestr"], interface["data"]
+    except (KeyError, TypeError, ValueError):
+        raise DatatypeError(
+            f"{where} has a __cuda_array_interface__ that cannot be read, expected one with shape, typestr and data "
+            f"(address, read-only), got {interface!r}; pass an array with DLPack"
+        ) from None
     try:
         dtype = np.dtype(typestr)
     except TypeError:
         raise DatatypeError(
             f"{where} has elements of type {typestr!r}, expected a type of NumPy's own; pass an array with DLPack"
         ) from None
-    strides = interface.get("strides")
-    if strides is not None and not _in_c_order(shape, tuple(strides), dtype.itemsize):
-        raise _gaps(where, buf)
+    order = _order(where, buf, shape, interface.get("strides"), dtype.itemsize)
     readonly = readonly or _is_constant(buf)
-    return Memory(address or 0, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, "C")
+    return Memory(address or 0, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, order)
 
 
 def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
@@ -136,12 +142,11 @@ def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
             f"{where} has {lanes} numbers of {bits} bits in an element, expected one of whole bytes; convert it"
         )
     shape, strides, itemsize = tensor.shape, tensor.strides, bits // 8
-    if strides is not None and not _in_c_order(shape, tuple(itemsize * stride for stride in strides), itemsize):
-        raise _gaps(where, buf)
+    order = _order(where, buf, shape, strides, 1)
     dtype = datatype_of(tensor.dtype) or f"DLPack's type {code} of {bits} bits"
     device = tensor.device[1] if tensor.device[0] == CUDA else None
     readonly = tensor.readonly or _is_constant(buf)
-    return Memory(tensor.address, math.prod(shape) * itemsize, dtype, readonly, tensor, "C", device)
+    return Memory(tensor.address, math.prod(shape) * itemsize, dtype, readonly, tensor, order, device)
 
 
 def _is_constant(buf: Any) -> bool:
@@ -149,14 +154,37 @@ def _is_constant(buf: Any) -> bool:
     return type(buf).__module__.partition(".")[0] in {"jax", "jaxlib"}
 
 
-def _in_c_order(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    """Tell whether elements lie one after the other, the last axis first; strides of single elements say nothing."""
-    if 0 in shape:
+def _nameless(interface: dict[str, Any]) -> bool:
+    """Tell whether an interface shows bytes of which it does not say what they mean."""
+    try:
+        return np.dtype(interface.get("typestr")).kind == "V"
+    except TypeError:
         return True
-    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if length != 1 and stride != itemsize:
+
+
+def _order(where: str, buf: Any, shape: tuple[int, ...], strides: Sequence[int] | None, element: int) -> str:
+    """Return the order of memory without gaps, as in `Spec`; strides are in units of which elements take some.
+
+    Without strides it is C order.
+    """
+    if strides is None:
+        return "C" if len(shape) > 1 else "A"
+    axes = tuple(zip(shape, strides, strict=True))
+    in_c, in_f = _dense(axes[::-1], element), _dense(axes, element)
+    if not (in_c or in_f):
+        cure = CONTIGUOUS.get(type(buf).__module__.partition(".")[0], "a contiguous copy")
+        raise ArgumentError(f"{where} has gaps between its elements, expected contiguous memory; pass {cure} of it")
+    return "A" if in_c and in_f else "C" if in_c else "F"
+
+
+def _dense(axes: tuple[tuple[int, int], ...], reach: int) -> bool:
+    """Tell whether elements lie one after the other, the first axis first; strides of single elements say nothing."""
+    if any(length == 0 for length, _ in axes):
+        return True
+    for length, stride in axes:
+        if length != 1 and stride != reach:
             return False
-        itemsize *= length
+        reach *= length
     return True
 
 
@@ -190,8 +218,3 @@ def _no_memory(where: str, buf: Any) -> DatatypeError:
         f"{where} is of type {type(buf).__name__}, expected memory of a GPU (comm.empty(), torch, "
         "__cuda_array_interface__ or DLPack); pass an array"
     )
-
-
-def _gaps(where: str, buf: Any) -> ArgumentError:
-    cure = CONTIGUOUS.get(type(buf).__module__.partition(".")[0], "a contiguous copy")
-    return ArgumentError(f"{where} is not in C order, or has gaps, expected contiguous memory; pass {cure} of it")

@@ -64,9 +64,9 @@ def as_stream(stream: Any, owner: Any = None, verb: str = "as_stream") -> int:
 
 
 def _checked(handle: int, kind: str, verb: str) -> int:
-    if handle < 0:
+    if not 0 <= handle < 1 << 64:
         raise ArgumentError(
-            f"{verb}: stream is {kind} of value {handle}, expected a handle of 0 or more; leave it out for the "
+            f"{verb}: stream is {kind} of value {handle}, expected a handle, from 0 to 2**64 - 1; leave it out for the "
             "current stream"
         )
     return handle
@@ -131,8 +131,17 @@ def _current(owner: Any) -> Any:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(owner, cupy.ndarray):
         return cupy.cuda.get_current_stream()
-    interface = getattr(owner, "__cuda_array_interface__", None)
-    return interface.get("stream") if isinstance(interface, dict) else None
+    interface = interface_of(owner)
+    return interface.get("stream") if interface is not None else None
+
+
+def interface_of(owner: Any) -> dict[str, Any] | None:
+    """Return ``__cuda_array_interface__`` of an object; None where it has none, or not for its elements."""
+    try:
+        found = getattr(owner, "__cuda_array_interface__", None)
+    except RuntimeError:  # from JAX, of bfloat16
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def keep_for(stream: int, *arrays: Any) -> None:

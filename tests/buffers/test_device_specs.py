@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 
-from nvcoll.buffers import IN_PLACE, Spec, check_pair, parse, parse_device
+from nvcoll.buffers import IN_PLACE, Spec, as_stream, check_pair, parse, parse_device
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import DATATYPES, FLOAT
 from tests.buffers.gpu import CudaCapsule, CudaInterface, OldCudaCapsule, empty_on_gpu, on_gpu
@@ -166,6 +166,15 @@ class JaxCapsule(CudaCapsule):
 
 
 JaxArray.__module__ = JaxCapsule.__module__ = "jaxlib._jax"
+
+
+class Incomplete:
+    """What an interface shows, but for a field."""
+
+    def __init__(self, shown, field):
+        self.__cuda_array_interface__ = {k: v for k, v in shown.__cuda_array_interface__.items() if k != field}
+
+
 SIX = np.zeros((2, 3), np.float32)
 HOST = r"is in memory of the host \({}\), expected memory of a GPU, .+; copy it there .+copy_from"
 
@@ -193,8 +202,10 @@ REFUSALS = {
     "JAX": (JaxArray(SIX), ArgumentError, "is read-only"),
     "JAX, DLPack": (JaxCapsule(SIX), ArgumentError, "is read-only"),
     "mask": (CudaInterface(SIX, mask=SIX), ArgumentError, "has a mask, expected an array without; pass its values"),
-    "gaps": (CudaInterface(SIX[:, ::2]), ArgumentError, "or has gaps, expected contiguous .+; pass a contiguous copy"),
-    "F order": (CudaInterface(np.zeros((2, 3), order="F")), ArgumentError, "is not in C order"),
+    "gaps": (CudaInterface(SIX[:, ::2]), ArgumentError, "has gaps .+, expected .+; pass a contiguous copy"),
+    "neither order": (CudaInterface(np.zeros((2, 3, 2)).transpose(1, 0, 2)), ArgumentError, "has gaps"),
+    "no type": (Incomplete(CudaInterface(SIX), "typestr"), DatatypeError, "cannot be read, .+; pass .+ DLPack"),
+    "no data": (CudaInterface(SIX, data=None), DatatypeError, "cannot be read, expected one with shape, typestr"),
     "reversed": (CudaInterface(SIX[::-1]), ArgumentError, "has gaps"),
     "broadcast": (CudaInterface(np.broadcast_to(np.zeros(1), (3, 2))), ArgumentError, "has gaps"),
     "byte order": (
@@ -227,6 +238,29 @@ def test_refusals(case):
     assert re.match(r"Allreduce: (datatype of )?recvbuf.*, expected .+; .+", str(caught.value))
 
 
+class CupyArray(CudaCapsule, CudaInterface):
+    """Both interfaces, of which CUDA's has bytes without a meaning for types that are not NumPy's own."""
+
+    def __init__(self, values):
+        CudaCapsule.__init__(self, values)
+        CudaInterface.__init__(self, values)
+
+
+class JaxArrayOfBfloat16(CudaCapsule):
+    @property
+    def __cuda_array_interface__(self):
+        raise RuntimeError("INVALID_ARGUMENT: __cuda_array_interface__ is not supported for bfloat16 buffers.")
+
+
+@pytest.mark.parametrize("name", sorted(ALL - OWN))
+@pytest.mark.parametrize("kind", [CupyArray, JaxArrayOfBfloat16])
+def test_types_without_a_name_come_through_dlpack(kind, name):
+    values = numbers(DATATYPES[name], N)
+    spec = parse_device("Allreduce", "sendbuf", kind(values), False)
+    assert (spec.datatype, spec.device, bytes_of(spec)) == (DATATYPES[name], 3, values.tobytes())
+    assert as_stream(None, kind(values)) == 0
+
+
 def test_what_is_only_sent_may_be_read_only():
     assert parse_device("Allreduce", "sendbuf", CudaInterface(read_only()), False).count == 3
     assert parse_device("Allreduce", "sendbuf", JaxArray(SIX), False).count == 6
@@ -240,6 +274,13 @@ class Tensor:
         self.device, self.dtype = types.SimpleNamespace(type="cuda", index=2), values.dtype
         self.requires_grad, self.layout = False, "strided"
         vars(self).update(changes)
+
+    @property
+    def shape(self):
+        return self.values.shape
+
+    def stride(self):
+        return tuple(stride // self.values.itemsize for stride in self.values.strides)
 
     def is_contiguous(self):
         return self.values.flags.c_contiguous
@@ -267,6 +308,16 @@ def torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(Tensor=Tensor, strided="strided"))
 
 
+@pytest.mark.parametrize("show", [CudaInterface, Tensor], ids=["interface", "torch"])
+def test_elements_are_taken_in_the_order_of_memory(torch, show):
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for array, order in ((values, "C"), (values.T, "F"), (np.asfortranarray(values), "F"), (values.ravel(), "A")):
+        spec = parse_device("Allreduce", "recvbuf", show(array), True)
+        assert (spec.address, spec.count, spec.order) == (array.ctypes.data, 6, order)
+    one = values[:1].T  # of one axis, in truth
+    assert parse_device("Allreduce", "recvbuf", CudaInterface(one, strides=one.strides), True).order == "A"
+
+
 def test_tensors(torch):
     values = np.arange(6, dtype=np.float32)
     tensor = Tensor(values)
@@ -281,7 +332,11 @@ def test_tensors(torch):
         ({"requires_grad": True}, ArgumentError, r"requires grad, expected .+; pass \.detach\(\)"),
         ({"layout": "sparse"}, ArgumentError, r"is a sparse tensor, expected .+; pass \.to_dense\(\)"),
         ({"is_conj": lambda: True}, ArgumentError, "has not computed yet, expected .+; pass"),
-        ({"is_contiguous": lambda: False}, ArgumentError, r"is not in C order, .+; pass \.contiguous\(\) of it"),
+        (
+            {"is_contiguous": lambda: False, "stride": lambda: (6, 2)},
+            ArgumentError,
+            r"has gaps .+; pass \.contiguous\(\) of it",
+        ),
         ({"device": types.SimpleNamespace(type="cpu")}, DatatypeError, HOST.format(r"torch\.Tensor")),
         (
             {"device": types.SimpleNamespace(type="xpu")},

@@ -171,8 +171,8 @@ class TestBarrier:
         with pytest.raises(nvcoll.MismatchError) as caught:
             calls.barrier()
         assert str(caught.value) == (
-            "Barrier: in a call up to number 2 of rank 1 the ranks have not called the same (count, datatype, operator "
-            "or algorithm), and its result is wrong; make the calls agree"
+            "Barrier: in a call up to number 2 of rank 1, or a replay of one, the ranks have not called the same "
+            "(count, datatype, operator or algorithm), and its result is wrong; make the calls agree"
         )
         for refused in (calls.barrier, lambda: reduce(calls, on_gpu(values()))):
             with pytest.raises(nvcoll.StateError, match=r"^an earlier call on this communicator failed"):
@@ -216,8 +216,9 @@ class TestFailures:
         error = self.error(world, calls, [tag(19), tag(20), tag(20), tag(3)])
         assert isinstance(error, nvcoll.TimeoutError)
         assert str(error) == (
-            "Allreduce: a call up to number 12 failed on the GPU of rank 1: no answer within NVCOLL_TIMEOUT (2 s); "
-            "did not arrive: rank 0, rank 3. See what those ranks do, or raise NVCOLL_TIMEOUT if they are only slow"
+            "Allreduce: a call up to number 12, or a replay of one, failed on the GPU of rank 1: no answer "
+            "within NVCOLL_TIMEOUT (2 s); did not arrive: rank 0, rank 3. See what those ranks do, or raise "
+            "NVCOLL_TIMEOUT if they are only slow"
         )
 
     def test_all_came_in_the_end(self, world, calls):

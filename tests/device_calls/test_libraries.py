@@ -20,7 +20,7 @@ def torch(monkeypatch):
 
         def __init__(self, values):
             self.values, self.recorded = values, []
-            self.dtype, self.record_stream = values.dtype, self.recorded.append
+            self.shape, self.dtype, self.record_stream = values.shape, values.dtype, self.recorded.append
             self.numel, self.data_ptr = lambda: values.size, lambda: values.ctypes.data
             self.element_size, self.is_contiguous = lambda: values.itemsize, lambda: True
 
