@@ -70,14 +70,20 @@ def test_gpus_with_different_numbers_of_ranks_are_refused(run_ranks, two_gpus):
 def test_several_lives(run_ranks):
     program = """
     import numpy as np, nvcoll
+    from nvcoll.backends import driver
+    kept, free = [], []
     for life in range(3):
         nvcoll.Init()
         comm = nvcoll.COMM_WORLD
+        with comm._world.device:
+            free.append(driver.memory_info()[0])
         x = comm.array(np.full(1000, comm.rank + life, np.float32))
+        kept.append(x)  # a heap goes all the same
         comm.Allreduce(x)
         print(float(x.copy_to()[-1]))
         nvcoll.Finalize()
         assert x.freed and not nvcoll.Is_initialized()
+    assert min(free) > free[0] - (128 << 20), free
     """
     ranks = run_ranks(program, 2, timeout=100, env=ENV)
     assert [text.split() for text in ranks.stdout] == [["1.0", "3.0", "5.0"]] * 2
