@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nvcoll.backends import driver
-from nvcoll.errors import Error
+from nvcoll.errors import DeviceError, Error
 
 IMPATIENT = 1000
 """Looks at an event, a microsecond or two each, before a wait begins to sleep between them."""
@@ -40,6 +40,7 @@ class OnStream:
         self._check = check
         self._over = over
         self._owners = list(owners)
+        self._lost = ""
         with device:
             self._event = driver.event_create()
             finalizer = weakref.finalize(self, _let_go, device, self._event, self._owners)
@@ -48,7 +49,12 @@ class OnStream:
 
     def done(self) -> bool:
         """Tell at once whether the GPU has come to its end, well or not."""
-        return self._over() or _done(self._device, self._event)
+        if not self._lost and not self._over():
+            try:
+                return _done(self._device, self._event)
+            except DeviceError as exc:  # the context is lost, and no later look would tell more
+                self._lost = str(exc)
+        return True
 
     def wait(self) -> None:
         """Wait for its end, and raise what went wrong.
@@ -61,6 +67,8 @@ class OnStream:
             if looks > IMPATIENT:
                 time.sleep(NAP)
         self._owners.clear()
+        if self._lost:
+            raise DeviceError(self._lost)
         self._check()
 
 

@@ -160,3 +160,5 @@ def test_errors_of_the_driver_are_told(begun):
     begun.driver.fail["cuEventQuery"] = Result.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(DeviceError, match=r"^cuEventQuery: CUDA_ERROR_INVALID_VALUE"):
         request.Test()
+    assert request.Test(), "it is inactive: the context is lost, and every later look would fail as well"
+    request.Free()
