@@ -9,11 +9,6 @@ from typing import Any
 from nvcoll.backends import driver
 from nvcoll.errors import DeviceError, Error
 
-IMPATIENT = 1000
-"""Looks at an event, a microsecond or two each, before a wait begins to sleep between them."""
-NAP = 0.0001
-"""Seconds of sleep between looks."""
-
 
 class OnStream:
     """What was queued on a stream until now, as a `nvcoll.requests.Pending`.
@@ -64,8 +59,7 @@ class OnStream:
         looks = 0
         while not self.done():
             looks += 1
-            if looks > IMPATIENT:
-                time.sleep(NAP)
+            time.sleep(driver.NAP if looks > driver.IMPATIENT else 0)
         self._owners.clear()
         if self._lost:
             raise DeviceError(self._lost)

@@ -1,5 +1,6 @@
 """What stands behind a communicator on GPUs; the counterpart of `nvcoll.world`, whose `World` it resembles."""
 
+import contextlib
 import json
 import threading
 from collections import defaultdict
@@ -80,14 +81,12 @@ class DeviceWorld:
         state, stream = self.planner.state, self.stream
         try:
             with self.device:
-                if stream:
+                with contextlib.nullcontext() if stream else contextlib.suppress(Error):  # of a stream that is gone
                     state.precede(stream)  # calls on other streams are waited for, too
                 state.end()
-                # Kernels end by their deadline at the latest.
-                if stream:
-                    driver.stream_synchronize(stream)
-                else:
-                    driver.synchronize()
+                self._wait()  # kernels end by their deadline at the latest
+                if not stream:
+                    driver.synchronize()  # other libraries' work, too, for it may use memory that goes
         except Error:  # the context is lost, and all that ran in it
             return False
         finally:
@@ -98,14 +97,18 @@ class DeviceWorld:
         return True
 
     def close(self) -> None:
-        """Leave, and give everything back."""
+        """Leave, and give everything back; after a failure only what is this rank's own.
+
+        The heap is given back by all ranks together: who is missing now would be waited for once more.
+        """
         left = self.leave()
         failed = not left or self.planner.state.reported
         if left:
             self.planner.area.close()
-            self.heap.close()
-        else:
+        if failed:
             self.heap.retire()
+        else:
+            self.heap.close()
         self.exchange.close(failed)
 
     def retire(self) -> None:
@@ -118,7 +121,15 @@ class DeviceWorld:
         """Wait until this rank's calls are done, on whatever streams they are."""
         self.planner.state.precede(self.stream)
         with self.device:
-            driver.stream_synchronize(self.stream)
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for this rank's stream; after Ctrl-C its kernels wait no more, and so the process can end."""
+        try:
+            driver.stream_wait(self.stream)
+        except KeyboardInterrupt:
+            self.planner.area.give_up()
+            raise
 
 
 _idle: defaultdict[int, list[int]] = defaultdict(list)

@@ -60,7 +60,7 @@ class Planner:
     def __init__(self):
         self.state = State()
         self.area = SimpleNamespace(boards=lambda: self.tags, token=TOKEN, history=HISTORY, fail=self.fail)
-        self.area.same_history = self.same_history
+        self.area.same_history, self.area.give_up = self.same_history, self.fail
         self.tags, self.plans, self.timeout = [], [], 2.0
         self.waited, self.same = [], True
 

@@ -10,7 +10,7 @@ import pytest
 from nvcoll import settings, world_cuda
 from nvcoll.backends.driver import Device
 from nvcoll.backends.emulated import Hub, LocalExchange, on_gpu
-from nvcoll.errors import BootstrapError
+from nvcoll.errors import BootstrapError, DeviceError
 from nvcoll.world_cuda import DeviceWorld
 from tests.fake_cuda import STREAM, FakeDriver, Result, install
 
@@ -116,14 +116,16 @@ class TestEnds:
         """What makes a world, on a driver without a GPU, that writes down what it does."""
         fake = FakeDriver()
         install(monkeypatch, fake)
-        monkeypatch.setattr(fake, "cuStreamSynchronize", lambda stream: done.append(("wait", stream)) or Result(0))
+        monkeypatch.setattr(world_cuda.driver, "stream_wait", lambda stream: done.append(("wait", stream)))
 
         def note(name):
             return lambda *args: done.append((name, *args))
 
         def make(backend, stream, reported=False):
             state = SimpleNamespace(precede=note("precede"), end=note("end"), reported=reported)
-            planner = SimpleNamespace(state=state, area=SimpleNamespace(close=note("close area")))
+            planner = SimpleNamespace(
+                state=state, area=SimpleNamespace(close=note("close area"), give_up=note("give up"))
+            )
             heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"))
             exchange = SimpleNamespace(rank=0, size=2, close=note("leave"))
             return DeviceWorld(exchange, None, planner, heap, Device(0), backend, stream)
@@ -134,7 +136,30 @@ class TestEnds:
     @pytest.mark.parametrize("reported", [False, True])
     def test_of_a_process(self, world, done, reported):
         world("nvshmem", 0, reported).close()
-        assert done == [("end",), ("end",), ("close area",), ("close heap",), ("leave", reported)]
+        heap = "retire heap" if reported else "close heap"  # all ranks close it together, and some may not come
+        assert done == [("precede", 0), ("end",), ("wait", 0), ("end",), ("close area",), (heap,), ("leave", reported)]
+
+    def test_of_a_process_whose_last_stream_is_gone(self, world, done):
+        def gone(stream):
+            raise DeviceError("cuEventRecord: CUDA_ERROR_INVALID_HANDLE")
+
+        one = world("nvshmem", 0)
+        one.planner.state.precede = gone
+        one.close()
+        assert done[-3:] == [("close area",), ("close heap",), ("leave", False)]
+        assert "cuCtxSynchronize" in world.driver.calls
+
+    def test_after_ctrl_c_no_kernel_is_waited_for(self, monkeypatch, world, done):
+        def interrupt(stream):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(world_cuda.driver, "stream_wait", interrupt)
+        one = world("nvshmem", 0)
+        for act in (one.finish, one.close):
+            done.clear()
+            with pytest.raises(KeyboardInterrupt):
+                act()
+            assert ("give up",) in done
 
     def test_of_a_process_whose_context_is_lost(self, world, done):
         world.driver.fail["cuCtxSynchronize"] = Result.CUDA_ERROR_INVALID_CONTEXT
@@ -164,9 +189,12 @@ class TestEnds:
         assert "cuStreamDestroy" not in world.driver.calls
 
     def test_a_stream_on_which_something_went_wrong_is_not_used_again(self, monkeypatch, world, done):
+        def fails(stream):
+            raise DeviceError("cuStreamSynchronize: CUDA_ERROR_LAUNCH_FAILED")
+
         monkeypatch.setattr(world_cuda, "_idle", defaultdict(list))
         rank = world("emulated", STREAM)
-        world.driver.fail["cuStreamSynchronize"] = Result.CUDA_ERROR_INVALID_VALUE
+        monkeypatch.setattr(world_cuda.driver, "stream_wait", fails)
         assert [rank.leave(), rank.leave()] == [False, False]
         assert not world_cuda._idle[0]
 

@@ -25,6 +25,8 @@ SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
 TOKEN = 256
 """Bytes of what is reduced where ranks only meet."""
+SIGN = 1 << 31
+"""The higher half of what says in the state that a wait was over its deadline; the lower half is 0."""
 LEAST_SLOTS = 4096
 """Least bytes of a block's part of a half."""
 
@@ -139,7 +141,7 @@ class DeviceArea:
             self._event = driver.event_create()
             context = driver.current_context()
         peers, members, owners, state, self.token = (self._private + place for place in places)
-        self.history = state + HISTORY
+        self._state, self.history = state, state + HISTORY
         values = {
             "rank": memory.place, "size": len(memory.members), "nodes": len(here.nodes), "node": here.node,
             "local_rank": here.local_rank, "node_size": len(here.members), "slices": slices, "members": members,
@@ -171,6 +173,18 @@ class DeviceArea:
     def fail(self) -> None:
         """Report a failure as kernels do."""
         ctypes.c_int64.from_address(self._host).value = 1
+
+    def give_up(self) -> None:
+        """Report a failure, and let this rank's kernels that wait end, as when one of them is over its deadline."""
+        self.fail()
+        with self._device:
+            stream = driver.stream_create()  # others may wait for those kernels
+            try:
+                # First the mark of each block, by which calls that are queued know that they must send nothing.
+                driver.memset_words(self._state + EPOCHS + EPOCH - 4, SIGN, EPOCH, BLOCKS, stream)
+                driver.memset_words(self._state + 4, SIGN, EPOCH, 1, stream)
+            finally:
+                driver.stream_destroy(stream)
 
     def boards(self) -> list[int | None]:
         """Return the tag of every rank's latest call; None where this rank cannot look."""

@@ -7,6 +7,7 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 
 import ctypes
 import threading
+import time
 import uuid as uuid_
 from functools import cache
 from typing import Any, Self
@@ -16,8 +17,9 @@ from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 OLDEST = (13, 0)
 """Oldest CUDA version that the driver must support: that of the packages of the extra ``cuda``."""
 
-OF_GPU = 2
-"""``CU_MEMORYTYPE_DEVICE``."""
+OF_GPU = 2  # CU_MEMORYTYPE_DEVICE
+
+IMPATIENT, NAP = 1000, 0.0001  # looks before a wait begins to sleep between them, and the seconds of each sleep
 
 CURES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free memory of the GPU or lower NVCOLL_HEAP",
@@ -40,15 +42,15 @@ def available() -> str | None:
     """Return why there is no usable GPU, or None if there is one. Creates no context."""
     try:
         _driver()
-        problem = _problem_of_library()  # cuda-python, where it finds none, looks for it in a process of its own
-        if problem is not None:
-            return f"{problem}; install the NVIDIA driver"
+        library()  # cuda-python, where it finds none, looks for it in a process of its own
         version = driver_version()
         if version < OLDEST:
             return (
                 f"the NVIDIA driver supports CUDA {_dotted(version)}, {_dotted(OLDEST)} is needed; install a newer one"
             )
         return None if count() else f"the NVIDIA driver shows no GPU; {CURES['CUDA_ERROR_NO_DEVICE']}"
+    except OSError as exc:
+        return f"libcuda.so.1 does not load ({exc}); install the NVIDIA driver"
     except DeviceError as exc:
         return str(exc)
 
@@ -223,6 +225,12 @@ def memset(address: int, byte: int, nbytes: int, stream: int = 0) -> None:
         stream_synchronize(stream)
 
 
+def memset_words(address: int, word: int, pitch: int, number: int, stream: int) -> None:
+    """Store a word of 32 bits at `number` places, `pitch` bytes apart, as `memset` does."""
+    _call("cuMemsetD2D32Async", address, pitch, word, 1, number, stream)
+    stream_synchronize(stream)
+
+
 def copy(to: int, source: int, nbytes: int, stream: int = 0) -> None:
     """Copy between any two addresses of hosts and GPUs, in the order of a stream, and wait until it is done.
 
@@ -230,7 +238,7 @@ def copy(to: int, source: int, nbytes: int, stream: int = 0) -> None:
     emulated ranks need that to launch what the queue may be waiting for.
     """
     if nbytes:
-        stream_synchronize(stream)
+        stream_wait(stream)
         _call("cuMemcpyAsync", to, source, nbytes, stream)
         stream_synchronize(stream)
 
@@ -250,10 +258,25 @@ def stream_synchronize(stream: int) -> None:
     _call("cuStreamSynchronize", stream)
 
 
+def stream_wait(stream: int) -> None:
+    """Do the same so that Ctrl-C gets through, which the main thread alone hears: look again and again."""
+    if threading.current_thread() is not threading.main_thread():
+        stream_synchronize(stream)
+        return
+    event, looks = event_create(), 0
+    try:
+        event_record(event, stream)
+        while not event_query(event):
+            looks += 1
+            time.sleep(NAP if looks > IMPATIENT else 0)
+    finally:
+        event_destroy(event)
+
+
 def stream_capturing(stream: int) -> bool:
     """Tell whether what is queued on a stream becomes part of a graph."""
-    status = _call("cuStreamIsCapturing", stream)
-    return bool(status == _driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE)
+    active = _driver().CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+    return bool(_call("cuStreamIsCapturing", stream) == active)
 
 
 def synchronize() -> None:
@@ -333,15 +356,6 @@ def load_module(image: bytes) -> Module:
 def occupancy(function: int, threads: int, shared: int = 0) -> int:
     """Return how many blocks of a kernel fit on a multiprocessor, given threads and dynamic shared bytes a block."""
     return int(_call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared))
-
-
-def _problem_of_library() -> str | None:
-    """Return why the driver's library does not load, or None."""
-    try:
-        library()
-    except OSError as exc:
-        return f"libcuda.so.1 does not load ({exc})"
-    return None
 
 
 @cache

@@ -4,6 +4,7 @@ import ctypes
 from itertools import pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from nvcoll import _topology
@@ -12,7 +13,8 @@ from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends import device_area
 from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.driver import Device
-from nvcoll.device.cuda.layout import BLOCKS, HISTORY
+from nvcoll.device.cuda.common import FAILED
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY
 from nvcoll.errors import AllocationError, ArgumentError
 from tests.fake_cuda import CONTEXT, EVENT, Result
 
@@ -151,6 +153,19 @@ class TestArea:
         made.area.fail()
         assert report.value != 0
 
+    def test_it_gives_up_as_kernels_do(self, made, driver):
+        state, beyond = made.values["state"], EPOCHS + EPOCH * device_area.BLOCKS
+        epochs = ctypes.string_at(state, beyond + 16)
+        driver.calls.clear()
+        made.area.give_up()
+        assert ctypes.c_int64.from_address(made.told[2]).value != 0
+        told = np.frombuffer(ctypes.string_at(state, beyond), np.int64)
+        expected = np.frombuffer(epochs[:beyond], np.int64).copy()
+        expected[0] = expected[EPOCHS // 8 + 1 :: EPOCH // 8] = FAILED
+        assert told.tolist() == expected.tolist()
+        assert ctypes.string_at(state + beyond, 16) == epochs[beyond:]
+        assert driver.calls.count("cuStreamCreate") == driver.calls.count("cuStreamDestroy") == 1
+
     def test_boards_give_the_stream_back_when_the_context_is_lost(self, made, driver):
         driver.fail["cuMemcpyAsync"] = Result.CUDA_ERROR_INVALID_VALUE
         driver.calls.clear()
@@ -163,7 +178,7 @@ class TestArea:
         made.area.close()
         made.area.close()
         assert driver.taken == {}
-        assert driver.calls.count("cuEventDestroy") == 1
+        assert driver.calls.count("cuEventDestroy") == driver.calls.count("cuEventCreate")
 
 
 def test_a_gpu_without_room(driver):

@@ -9,6 +9,7 @@ import pytest
 from nvcoll.backends import driver
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 from tests.fake_cuda import (
+    EVENT,
     FUNCTION,
     STREAM,
     DynamicLibNotFoundError,
@@ -156,6 +157,37 @@ class TestMemory:
             assert fake.calls[-2:] == ["cuMemsetD8Async", "cuStreamSynchronize"]
             driver.copy(address, address, 8)
             assert fake.calls[-2:] == ["cuMemcpyAsync", "cuStreamSynchronize"]
+
+    def test_waits_so_that_ctrl_c_gets_through(self, fake, monkeypatch):
+        def nap(seconds):
+            naps.append(seconds)
+            if len(naps) == 4:
+                raise KeyboardInterrupt
+
+        naps = []
+        monkeypatch.setattr(driver.time, "sleep", nap)
+        monkeypatch.setattr(driver, "IMPATIENT", 1)
+        with driver.Device(0):
+            fake.looks = 2
+            driver.stream_wait(STREAM)
+            assert fake.recorded == [(EVENT, STREAM)]
+            assert naps == [0, driver.NAP]
+            fake.looks = 1000
+            with pytest.raises(KeyboardInterrupt):
+                driver.stream_wait(0)
+            assert fake.calls.count("cuEventDestroy") == 2
+            assert "cuStreamSynchronize" not in fake.calls
+
+    def test_threads_that_hear_no_ctrl_c_leave_waiting_to_the_driver(self, fake):
+        def wait():
+            with driver.Device(0):
+                driver.stream_wait(STREAM)
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join()
+        assert "cuStreamSynchronize" in fake.calls
+        assert "cuEventCreate" not in fake.calls
 
     def test_pinned_memory_that_cannot_be_mapped_is_freed(self, fake):
         fake.fail["cuMemHostGetDevicePointer"] = Result.CUDA_ERROR_INVALID_VALUE

@@ -195,6 +195,17 @@ class TestBarrier:
         with pytest.raises(nvcoll.TimeoutError, match=r"^Barrier: .*did not arrive: rank 0\. "):
             calls.barrier()
 
+    def test_ctrl_c_ends_it_and_the_communicator(self, world, calls):
+        def interrupt(stream):
+            raise KeyboardInterrupt
+
+        world.planner.area.same_history = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            calls.barrier()
+        assert world.planner.state.failed
+        with pytest.raises(nvcoll.StateError, match=r"^an earlier call on this communicator failed"):
+            calls.barrier()
+
 
 class TestFailures:
     """Tags are epochs and stamps; rank 1 of 4 tells what it knows of the boards."""

@@ -1,5 +1,7 @@
 """Processes with a GPU each: right results from every algorithm, lost and late ranks, and several lives."""
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,33 @@ def test_a_rank_that_is_killed():
         # Its memory may be gone, and what the GPU then meets ends the context of this rank: an error in any case.
         assert told["kind"] in {"TimeoutError", "DeviceError", "StateError"}, told
         assert told["seconds"] < 20
+
+
+INTERRUPTED = """
+x = comm.array(np.ones(1000, np.float32))
+comm.Allreduce(x)
+x.copy_to()
+tell(rank=comm.rank)
+gate()
+comm.Allreduce(x)
+tell(**attempt(x.copy_to))
+tell(**attempt(comm.Barrier))
+tell(**attempt(comm.Barrier))
+"""
+
+
+def test_ctrl_c_ends_waits_and_the_process():
+    with Crew(INTERRUPTED, 2, **ENV, NVCOLL_TIMEOUT="60") as crew:
+        crew.all_told()
+        crew.let_go(0)  # rank 1 does not come
+        for _ in range(2):
+            time.sleep(2)
+            crew.send(0, signal.SIGINT)
+            told = crew.told(0)
+            assert told["kind"] == "KeyboardInterrupt"
+            assert told["seconds"] < 20
+        assert crew.told(0)["kind"] == "StateError"
+        assert crew.ranks[0].wait(20) == 0
 
 
 @pytest.mark.parametrize(
