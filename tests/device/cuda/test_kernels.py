@@ -22,16 +22,15 @@ OTHERS = [
 BEGINNING = 8000
 """Characters of PTX."""
 
-# What rules choose for messages of which a thread has a pack.
-SMALL = [f"{name}/low_latency" for name in ("one_shot", "two_shot", "recursive_doubling", "nvrar", "nvrar_one_hop")]
-SMALL += ["two_shot/simple"]
+FASTEST = "one_shot/low_latency"
+"""For small messages."""
 
 # Name, datatype, operator, whether a thread has several packs under way, the architecture that Numba compiles for, and
 # those that its PTX is assembled for: what is valid for one is valid for the later ones, and assembling is quick.
 CASES = [(name, *pair, True, "sm_90", ("sm_90", "sm_100")) for name in candidates() for pair in MAIN]
 CASES += [(name, *MAIN[1], True, "sm_80", ("sm_80",)) for name in candidates()]
-CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90",)) for name in SMALL]
-CASES += [(name, *MAIN[0], False, "sm_90", ("sm_90",)) for name in (SMALL[0], SMALL[-1])]
+CASES += [(name, *MAIN[1], False, "sm_90", ("sm_90", "sm_100")) for name in candidates()]
+CASES += [(name, *MAIN[0], False, "sm_90", ("sm_90",)) for name in (FASTEST, "two_shot/simple")]
 OPENING = [
     (f"{name}/low_latency", *pair, False, "sm_90", ("sm_90",))
     for name, one in ALGORITHMS.items()
@@ -82,7 +81,7 @@ def test_kernels_fit_into_registers(built, case):
     assert not one.shared
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[0] == SMALL[0] and case[1:3] in MAIN[:2]], ids=title)
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] == FASTEST and case[1:3] in MAIN[:2]], ids=title)
 def test_two_blocks_fit_on_a_multiprocessor_with_as_many_threads_as_launch_rules_say(built, case):
     """One sends while the other waits."""
     near = [rule for rule in read_rules(None)[LAUNCH] if not rule.get("far", False)]
@@ -118,7 +117,7 @@ def test_what_a_call_sends_first_is_loaded_before_its_epoch_is_used(built, case)
     assert pack[2] not in same_block
 
 
-@pytest.mark.parametrize("case", [case for case in OPENING if case[0] == SMALL[0]], ids=title)
+@pytest.mark.parametrize("case", [case for case in OPENING if case[0] == FASTEST], ids=title)
 def test_where_the_first_pack_goes_is_only_chosen_when_the_epoch_is_known(built, case):
     """To compute it then would take as long as some fifty instructions, with loads of constants among them."""
     before_the_store = built[case].result().beginning.partition("st.volatile.global.v2.u64 [")
