@@ -9,6 +9,7 @@ class Exchange:
     kind: str
     mpi_comm: Any
     verb: str
+    timeout: float
     def allgather(self, data: bytes | bytearray | memoryview) -> list[bytes]: ...
     def close(self, failed: bool = False) -> None: ...
 

@@ -72,8 +72,8 @@ class DeviceCalls:
         try:
             same = area.same_history(stream)
         except KeyboardInterrupt:  # some ranks may pass this barrier, and some not
-            area.give_up()
             self._raised = True
+            area.give_up()
             raise
         self._check("Barrier")
         if not same:

@@ -3,7 +3,7 @@
 import contextlib
 import operator
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from nvcoll.backends.emulated import on_gpu
@@ -123,11 +123,12 @@ def _first(failures: list[tuple[int, BaseException]]) -> BaseException:
 def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     if ranks_per_node is None:
         return (size,)
-    if not isinstance(ranks_per_node, Iterable):
+    try:
+        given = list(ranks_per_node)  # type: ignore[arg-type]
+    except TypeError:  # one number
         each = _number(ranks_per_node, 1, f"ranks_per_node is {ranks_per_node!r}, expected 1 or more")
         full, rest = divmod(size, each)
         return (each,) * full + ((rest,) if rest else ())
-    given = list(ranks_per_node)
     expected = f"ranks_per_node is {given}, expected positive numbers that add up to {size}"
     sizes = tuple(_number(each, 1, expected) for each in given)
     if sum(sizes) != size:
@@ -137,9 +138,13 @@ def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | N
 
 def _number(value: Any, least: int, expected: str) -> int:
     """Return an argument as a number; `expected` is the message of what is none, or too small."""
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or operator.index(value) < least:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < least:
         raise ArgumentError(f"emulate: {expected}")
-    return operator.index(value)
+    return number
 
 
 def emulate(

@@ -188,7 +188,9 @@ def assemble(ptx: str, arch: str) -> Kernel:
     """Turn PTX of this architecture, or of an older one, into machine code."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
-    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch, ptxas_options=["-v"]))
+    # What comes from the driver's own cache has no figures.
+    options = LinkerOptions(arch=arch, ptxas_options=["-v"], no_cache=True)
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=options)
     return Kernel(bytes(linker.link("cubin").code), linker.get_info_log() or "")
 
 

@@ -28,8 +28,10 @@ def Finalize() -> None:
     under MPI, whose communicators end on all together, and on GPUs of several processes, for NVSHMEM does, there
     ``NVCOLL_TIMEOUT`` at most. A later use, or `Init`, starts anew.
     """
-    COMM_WORLD._close()
-    COMM_SELF._close()
+    try:
+        COMM_WORLD._close()
+    finally:
+        COMM_SELF._close()
 
 
 def Is_initialized() -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -21,6 +22,9 @@ from nvcoll.errors import BootstrapError, Error
 from nvcoll.jit_cuda import text_digest, toolchain
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
+
+PATIENCE = 5.0
+"""Seconds that a rank waits in the end for others that may never come."""
 
 
 class DeviceWorld:
@@ -84,7 +88,11 @@ class DeviceWorld:
                 with contextlib.nullcontext() if stream else contextlib.suppress(Error):  # of a stream that is gone
                     state.precede(stream)  # calls on other streams are waited for, too
                 state.end()
-                self._wait()  # kernels end by their deadline at the latest
+                try:
+                    driver.stream_wait(stream)  # kernels end by their deadline at the latest
+                except KeyboardInterrupt:
+                    self.planner.area.give_up()
+                    raise
                 if not stream:
                     driver.synchronize()  # other libraries' work, too, for it may use memory that goes
         except Error:  # the context is lost, and all that ran in it
@@ -97,19 +105,24 @@ class DeviceWorld:
         return True
 
     def close(self) -> None:
-        """Leave, and give everything back; after a failure only what is this rank's own.
+        """Leave, and give everything back.
 
-        The heap is given back by all ranks together: who is missing now would be waited for once more.
+        The heap is given back by all ranks together. After a failure, and at the end of a program by an exception, some
+        may never come to that, and are not waited for once more.
         """
-        left = self.leave()
-        failed = not left or self.planner.state.reported
-        if left:
-            self.planner.area.close()
-        if failed:
-            self.heap.retire()
-        else:
-            self.heap.close()
-        self.exchange.close(failed)
+        left = False
+        try:
+            left = self.leave()
+        finally:
+            failed = not left or self.planner.state.reported
+            if failed or hasattr(sys, "last_value"):
+                self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
+            if left:
+                self.planner.area.close()
+                self.heap.close()
+            else:
+                self.heap.retire()
+            self.exchange.close(failed)
 
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
@@ -121,15 +134,7 @@ class DeviceWorld:
         """Wait until this rank's calls are done, on whatever streams they are."""
         self.planner.state.precede(self.stream)
         with self.device:
-            self._wait()
-
-    def _wait(self) -> None:
-        """Wait for this rank's stream; after Ctrl-C its kernels wait no more, and so the process can end."""
-        try:
             driver.stream_wait(self.stream)
-        except KeyboardInterrupt:
-            self.planner.area.give_up()
-            raise
 
 
 _idle: defaultdict[int, list[int]] = defaultdict(list)

@@ -42,6 +42,8 @@ class Exchange:
         A duplicate of mpi4py's ``COMM_WORLD`` for kind "mpi", else None.
     verb
         What the user called, for messages: who exchanges bytes for another call sets it before.
+    timeout
+        Seconds to wait for other ranks.
     """
 
     verb = "Init"
@@ -49,7 +51,7 @@ class Exchange:
     def __init__(self, kind, rank, size, channel, timeout):
         self.kind, self.rank, self.size = kind, rank, size
         self.mpi_comm = channel.comm if kind == "mpi" else None
-        self._channel, self._timeout = channel, timeout
+        self._channel, self.timeout = channel, timeout
         self._lock = threading.Lock()
         self._failed = False
         self._pid = os.getpid()
@@ -91,7 +93,7 @@ class Exchange:
                     "call Finalize on all of them, and Init starts anew"
                 )
             self._failed = True
-            everything = self._channel.allgather(data, self._timeout, self.verb)
+            everything = self._channel.allgather(data, self.timeout, self.verb)
             self._failed = False
             return everything
 

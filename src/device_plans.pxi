@@ -158,7 +158,7 @@ cdef class DevicePlans:
                 number = getattr(stream, "cuda_stream", None)  # torch's
                 if type(number) is not int:
                     return None
-            if number < 0:
+            if number < 0 or number >> 64:
                 return None
             queue = number
         elif self.captured() is not None:

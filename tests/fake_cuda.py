@@ -223,11 +223,6 @@ class FakeDriver(types.ModuleType):
         ctypes.memset(address, byte, nbytes)
         return Result(0)
 
-    def cuMemsetD2D32Async(self, address, pitch, word, width, height, stream):
-        for row in range(height):
-            ctypes.memmove(address + row * pitch, word.to_bytes(4, "little") * width, 4 * width)
-        return Result(0)
-
     def cuMemcpyAsync(self, to, source, nbytes, stream):
         ctypes.memmove(to, source, nbytes)
         return Result(0)

@@ -85,6 +85,10 @@ class FakeNvshmem:
         self.call("cumodule_init", module)
         return self.status
 
+    def cumodule_finalize(self, module):
+        self.call("cumodule_finalize", module)
+        return 0
+
     def free(self, address):
         assert self.driver.stack
         self.call("free", address)
@@ -104,7 +108,7 @@ class FakeNvshmem:
         bindings = module(
             "nvshmem.bindings",
             self,
-            ["vendor_get_version_info", "malloc", "ptr", "free", "cumodule_init"],
+            ["vendor_get_version_info", "malloc", "ptr", "free", "cumodule_init", "cumodule_finalize"],
             uniqueid_dtype=np.dtype("V128"),
             init_status=lambda: self.stage,
             my_pe=lambda: self.rank,

@@ -263,7 +263,7 @@ class TestAfterAFailedCall:
         world = SimpleNamespace(rank=0, size=2, target="cuda", planner=planner)
         comm = Comm(lambda: world, "on GPUs")
         comm.__dict__.update(_world=world, _calls=DeviceCalls(world))
-        with pytest.raises(nvcoll.TimeoutError, match=f"^{verb}: a call up to number 3 .* did not arrive: rank 1"):
+        with pytest.raises(nvcoll.TimeoutError, match=f"^{verb}: a call up to number 3, .* did not arrive: rank 1"):
             getattr(comm, verb)(*ALLOCATIONS[verb])
         with pytest.raises(nvcoll.StateError, match=FAILED):
             getattr(comm, verb)(*ALLOCATIONS[verb])

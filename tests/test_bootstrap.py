@@ -205,7 +205,7 @@ tell(attempt(exchange.allgather, b""))
     def test_a_rank_that_does_not_come_is_named(self, ranks, server):
         code = """
 exchange.allgather(b"")  # all have started
-exchange._timeout = 0.5
+exchange.timeout = 0.5
 if rank == 2:
     time.sleep(100)
 tell(attempt(exchange.allgather, b""))
@@ -362,7 +362,7 @@ for again in range(2):
     def test_a_rank_that_does_not_come_is_named(self, ranks, environs):
         code = """
 exchange.allgather(b"")  # all have started
-exchange.verb, exchange._timeout = "free", 0.5
+exchange.verb, exchange.timeout = "free", 0.5
 tell(attempt(exchange.allgather, b"")) if rank != 1 else time.sleep(100)
 """
         [(kind, text, _)] = ranks(code, environs)[2][1]()

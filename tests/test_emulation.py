@@ -162,6 +162,8 @@ class TestNodes:
             (4, [4, 0], r"emulate: ranks_per_node is \[4, 0\], expected positive numbers that add up to 4"),
             (4, [5, -1], r"emulate: ranks_per_node is \[5, -1\], expected positive numbers that add up to 4"),
             (4, [], r"emulate: ranks_per_node is \[\], expected positive numbers that add up to 4"),
+            (4, np.array(1.5), r"emulate: ranks_per_node is array\(1\.5\), expected 1 or more"),
+            (np.array(1.5), None, r"emulate: size is array\(1\.5\), expected 1 or more ranks"),
             (4, 1.5, r"emulate: ranks_per_node is 1\.5, expected 1 or more"),
             (2, [1.0, 1.0], r"emulate: ranks_per_node is \[1\.0, 1\.0\], expected positive numbers that add up to 2"),
         ],
@@ -172,6 +174,7 @@ class TestNodes:
 
     def test_numbers_of_numpy(self):
         assert nvcoll.emulate(np.int64(5), np.int8(2)).node_sizes == (2, 2, 1)
+        assert nvcoll.emulate(4, np.array(2)).node_sizes == (2, 2)
         assert nvcoll.emulate(np.uint8(3), np.array([1, 2])).node_sizes == (1, 2)
         assert type(nvcoll.emulate(np.int64(5)).size) is int
 

@@ -1,6 +1,7 @@
 """Worlds on GPUs: who is far from whom, agreed by all ranks, and their ends. What opens them needs GPUs."""
 
 import dataclasses
+import sys
 import threading
 from collections import defaultdict
 from types import SimpleNamespace
@@ -127,7 +128,7 @@ class TestEnds:
                 state=state, area=SimpleNamespace(close=note("close area"), give_up=note("give up"))
             )
             heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"))
-            exchange = SimpleNamespace(rank=0, size=2, close=note("leave"))
+            exchange = make.exchange = SimpleNamespace(rank=0, size=2, close=note("leave"), timeout=600.0)
             return DeviceWorld(exchange, None, planner, heap, Device(0), backend, stream)
 
         make.driver = fake
@@ -136,8 +137,15 @@ class TestEnds:
     @pytest.mark.parametrize("reported", [False, True])
     def test_of_a_process(self, world, done, reported):
         world("nvshmem", 0, reported).close()
-        heap = "retire heap" if reported else "close heap"  # all ranks close it together, and some may not come
-        assert done == [("precede", 0), ("end",), ("wait", 0), ("end",), ("close area",), (heap,), ("leave", reported)]
+        ends = [("close area",), ("close heap",), ("leave", reported)]
+        assert done == [("precede", 0), ("end",), ("wait", 0), ("end",), *ends]
+        assert world.exchange.timeout == (world_cuda.PATIENCE if reported else 600)  # some ranks may not come
+
+    def test_after_an_exception_that_nobody_caught(self, world, done, monkeypatch):
+        monkeypatch.setattr(sys, "last_value", ValueError(), raising=False)
+        world("nvshmem", 0).close()
+        assert world.exchange.timeout == world_cuda.PATIENCE
+        assert done[-1] == ("leave", False)
 
     def test_of_a_process_whose_last_stream_is_gone(self, world, done):
         def gone(stream):
@@ -155,11 +163,13 @@ class TestEnds:
 
         monkeypatch.setattr(world_cuda.driver, "stream_wait", interrupt)
         one = world("nvshmem", 0)
-        for act in (one.finish, one.close):
-            done.clear()
-            with pytest.raises(KeyboardInterrupt):
-                act()
-            assert ("give up",) in done
+        with pytest.raises(KeyboardInterrupt):
+            one.finish()  # for calls that may still succeed
+        assert ("give up",) not in done
+        with pytest.raises(KeyboardInterrupt):
+            one.close()
+        assert done[-3:] == [("end",), ("retire heap",), ("leave", True)]
+        assert ("give up",) in done
 
     def test_of_a_process_whose_context_is_lost(self, world, done):
         world.driver.fail["cuCtxSynchronize"] = Result.CUDA_ERROR_INVALID_CONTEXT

@@ -6,7 +6,9 @@ Within a half, each block of a launch has a part of its own. Cells hold sentinel
 Where some ranks are far, nothing arrives in cells: what goes to far ranks is staged there.
 """
 
+import contextlib
 import ctypes
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,17 +18,16 @@ from typing import Any
 from nvcoll._plan import DeviceState
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY, LINE, NEAR
-from nvcoll.errors import ArgumentError
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY, LINE, NEAR
+from nvcoll.errors import ArgumentError, Error
 
+WORD = 8
 BOARD = 0
 FLAGS = 4096
 SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
 TOKEN = 256
 """Bytes of what is reduced where ranks only meet."""
-SIGN = 1 << 31
-"""The higher half of what says in the state that a wait was over its deadline; the lower half is 0."""
 LEAST_SLOTS = 4096
 """Least bytes of a block's part of a half."""
 
@@ -138,6 +139,7 @@ class DeviceArea:
                 driver.copy(self._private + place, ctypes.addressof(words), ctypes.sizeof(words))
             self._host, report = driver.host_allocate(64)
             ctypes.memset(self._host, 0, 64)
+            ctypes.c_int64.from_address(self._host + WORD).value = FAILED
             self._event = driver.event_create()
             context = driver.current_context()
         peers, members, owners, state, self.token = (self._private + place for place in places)
@@ -177,12 +179,21 @@ class DeviceArea:
     def give_up(self) -> None:
         """Report a failure, and let this rank's kernels that wait end, as when one of them is over its deadline."""
         self.fail()
-        with self._device:
-            stream = driver.stream_create()  # others may wait for those kernels
+        thread = threading.Thread(target=self._mark)  # which no Ctrl-C cuts short
+        thread.start()
+        thread.join()
+
+    def _mark(self) -> None:
+        """Set the marks that kernels set: that of each block, by which queued calls know that they must send nothing.
+
+        And then the one at which kernels look that wait. By copies from pinned memory, for which no multiprocessor need
+        be free, on a stream of its own, since others may wait for those kernels.
+        """
+        with contextlib.suppress(Error), self._device:  # a context that is lost has none that wait
+            stream = driver.stream_create()
             try:
-                # First the mark of each block, by which calls that are queued know that they must send nothing.
-                driver.memset_words(self._state + EPOCHS + EPOCH - 4, SIGN, EPOCH, BLOCKS, stream)
-                driver.memset_words(self._state + 4, SIGN, EPOCH, 1, stream)
+                for at in (*range(EPOCHS + WORD, EPOCHS + EPOCH * BLOCKS, EPOCH), 0):
+                    driver.copy(self._state + at, self._host + WORD, WORD, stream)
             finally:
                 driver.stream_destroy(stream)
 

@@ -221,14 +221,9 @@ def host_free(host: int) -> None:
 def memset(address: int, byte: int, nbytes: int, stream: int = 0) -> None:
     """Fill memory of a GPU, in the order of a stream, and wait until it is done."""
     if nbytes:
+        stream_wait(stream)
         _call("cuMemsetD8Async", address, byte, nbytes, stream)
         stream_synchronize(stream)
-
-
-def memset_words(address: int, word: int, pitch: int, number: int, stream: int) -> None:
-    """Store a word of 32 bits at `number` places, `pitch` bytes apart, as `memset` does."""
-    _call("cuMemsetD2D32Async", address, pitch, word, 1, number, stream)
-    stream_synchronize(stream)
 
 
 def copy(to: int, source: int, nbytes: int, stream: int = 0) -> None:
@@ -303,8 +298,10 @@ def event_query(event: int) -> bool:
     """Tell whether what an event stands for is done; no graph that a thread captures meanwhile is spoiled."""
     driver = _driver()
     mode = _call("cuThreadExchangeStreamCaptureMode", driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
-    result, *_ = driver.cuEventQuery(event)
-    driver.cuThreadExchangeStreamCaptureMode(mode)
+    try:
+        result, *_ = driver.cuEventQuery(event)
+    finally:  # Ctrl-C may come in between
+        driver.cuThreadExchangeStreamCaptureMode(mode)
     if int(result) == int(driver.CUresult.CUDA_ERROR_NOT_READY):
         return False
     if int(result):

@@ -5,6 +5,7 @@ where other code of the process did, its start is used, and its end is left to i
 NVSHMEM's own collectives then end the process, so that none is called here but those which do without.
 """
 
+import contextlib
 import ctypes
 import json
 import threading
@@ -256,6 +257,10 @@ class SymmetricMemory(Member):
             return [self._base if place == self.place else bindings.ptr(self._base, place) for place in self.members]
 
 
+_introduced: list[int] = []
+"""Modules whose kernels use NVSHMEM as it runs."""
+
+
 def introduce(module: int) -> None:
     """Let the kernels of a loaded module, which were linked with NVSHMEM's device part, use NVSHMEM as it runs."""
     from nvshmem import bindings
@@ -266,6 +271,7 @@ def introduce(module: int) -> None:
         raise BootstrapError(_not_introduced(f"{type(exc).__name__}: {exc}")) from exc
     if status:
         raise BootstrapError(_not_introduced(f"status {status}"))
+    _introduced.append(module)
 
 
 def _not_introduced(fact: str) -> str:
@@ -332,6 +338,9 @@ def _end(base: int, ours: bool) -> None:
     if base:
         bindings.free(base)
     if ours:
+        while _introduced:  # else the next start would write to where these modules were
+            with contextlib.suppress(Exception):  # the bindings' own class; it may be too late for one
+                bindings.cumodule_finalize(_introduced.pop())
         nvshmem.finalize()
 
 

@@ -1,6 +1,7 @@
 """Specs on GPUs: the forms that `specs.parse` takes, over the objects that hold memory of a GPU."""
 
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -84,7 +85,7 @@ def _from_buffer(where: str, buf: DeviceBuffer) -> Memory:
             f"{where} is a DeviceBuffer that was freed, or a view of one, expected living memory; allocate another "
             "with comm.empty"
         )
-    return Memory(buf.address, buf.nbytes, buf.datatype, False, buf, "C", buf.device)
+    return Memory(buf.address, buf.nbytes, buf.datatype, False, buf, "C" if len(buf.shape) > 1 else "A", buf.device)
 
 
 def _from_tensor(where: str, tensor: Any, strided: object) -> Memory:
@@ -103,11 +104,16 @@ def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
     if interface.get("mask") is not None:
         raise ArgumentError(f"{where} has a mask, expected an array without; pass its values with the masked ones set")
     try:
-        shape, typestr, (address, readonly) = tuple(interface["shape"]), interface["typestr"], interface["data"]
-    except (KeyError, TypeError, ValueError):
+        shape, typestr = tuple(map(operator.index, interface["shape"])), str(interface["typestr"])
+        address, readonly = operator.index(interface["data"][0] or 0), bool(interface["data"][1])
+        strides = interface.get("strides")
+        strides = strides if strides is None else tuple(map(operator.index, strides))
+        if len(shape if strides is None else strides) != len(shape) or (not address and 0 not in shape):
+            raise ValueError
+    except (KeyError, IndexError, TypeError, ValueError):
         raise DatatypeError(
-            f"{where} has a __cuda_array_interface__ that cannot be read, expected one with shape, typestr and data "
-            f"(address, read-only), got {interface!r}; pass an array with DLPack"
+            f"{where} has a __cuda_array_interface__ that cannot be read, expected shape, typestr, data (address, "
+            f"read-only) and perhaps strides, got {interface!r}; pass an array with DLPack"
         ) from None
     try:
         dtype = np.dtype(typestr)
@@ -115,9 +121,9 @@ def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
         raise DatatypeError(
             f"{where} has elements of type {typestr!r}, expected a type of NumPy's own; pass an array with DLPack"
         ) from None
-    order = _order(where, buf, shape, interface.get("strides"), dtype.itemsize)
+    order = _order(where, buf, shape, strides, dtype.itemsize)
     readonly = readonly or _is_constant(buf)
-    return Memory(address or 0, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, order)
+    return Memory(address, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, order)
 
 
 def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
@@ -157,7 +163,7 @@ def _is_constant(buf: Any) -> bool:
 def _nameless(interface: dict[str, Any]) -> bool:
     """Tell whether an interface shows bytes of which it does not say what they mean."""
     try:
-        return np.dtype(interface.get("typestr")).kind == "V"
+        return np.dtype(str(interface.get("typestr"))).kind == "V"
     except TypeError:
         return True
 

@@ -13,8 +13,7 @@ from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends import device_area
 from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.driver import Device
-from nvcoll.device.cuda.common import FAILED
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY
 from nvcoll.errors import AllocationError, ArgumentError
 from tests.fake_cuda import CONTEXT, EVENT, Result
 

@@ -186,6 +186,10 @@ class TestKernels:
     def test_modules_are_introduced(self, fake):
         nvshmem.introduce(77)
         assert fake.calls == [("cumodule_init", 77)]
+        open_memory(LocalExchange(Hub(1, 10), 0)).close()
+        assert fake.calls[-3:] == [("free", FAR), ("cumodule_finalize", 77), ("finalize",)]
+        open_memory(LocalExchange(Hub(1, 10), 0)).close()
+        assert fake.calls[-2:] == [("free", FAR), ("finalize",)]
 
     def test_a_module_that_nvshmem_does_not_take(self, fake):
         fake.status = 7

@@ -205,7 +205,10 @@ REFUSALS = {
     "gaps": (CudaInterface(SIX[:, ::2]), ArgumentError, "has gaps .+, expected .+; pass a contiguous copy"),
     "neither order": (CudaInterface(np.zeros((2, 3, 2)).transpose(1, 0, 2)), ArgumentError, "has gaps"),
     "no type": (Incomplete(CudaInterface(SIX), "typestr"), DatatypeError, "cannot be read, .+; pass .+ DLPack"),
-    "no data": (CudaInterface(SIX, data=None), DatatypeError, "cannot be read, expected one with shape, typestr"),
+    "no data": (CudaInterface(SIX, data=None), DatatypeError, "cannot be read, expected shape, typestr, data"),
+    "type of no name": (CudaInterface(SIX, typestr=None), DatatypeError, "expected a type of NumPy's own; pass"),
+    "strides of another shape": (CudaInterface(SIX, strides=(4,)), DatatypeError, "cannot be read, expected shape"),
+    "nowhere": (CudaInterface(SIX, data=(None, False)), DatatypeError, "cannot be read, expected shape, typestr, data"),
     "reversed": (CudaInterface(SIX[::-1]), ArgumentError, "has gaps"),
     "broadcast": (CudaInterface(np.broadcast_to(np.zeros(1), (3, 2))), ArgumentError, "has gaps"),
     "byte order": (

@@ -69,7 +69,8 @@ def test_gpus_with_different_numbers_of_ranks_are_refused(run_ranks, two_gpus):
     assert "same number of ranks on every GPU of a host, got 2, 1; start as many on each" in ranks.stderr
 
 
-def test_several_lives(run_ranks):
+@pytest.mark.parametrize("each", [None, "1"], ids=["near", "far"])
+def test_several_lives(run_ranks, each):
     program = """
     import numpy as np, nvcoll
     from nvcoll.backends import driver
@@ -87,7 +88,8 @@ def test_several_lives(run_ranks):
         assert x.freed and not nvcoll.Is_initialized()
     assert min(free) > free[0] - (128 << 20), free
     """
-    ranks = run_ranks(program, 2, timeout=100, env=ENV)
+    env = ENV | ({"NVCOLL_RANKS_PER_NODE": each} if each else {})
+    ranks = run_ranks(program, 2, timeout=100, env=env)
     assert [text.split() for text in ranks.stdout] == [["1.0", "3.0", "5.0"]] * 2
 
 
@@ -135,6 +137,7 @@ INTERRUPTED = """
 x = comm.array(np.ones(1000, np.float32))
 comm.Allreduce(x)
 x.copy_to()
+comm.Barrier()  # whose kernel could not be loaded while another one waits
 tell(rank=comm.rank)
 gate()
 comm.Allreduce(x)

@@ -16,13 +16,11 @@ from typing import Any
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, unfold, without
 from nvcoll.device.cuda import ptx
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, HISTORY, LINE, NEAR
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
 """Counts of polls in vain between looks at the clock and at what other blocks met."""
-FAILED = -(1 << 63)
-"""What says in the state that a wait was over its deadline, else 0: it makes tags negative."""
 
 
 def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> SimpleNamespace:

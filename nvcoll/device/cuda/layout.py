@@ -14,6 +14,8 @@ EPOCH = 16
 """Bytes for a block: its epoch, and that word again, so that whoever begins loads both at once."""
 NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS)
 """Ranks whose areas are arguments, so that their addresses need not be loaded."""
+FAILED = -(1 << 63)
+"""What says in the state that a wait was over its deadline, else 0: it makes tags negative."""
 
 
 def deepens(itemsize: int) -> bool:
