@@ -8,7 +8,7 @@ import pytest
 from nvcoll import settings
 from tests.conftest import worker_processes
 from tests.gpu.devices import GPUS
-from tests.gpu.kernels import FAR_KERNELS, KERNELS, compile_one
+from tests.gpu.kernels import EVERY_KERNEL, FAR_KERNELS, KERNELS, compile_one
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def small_worlds(monkeypatch):
 def pytest_collection_modifyitems(items):
     """Give the first test the time that compilation takes: it may be any of those that need the kernels."""
     for item in items:
-        if {"compiled", "compiled_far"} & set(getattr(item, "fixturenames", ())):
+        if {"compiled", "compiled_every", "compiled_far"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(600))
 
 
@@ -36,6 +36,12 @@ def gpu():
 def compiled(gpu):
     """Let the kernels of these tests be in the cache."""
     compile_all(gpu.arch, KERNELS, remote=False)
+
+
+@pytest.fixture(scope="session")
+def compiled_every(gpu):
+    """Let a kernel for every type and operator be in the cache."""
+    compile_all(gpu.arch, EVERY_KERNEL, remote=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Which kernels the tests of this folder use: they are compiled together, for one by one they take minutes.
 
-``from tests.gpu.kernels import EVERY, FAR_KERNELS, FAR_PAIRS, KERNELS, LARGE_PAIRS, PAIRS``
+``from tests.gpu.kernels import EVERY, EVERY_KERNEL, FAR_KERNELS, FAR_PAIRS, KERNELS, LARGE_PAIRS, PAIRS``
 """
 
 from nvcoll.jit_cuda import CubinCache
@@ -25,8 +25,7 @@ EVERY_PAIR = [(datatype, op) for datatype, kind in DATATYPES.items() for op in O
 EVERY = {  # NVRAR with all of them, the other algorithms in turn
     name: EVERY_PAIR if name.startswith("nvrar/") else EVERY_PAIR[k % 10 :: 10] for k, name in enumerate(candidates())
 }
-KERNELS += [(*name.split("/"), op, datatype, False) for name, pairs in EVERY.items() for datatype, op in pairs]
-KERNELS = list(dict.fromkeys(KERNELS))
+EVERY_KERNEL = [(*name.split("/"), op, datatype, False) for name, pairs in EVERY.items() for datatype, op in pairs]
 
 FAR_PAIRS = [*PAIRS[:3], ("float64", "PROD"), ("complex64", "SUM")]
 REACHING = [name for name in candidates() if not name.startswith("two_shot")]  # ranks that cannot be stored to

@@ -50,7 +50,7 @@ def test_calls_in_a_world(gpu, size, nodes, calls):
 
 @pytest.mark.parametrize(("size", "nodes"), [(8, 2), (6, [1, 2, 3])], ids=str)
 @pytest.mark.parametrize("name", [*(name for name in EVERY if name.startswith("nvrar/")), "others"])
-def test_every_type_and_operator(gpu, size, nodes, name):
+def test_every_type_and_operator(gpu, compiled_every, size, nodes, name):
     names = [name] if name in EVERY else [one for one in EVERY if not one.startswith("nvrar/")]
     counts, rows = itertools.cycle(COUNTS[:-2]), itertools.cycle(ROWS)
     judge(gpu, [Call(one, *pair, next(counts), next(rows)) for one in names for pair in EVERY[one]], size, nodes)
