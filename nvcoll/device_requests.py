@@ -1,12 +1,12 @@
 """Requests on GPUs: a call that was queued on a stream, and the event that tells its end."""
 
 import contextlib
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from nvcoll.backends import driver
+from nvcoll.backends.looking import look_until
 from nvcoll.errors import DeviceError, Error
 
 
@@ -56,10 +56,7 @@ class OnStream:
 
         The event is looked at again and again, since the driver's own wait would not let Ctrl-C through.
         """
-        looks = 0
-        while not self.done():
-            looks += 1
-            time.sleep(driver.NAP if looks > driver.IMPATIENT else 0)
+        look_until(self.done)
         self._owners.clear()
         if self._lost:
             raise DeviceError(self._lost)

@@ -45,7 +45,7 @@ class Kernel:
     cubin : bytes
         Machine code, whose entry point is `ENTRY`.
     log : str
-        What the linker says of it; nothing where it takes the code from a cache of its own.
+        What the linker says of it.
     """
 
     cubin: bytes

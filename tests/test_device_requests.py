@@ -6,7 +6,7 @@ import weakref
 import pytest
 
 from nvcoll import device_requests
-from nvcoll.backends import driver
+from nvcoll.backends import looking
 from nvcoll.backends.driver import Device
 from nvcoll.device_requests import OnStream
 from nvcoll.errors import DeviceError, TimeoutError
@@ -48,18 +48,18 @@ def test_looks_until_the_event_is_done(begun):
 
 def test_sleeps_between_looks_after_a_while(begun, monkeypatch):
     naps = []
-    monkeypatch.setattr(driver, "IMPATIENT", 2)
-    monkeypatch.setattr(device_requests.time, "sleep", naps.append)
+    monkeypatch.setattr(looking, "IMPATIENT", 2)
+    monkeypatch.setattr(looking.time, "sleep", naps.append)
     begun.driver.looks = 5
     begun().Wait()
-    assert naps == [0, 0, *[driver.NAP] * 3]
+    assert naps == [0, 0, *[looking.NAP] * 3]
 
 
 def test_interruptions_leave_it_pending(begun, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(device_requests.time, "sleep", interrupt)
+    monkeypatch.setattr(looking.time, "sleep", interrupt)
     begun.driver.looks = 3
     request = begun()
     with pytest.raises(KeyboardInterrupt):

@@ -7,19 +7,17 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 
 import ctypes
 import threading
-import time
 import uuid as uuid_
 from functools import cache
 from typing import Any, Self
 
+from nvcoll.backends.looking import look_until
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 
 OLDEST = (13, 0)
 """Oldest CUDA version that the driver must support: that of the packages of the extra ``cuda``."""
 
 OF_GPU = 2  # CU_MEMORYTYPE_DEVICE
-
-IMPATIENT, NAP = 1000, 0.0001  # looks before a wait begins to sleep between them, and the seconds of each sleep
 
 CURES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free memory of the GPU or lower NVCOLL_HEAP",
@@ -258,12 +256,10 @@ def stream_wait(stream: int) -> None:
     if threading.current_thread() is not threading.main_thread():
         stream_synchronize(stream)
         return
-    event, looks = event_create(), 0
+    event = event_create()
     try:
         event_record(event, stream)
-        while not event_query(event):
-            looks += 1
-            time.sleep(NAP if looks > IMPATIENT else 0)
+        look_until(lambda: event_query(event))
     finally:
         event_destroy(event)
 

@@ -108,7 +108,7 @@ def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
         address, readonly = operator.index(interface["data"][0] or 0), bool(interface["data"][1])
         strides = interface.get("strides")
         strides = strides if strides is None else tuple(map(operator.index, strides))
-        if len(shape if strides is None else strides) != len(shape) or (not address and 0 not in shape):
+        if (strides is not None and len(strides) != len(shape)) or (not address and 0 not in shape):
             raise ValueError
     except (KeyError, IndexError, TypeError, ValueError):
         raise DatatypeError(

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nvcoll.backends import driver
+from nvcoll.backends import driver, looking
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError
 from tests.fake_cuda import (
     EVENT,
@@ -165,13 +165,13 @@ class TestMemory:
                 raise KeyboardInterrupt
 
         naps = []
-        monkeypatch.setattr(driver.time, "sleep", nap)
-        monkeypatch.setattr(driver, "IMPATIENT", 1)
+        monkeypatch.setattr(looking.time, "sleep", nap)
+        monkeypatch.setattr(looking, "IMPATIENT", 1)
         with driver.Device(0):
             fake.looks = 2
             driver.stream_wait(STREAM)
             assert fake.recorded == [(EVENT, STREAM)]
-            assert naps == [0, driver.NAP]
+            assert naps == [0, looking.NAP]
             fake.looks = 1000
             with pytest.raises(KeyboardInterrupt):
                 driver.stream_wait(0)

@@ -1,12 +1,21 @@
 """Kernels that a module's tests look at, compiled ahead of them: one by one they take minutes.
 
-``from tests.device.cuda.building import building``
+``from tests.device.cuda.building import MOST_REGISTERS, building, shim``
 """
 
 import os
 from contextlib import contextmanager
+from functools import cache
 
+from nvcoll import jit_cuda
 from tests.conftest import worker_processes
+
+MOST_REGISTERS = 65536 // jit_cuda.THREADS
+
+
+@cache
+def shim(arch):
+    return jit_cuda.compile_shim(arch)
 
 
 @contextmanager

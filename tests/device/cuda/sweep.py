@@ -10,20 +10,15 @@ import argparse
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
-from multiprocessing import get_context
+from concurrent.futures import as_completed
 
 from nvcoll import jit_cuda
 from nvcoll.device.cuda.layout import deepens
-from nvcoll.ops import DATATYPES, OPS
+from nvcoll.ops import DATATYPES
 from nvcoll.planning import candidates
-from tests.gpu.kernels import REACHING
-
-
-@cache
-def shim(arch):
-    return jit_cuda.compile_shim(arch)
+from tests.conftest import worker_processes
+from tests.device.cuda.building import shim
+from tests.gpu.kernels import EVERY_PAIR, REACHING
 
 
 def build(name, op, datatype, arch, deep, far):
@@ -38,10 +33,8 @@ def kernels(names, archs, far):
         (name, op, datatype, arch, deep, far)
         for arch in archs
         for name in names
-        for datatype, kind in DATATYPES.items()
-        for op in OPS
-        if OPS[op].supports(kind) is None
-        for deep in ([True, False] if deepens(kind.itemsize) else [False])
+        for datatype, op in EVERY_PAIR
+        for deep in ([True, False] if deepens(DATATYPES[datatype].itemsize) else [False])
     ]
 
 
@@ -54,7 +47,7 @@ def main(arguments):
     names = options.algorithms or (REACHING if options.far else list(candidates()))
     todo = kernels(names, options.archs, options.far)
     start, spilled = time.monotonic(), 0
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+    with worker_processes(len(os.sched_getaffinity(0))) as pool:
         futures = {pool.submit(build, *kernel): kernel for kernel in todo}
         for done, future in enumerate(as_completed(futures), 1):
             registers, *memory = future.result()

@@ -9,9 +9,7 @@ from nvcoll import jit_cuda
 from nvcoll.algorithms import ALGORITHMS
 from nvcoll.jit import ENTRY
 from nvcoll.planning import LAUNCH, candidates, read_rules
-from tests.device.cuda.building import building
-
-MOST_REGISTERS = 65536 // jit_cuda.THREADS
+from tests.device.cuda.building import MOST_REGISTERS, building
 
 MAIN = [("float32", "SUM"), ("bfloat16", "SUM"), ("int32", "MAX")]
 OTHERS = [

@@ -3,7 +3,7 @@
 import pytest
 
 from nvcoll import jit_cuda
-from tests.device.cuda.building import building
+from tests.device.cuda.building import MOST_REGISTERS, building
 from tests.device.cuda.sweep import build, kernels
 
 # Bytes, and integers that are divided, in the two longest schedules. What divides has packs one by one, in the end.
@@ -27,7 +27,7 @@ def built(request):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:4])))
 def test_kernels_fit_into_registers(built, case):
     registers, spilled, local = built[case].result()
-    assert registers <= 65536 // jit_cuda.THREADS
+    assert registers <= MOST_REGISTERS
     assert (spilled, local) == (0, 0)
 
 

@@ -1,16 +1,14 @@
 """Kernels that reach far ranks become machine code, linked with NVSHMEM's device part; no GPU is needed."""
 
 import re
-from functools import cache
 
 import pytest
 
 from nvcoll import jit_cuda
 from nvcoll.jit import ENTRY
-from tests.device.cuda.building import building
+from tests.device.cuda.building import MOST_REGISTERS, building, shim
 from tests.gpu.kernels import REACHING
 
-MOST_REGISTERS = 65536 // jit_cuda.THREADS
 CASES = [(name, "float32", False, "sm_90") for name in REACHING]
 CASES += [
     (name, "bfloat16", deep, "sm_90")
@@ -24,11 +22,6 @@ CASES += [
 
 
 SYMBOLS = ENTRY, "nvshmemi_device_state_d", "nvshmemi_device_lib_version_d"  # what the host looks for
-
-
-@cache
-def shim(arch):
-    return jit_cuda.compile_shim(arch)
 
 
 def build(name, datatype, deep, arch):
