@@ -24,7 +24,9 @@ import weakref
 from nvcoll.errors import BootstrapError, PeerLostError, StateError, TimeoutError
 
 include "segment.pxi"
+include "frames.pxi"
 include "rendezvous.pxi"
+include "parts.pxi"
 include "channels.pxi"
 include "launchers.pxi"
 
@@ -39,7 +41,7 @@ class Exchange:
     kind
         How the ranks found each other: "run", "torchrun", "mpi" or "single".
     mpi_comm
-        A duplicate of mpi4py's ``COMM_WORLD`` for kind "mpi", else None.
+        For kind "mpi" a duplicate of mpi4py's ``COMM_WORLD``, or what was split from that, else None.
     verb
         What the user called, for messages: who exchanges bytes for another call sets it before.
     timeout
@@ -82,6 +84,51 @@ class Exchange:
         data = bytes(data)
         if len(data) > LARGEST:
             raise ValueError(f"{self.verb}: {len(data)} bytes were given, at most {LARGEST} are carried")
+        with self._turn() as channel:
+            return channel.allgather(data, self.timeout, self.verb)
+
+    def split(self, color, key):
+        """Divide the ranks into parts, each with an exchange of its own. Collective.
+
+        An exchange and its parts are independent: threads may use them at the same time, what fails in one leaves the
+        others as they are, and each has to be closed, in any order.
+
+        Parameters
+        ----------
+        color
+            A number of 64 bits, with a sign: ranks that give the same come into one part. None: this rank comes into
+            none.
+        key
+            A number like `color`: ranks of a part are in the order of their keys, and where these are equal, in that
+            of this exchange.
+
+        Returns
+        -------
+        (Exchange, tuple of int) or None
+            The exchange of this rank's part, of the same kind and timeout, and for each of its ranks the rank in this
+            exchange; None for a rank that comes into no part.
+
+        Raises
+        ------
+        TimeoutError, PeerLostError, StateError
+            As `allgather` does. One that ends on the way into a part is missed there, by its deadline.
+        BootstrapError
+            The meeting point did not let this rank into its part. The exchange cannot be used any more.
+        ValueError
+            `color` or `key` is not a number that fits.
+        """
+        mine = wish(self.verb, color, key)
+        with self._turn() as channel:
+            members, token = part_of(self.rank, channel.allgather(mine, self.timeout, self.verb))
+            place = members.index(self.rank) if members else None
+            part = channel.part(members, place, token, self.timeout, self.verb)
+        if part is None:
+            return None
+        return Exchange(self.kind, place, len(members), part, self.timeout), members
+
+    @contextlib.contextmanager
+    def _turn(self):
+        """Give the channel to one thread at a time; what raises meanwhile leaves the exchange unusable."""
         if self._pid != os.getpid():
             raise StateError(_forked(self.verb, self.rank))
         with self._lock:
@@ -93,9 +140,8 @@ class Exchange:
                     "call Finalize on all of them, and Init starts anew"
                 )
             self._failed = True
-            everything = self._channel.allgather(data, self.timeout, self.verb)
+            yield self._channel
             self._failed = False
-            return everything
 
     def close(self, failed=False):
         """Leave; collective for kind "mpi" if nothing has failed. A second call does nothing.

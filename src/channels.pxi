@@ -1,7 +1,9 @@
-# What carries bytes between ranks: allgather(data, timeout, verb) and close(orderly, together).
-# Included by bootstrap.pyx.
+# What carries bytes between ranks: allgather(data, timeout, verb), close(orderly, together), and
+# part(members, place, token, timeout, verb), which returns the channel of a part. Included by bootstrap.pyx.
 #
 # Messages begin with `verb`: what the user called.
+# Every rank calls part, right after an allgather: members are those ranks that come into its part, by their rank there,
+# place which of them it is, and token is the part's name; who comes into none gives (), None, b"" and gets None.
 # orderly is false after a failed call and in a forked child: then what belongs to all ranks is left alone. together is
 # false then too, and where the ranks are out of step for another reason: then nothing is done that may wait for them.
 
@@ -43,22 +45,26 @@ class _Alone:
     def allgather(self, data, timeout, verb):
         return [data]
 
+    def part(self, members, place, token, timeout, verb):
+        return _Alone() if members else None
+
     def close(self, orderly, together):
         pass
 
 
 class _Client:
-    """A connection to a `RendezvousServer`, which may start up to `patience` seconds later."""
+    """A connection to a `RendezvousServer`, for one group; it may start up to `patience` seconds later."""
 
-    def __init__(self, address, rank, size, key, patience):
+    def __init__(self, address, rank, size, key, patience, group=LAUNCH, verb="connect"):
         self.address, self.rank, self.size = address, rank, size
+        self.key, self.group, self.verb = _as_key(key), group, verb
         deadline, pause = time.monotonic() + patience, 0.005
-        while not self._join(_as_key(key), deadline):
+        while not self._join(deadline):
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
         _sockets.add(self)
 
-    def _join(self, key, deadline):
+    def _join(self, deadline):
         """Connect and prove the key; return False if that may go well later."""
         left = deadline - time.monotonic()
         try:
@@ -66,19 +72,20 @@ class _Client:
         except OSError as error:
             if left > 0:
                 return False
-            raise BootstrapError(
-                f"connect: rank {self.rank} found nobody at {self.address} ({error}); has the launcher, or rank 0, "
+            # whoever splits has met the server before
+            raise (BootstrapError if self.group == LAUNCH else PeerLostError)(
+                f"{self.verb}: rank {self.rank} found nobody at {self.address} ({error}); has the launcher, or rank 0, "
                 "ended, or does a firewall stand between?"
             ) from error
         try:
-            self._prove(key, time.monotonic() + ANSWER_SECONDS)
+            self._prove(time.monotonic() + ANSWER_SECONDS)
         except (OSError, EOFError) as error:
             self.sock.close()
             # one that hangs up may be a server that is crowded, or is ending before the next one starts
             if left > 0 and not isinstance(error, builtins.TimeoutError):
                 return False
             raise BootstrapError(
-                f"connect: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error}); "
+                f"{self.verb}: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error}); "
                 "another program may listen there: choose a free port"
             ) from error
         except BaseException:
@@ -86,29 +93,29 @@ class _Client:
             raise
         return True
 
-    def _prove(self, key, deadline):
+    def _prove(self, deadline):
         nonce = secrets.token_bytes(32)
-        hello = GREETING.pack(MAGIC, self.rank, self.size, os.getpid(), nonce)
+        hello = GREETING.pack(MAGIC, self.rank, self.size, os.getpid(), nonce, self.group)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(ANSWER_SECONDS)
         self.sock.sendall(_frame(HELLO, hello))
         challenge = self._expect(CHALLENGE, deadline)
         theirs, proof = challenge[:32], challenge[32:]
-        if not hmac.compare_digest(proof, _digest(key, b"server", nonce, theirs)):
+        if not hmac.compare_digest(proof, _digest(self.key, b"server", nonce, theirs)):
             raise BootstrapError(
-                f"connect: {self.address} does not know the key of rank {self.rank}; it belongs to another run: "
+                f"{self.verb}: {self.address} does not know the key of rank {self.rank}; it belongs to another run: "
                 "unset the variables of the old one"
             )
-        self.sock.sendall(_frame(PROOF, _digest(key, b"client", hello, theirs)))
+        self.sock.sendall(_frame(PROOF, _digest(self.key, b"client", hello, theirs)))
         self._expect(WELCOME, deadline)
 
     def _expect(self, int wanted, deadline):
         kind, payload = self._read(deadline, LARGEST_GREETING)
         if kind == REFUSED:
             reason = payload.decode(errors="replace")
-            raise BootstrapError(f"connect: {self.address} refused rank {self.rank}: {reason}")
+            raise BootstrapError(f"{self.verb}: {self.address} refused rank {self.rank}: {reason}")
         if kind != wanted:
-            raise BootstrapError(f"connect: {self.address} sent rank {self.rank} message {kind} instead of {wanted}")
+            raise BootstrapError(f"{self.verb}: {self.address} sent rank {self.rank} message {kind} instead of {wanted}")
         return payload
 
     def _read(self, deadline, most):
@@ -153,6 +160,14 @@ class _Client:
             raise TimeoutError(late(verb, who, timeout))
         raise PeerLostError(f"{verb}: {how} while rank {self.rank} waited; look at its own output for the cause")
 
+    def part(self, members, place, token, timeout, verb):
+        """Connect once more, as one of the part's ranks."""
+        if not members:
+            return None
+        # the server is there, and at most crowded
+        patience = min(timeout, LAUNCHER_SECONDS)
+        return _Client(self.address, place, len(members), self.key, patience, token, verb)
+
     def close(self, orderly, together):
         if orderly:
             try:
@@ -174,8 +189,8 @@ class _OverMPI:
 
     TAG = 32001
 
-    def __init__(self, MPI, comm):
-        self.MPI, self.comm = MPI, comm
+    def __init__(self, MPI, comm, whole=True):
+        self.MPI, self.comm, self.whole = MPI, comm, whole  # whole: of all ranks of the launch, no part
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     def allgather(self, data, timeout, verb):
@@ -224,9 +239,17 @@ class _OverMPI:
             self.MPI.Request.Testsome(requests)
         return done
 
+    def part(self, members, place, token, timeout, verb):
+        """Split MPI's communicator, as all ranks do now: those of a part have the color of its first member."""
+        if not members:
+            self.comm.Split(self.MPI.UNDEFINED)
+            return None
+        return _OverMPI(self.MPI, self.comm.Split(members[0], place), whole=False)
+
     def close(self, orderly, together):
         global _in_step
-        _in_step = together
+        if self.whole:  # the end of MPI waits for all ranks, whatever became of a part
+            _in_step = together
         if together and not self.MPI.Is_finalized():
             self.comm.Free()
 
@@ -260,6 +283,9 @@ class _OverStore:
         except RuntimeError as error:  # torch's DistNetworkError and DistStoreError
             raise PeerLostError(f"{verb}: torch's store does not answer ({error}); has torchrun ended?") from error
         return everything
+
+    def part(self, members, place, token, timeout, verb):
+        return _OverStore(self.store, f"{self.prefix}/{token.hex()}", place, len(members)) if members else None
 
     def close(self, orderly, together):
         pass

@@ -1,92 +1,4 @@
-# Meeting over TCP: a star of one server and `size` clients (those are in channels.pxi). Included by bootstrap.pyx.
-#
-# A frame is: length of the payload (4 bytes, big endian), kind (1 byte), payload. Nothing is ever unpickled.
-#
-#   client                                  server
-#   HELLO magic, rank, size, pid, nonce ->
-#                                        <- CHALLENGE nonce, HMAC(key, "server", both nonces)
-#   PROOF HMAC(key, "client", HELLO, both nonces) ->
-#                                        <- WELCOME, or REFUSED reason
-#   DATA timeout in ms, bytes            ->
-#                                        <- RESULT the bytes of every rank, or LOST / LATE and which ranks
-#   BYE                                  ->    leaves; a connection that ends without it is a rank that died
-#
-# The n-th time that a rank joins it belongs to session n, so ranks may leave and come back at their own pace.
-
-cdef object FRAME = struct.Struct(">IB")
-cdef object GREETING = struct.Struct(">8sIIQ32s")
-cdef object COUNT = struct.Struct(">I")
-cdef object LENGTH = struct.Struct(">q")
-cdef bytes MAGIC = b"nvcoll\x00\x01"
-cdef enum:
-    HELLO = 1
-    CHALLENGE
-    PROOF
-    WELCOME
-    REFUSED
-    DATA
-    RESULT
-    LOST
-    LATE
-    BYE
-cdef Py_ssize_t LARGEST = 16 << 20  # bytes a rank may give to one exchange
-cdef Py_ssize_t LARGEST_GREETING = 1024  # bytes of a frame from somebody who has not proved the key
-cdef Py_ssize_t STRANGERS = 64  # connections that have not proved the key, at most, beside one for each rank
-GREETING_SECONDS = 5.0  # until a connection must have proved the key; the server hangs up then, and a rank comes again
-ANSWER_SECONDS = 30.0  # that a rank gives the server to prove its own, on a machine that may have stalled
-
-
-def _digest(key, *parts):
-    return hmac.new(key, b"".join(parts), "sha256").digest()
-
-
-def _frame(int kind, payload=b""):
-    return FRAME.pack(len(payload), kind) + payload
-
-
-def _join_all(parts):
-    return b"".join([piece for part in parts for piece in (COUNT.pack(len(part)), part)])
-
-
-def _split_all(data, Py_ssize_t size):
-    parts = []
-    cdef Py_ssize_t at = 0, length
-    for _ in range(size):
-        (length,) = COUNT.unpack_from(data, at)
-        parts.append(bytes(data[at + 4:at + 4 + length]))
-        at += 4 + length
-    if at != len(data):
-        raise struct.error("trailing bytes")
-    return parts
-
-
-def _as_key(key):
-    if key is None:
-        return secrets.token_bytes(32)
-    return bytes.fromhex(key) if isinstance(key, str) else bytes(key)
-
-
-def _join_address(str host, port):
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-_sockets = weakref.WeakSet()  # servers and clients of this process
-
-
-def _after_fork():
-    # A child that kept these open would hide its parent's death from the others, and hold the port.
-    for holder in list(_sockets):
-        holder._close_sockets()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _ranks(ranks):
-    names = [str(rank) for rank in ranks]
-    if len(names) > 16:
-        names[16:] = [f"{len(names) - 16} more"]
-    return ("rank " if len(names) == 1 else "ranks ") + ", ".join(names)
+# Where ranks meet: the server of the protocol in frames.pxi. Included by bootstrap.pyx.
 
 
 class _Refused(Exception):
@@ -94,9 +6,10 @@ class _Refused(Exception):
 
 
 class _Session:
-    """The ranks that joined for the same time, and the exchange they are in."""
+    """The ranks that joined a group for the same time, and the exchange they are in."""
 
-    def __init__(self):
+    def __init__(self, group, number, size):
+        self.group, self.number, self.size = group, number, size
         self.members = {}  # rank -> connection
         self.waiting = {}  # rank -> what it gave to the exchange that is under way
         self.deadline = math.inf  # of the one that waits least long
@@ -120,7 +33,7 @@ class _Connection:
 
 
 class RendezvousServer:
-    """The place where ranks meet: a thread that answers `size` clients.
+    """The place where ranks meet: a thread that answers the clients of `size` ranks, in every group they are in.
 
     Parameters
     ----------
@@ -160,8 +73,8 @@ class RendezvousServer:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._connections = set()
         self._strangers = set()  # those of them that have not proved the key yet
-        self._sessions = {}
-        self._joined = [0] * size
+        self._sessions = {}  # (group, number) -> session
+        self._joined = {LAUNCH: [0] * size}  # group -> how often each of its ranks has joined
         self._ended = set()  # ranks whose processes have ended
         self._closing = False
         self._pid = os.getpid()
@@ -223,7 +136,7 @@ class RendezvousServer:
         for connection in [c for c in self._strangers if c.deadline <= now]:
             self._drop(connection)
         for session in [s for s in self._sessions.values() if s.deadline <= now]:
-            self._judge(session, LATE, [rank for rank in range(self.size) if rank not in session.waiting])
+            self._judge(session, LATE, [rank for rank in range(session.size) if rank not in session.waiting])
 
     def _accept(self):
         try:
@@ -297,26 +210,34 @@ class RendezvousServer:
         self._say(connection, CHALLENGE, connection.nonce + _digest(self._key, b"server", nonce, connection.nonce))
 
     def _admit(self, connection, payload):
-        _, rank, size, pid, _ = GREETING.unpack(connection.hello)
+        _, rank, size, pid, _, group = GREETING.unpack(connection.hello)
         if not hmac.compare_digest(payload, _digest(self._key, b"client", connection.hello, connection.nonce)):
             raise _Refused("the key is wrong; is this rank of another run?")
-        if size != self.size:
-            raise _Refused(f"it says that there are {size} ranks, but there are {self.size}")
-        if rank >= size:
-            raise _Refused(f"there is no rank {rank} among {size}")
-        for other in self._connections:
-            if other.rank == rank:
-                raise _Refused(
-                    f"process {GREETING.unpack(other.hello)[3]} is rank {rank} already; a child process of a rank is "
-                    "no rank itself: start it with NVCOLL_BOOTSTRAP=single"
-                )
+        self._check(group, rank, size)
+        joined = self._joined.setdefault(group, [0] * size)
+        number = joined[rank]
+        joined[rank] += 1
         self._strangers.discard(connection)
         connection.rank = rank
-        connection.session = self._sessions.setdefault(self._joined[rank], _Session())
+        connection.session = self._sessions.setdefault((group, number), _Session(group, number, size))
         connection.session.members[rank] = connection
-        self._joined[rank] += 1
         self._lose_ended()
         self._say(connection, WELCOME)
+
+    def _check(self, group, rank, size):
+        """Refuse who cannot be this rank of a group of this size."""
+        if size > self.size or (group == LAUNCH and size < self.size):
+            raise _Refused(f"it says that there are {size} ranks, but there are {self.size}")
+        if len(self._joined.get(group, range(size))) != size:
+            raise _Refused(f"it says that its group has {size} ranks, but others say {len(self._joined[group])}")
+        if rank >= size:
+            raise _Refused(f"there is no rank {rank} among {size}")
+        for session in self._sessions.values():
+            if session.group == group and rank in session.members:
+                raise _Refused(
+                    f"process {GREETING.unpack(session.members[rank].hello)[3]} is rank {rank} already; a child "
+                    "process of a rank is no rank itself: start it with NVCOLL_BOOTSTRAP=single"
+                )
 
     def _collect(self, connection, payload):
         session = connection.session
@@ -329,8 +250,8 @@ class RendezvousServer:
             self._judge(session, *session.verdict)
         elif session.gone:
             self._judge(session, LOST, sorted(session.gone))
-        elif len(session.waiting) == self.size:
-            everything = _join_all([session.waiting[rank] for rank in range(self.size)])
+        elif len(session.waiting) == session.size:
+            everything = _join_all([session.waiting[rank] for rank in range(session.size)])
             session.waiting.clear()
             session.deadline = math.inf
             for member in list(session.members.values()):
@@ -387,12 +308,19 @@ class RendezvousServer:
             self._judge(session, LOST, sorted(session.gone))
         else:
             session.deadline = math.inf
-        if len(session.gone) == self.size:
-            self._sessions = {number: other for number, other in self._sessions.items() if other is not session}
+        if len(session.gone) == session.size:
+            self._forget(session)
+
+    def _forget(self, session):
+        del self._sessions[session.group, session.number]
+        # ranks come back to the launch, but to a part, whose name is never used again, they do not
+        if session.group != LAUNCH and not any(other.group == session.group for other in self._sessions.values()):
+            del self._joined[session.group]
 
     def _lose_ended(self):
         # what it has joined sees the end of its connection; what it has not, it never will
         for rank in list(self._ended):
-            for number, session in list(self._sessions.items()):
-                if number >= self._joined[rank] and rank not in session.gone:
+            for (group, number), session in list(self._sessions.items()):
+                # in a part it has another rank, which nobody has told here
+                if group == LAUNCH and number >= self._joined[LAUNCH][rank] and rank not in session.gone:
                     self._lose(session, rank, "has ended")

@@ -1,11 +1,7 @@
 """How ranks find each other: real processes, started by each kind of launcher."""
 
-import contextlib
-import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +11,7 @@ import pytest
 from nvcoll import settings
 from nvcoll._bootstrap import RendezvousServer, choose, connect
 from nvcoll.errors import BootstrapError, StateError
+from tests.meeting import PROGRAM, as_run, as_torchrun, as_torchrun_with_a_store, starting
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}
@@ -22,87 +19,17 @@ MPICH = {"PMI_RANK": "0", "PMI_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5"}
 RUN = {"NVCOLL_RANK": "0", "NVCOLL_SIZE": "2", "NVCOLL_RENDEZVOUS": "127.0.0.1:1", "NVCOLL_KEY": "00"}
 
-# The start of every program: connect, and tell in one line of JSON what happened.
-PROGRAM = """
-import json, os, signal, sys, time
-from nvcoll import settings
-from nvcoll._bootstrap import connect
-from nvcoll.errors import Error
-
-def tell(*facts):
-    sys.stdout.write(json.dumps(facts) + "\\n")
-    sys.stdout.flush()
-
-def attempt(call, *args):
-    start = time.monotonic()
-    try:
-        return [part.decode() for part in call(*args)]
-    except Error as error:
-        return [type(error).__name__, str(error), time.monotonic() - start]
-
-exchange = connect(settings.read())
-rank = exchange.rank
-"""
-
 
 @pytest.fixture
 def ranks():
-    """Start programs with variables of their own; return (process, told), where told() reads a line of JSON."""
-    with contextlib.ExitStack() as stack:
-
-        def start(code, environs):
-            started = []
-            for environ in environs:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", PROGRAM + code],
-                    env=os.environ | environ,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    start_new_session=True,
-                )
-                stack.enter_context(process)
-                stack.callback(kill, process.pid)
-                started.append((process, lambda out=process.stdout: json.loads(out.readline())))
-            return started
-
+    with starting() as start:
         yield start
-
-
-def kill(group):
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 @pytest.fixture
 def server():
     with RendezvousServer(3) as server:
         yield server
-
-
-def as_run(server, **others):
-    return [
-        {
-            "NVCOLL_RANK": str(rank),
-            "NVCOLL_SIZE": str(server.size),
-            "NVCOLL_RENDEZVOUS": server.address,
-            "NVCOLL_KEY": server.key,
-            **others,
-        }
-        for rank in range(server.size)
-    ]
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
-
-
-def as_torchrun(size, **others):
-    port = str(free_port())
-    return [
-        {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **others}
-        for rank in range(size)
-    ]
 
 
 class TestChoice:
@@ -302,47 +229,10 @@ for again in range(2):
             connect(settings.read({}))
 
 
-# What nvcoll uses of torch: a store whose keys are files.
-TORCH = """
-import os, pathlib
-
-class TCPStore:
-    def __init__(self, host, port, is_master, timeout):
-        assert (host, port, is_master) == (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), False)
-        assert timeout.total_seconds() > 0
-        self.folder = pathlib.Path(__file__).parent
-
-    def _path(self, key):
-        return self.folder / key.replace("/", "_")
-
-    def set(self, key, value):
-        self._path(key + ".new").write_bytes(value)
-        self._path(key + ".new").rename(self._path(key))
-
-    def check(self, keys):
-        return all(self._path(key).exists() for key in keys)
-
-    def get(self, key):
-        return self._path(key).read_bytes()
-
-    def delete_key(self, key):
-        self._path(key).unlink(missing_ok=True)
-
-def is_available():
-    return True
-
-def is_initialized():
-    return False
-"""
-
-
 class TestTorchStore:
     @pytest.fixture
     def environs(self, tmp_path):
-        (tmp_path / "torch").mkdir()
-        (tmp_path / "torch/__init__.py").touch()
-        (tmp_path / "torch/distributed.py").write_text(TORCH)
-        return as_torchrun(3, TORCHELASTIC_USE_AGENT_STORE="True", PYTHONPATH=str(tmp_path), NVCOLL_TIMEOUT="10")
+        return as_torchrun_with_a_store(3, tmp_path)
 
     def test_ranks_gather_through_it_and_come_back(self, ranks, environs, tmp_path):
         code = """

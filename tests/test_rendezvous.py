@@ -12,32 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from nvcoll import _bootstrap, settings
-from nvcoll._bootstrap import RendezvousServer, connect
+from nvcoll import _bootstrap
+from nvcoll._bootstrap import RendezvousServer
 from nvcoll.errors import BootstrapError, PeerLostError, StateError, TimeoutError
 from tests.conftest import eventually
+from tests.meeting import gather, join, together
 
-
-def join(server, rank, size=None, key=None, timeout=10):
-    """Connect as a rank, as `nvcoll run` would have it."""
-    return connect(
-        settings.read(
-            {
-                "NVCOLL_RANK": str(rank),
-                "NVCOLL_SIZE": str(size or server.size),
-                "NVCOLL_RENDEZVOUS": server.address,
-                "NVCOLL_KEY": key or server.key,
-                "NVCOLL_TIMEOUT": str(timeout),
-            }
-        )
-    )
-
-
-def together(*calls):
-    """Call all of them at the same time; return results, or the exceptions that were raised."""
-    with ThreadPoolExecutor(len(calls)) as pool:
-        futures = [pool.submit(call) for call in calls]
-    return [future.exception() or future.result() for future in futures]
+LAUNCH = bytes(16)  # the group of all ranks
 
 
 @pytest.fixture
@@ -53,10 +34,6 @@ def ranks(server):
     yield joined
     for exchange in joined:
         exchange.close()
-
-
-def gather(ranks, *data):
-    return together(*[lambda exchange=e, given=d: exchange.allgather(given) for e, d in zip(ranks, data, strict=True)])
 
 
 class TestAllgather:
@@ -165,7 +142,7 @@ class TestDeadline:
         ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([60, 0.3, 60])]
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(ranks[0].allgather, b"")
-            eventually(lambda: server._sessions[0].waiting)
+            eventually(lambda: server._sessions[LAUNCH, 0].waiting)
             found = [*together(lambda: ranks[1].allgather(b"")), first.exception()]
         found += together(lambda: ranks[2].allgather(b""))
         assert [type(error) for error in found] == [TimeoutError] * 3
@@ -177,7 +154,7 @@ class TestDeadline:
         ranks = [join(server, rank, timeout=timeout) for rank, timeout in enumerate([1, 10, 10])]
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(ranks[0].allgather, b"")
-            eventually(lambda: server._sessions[0].waiting)
+            eventually(lambda: server._sessions[LAUNCH, 0].waiting)
             ranks[0]._channel.sock.shutdown(socket.SHUT_RDWR)
             assert isinstance(waiting.exception(), PeerLostError)
             time.sleep(1.1)
@@ -236,8 +213,8 @@ def frame(kind, payload):
     return struct.pack(">IB", len(payload), kind) + payload
 
 
-def hello(rank=0, size=3, magic=b"nvcoll\0\1"):
-    return frame(1, struct.pack(">8sIIQ32s", magic, rank, size, 0, bytes(32)))
+def hello(rank=0, size=3, magic=b"nvcoll\0\2"):
+    return frame(1, struct.pack(">8sIIQ32s16s", magic, rank, size, 0, bytes(32), LAUNCH))
 
 
 def answers(server, *messages):
@@ -262,7 +239,7 @@ class TestStrangers:
             ([struct.pack(">IB", 0xFFFFFFFF, 6)], b"a message of 4294967295 bytes is too long"),
             ([frame(6, bytes(8))], b"message of kind 6 was not expected"),
             ([frame(1, b"short")], b"of another version perhaps"),
-            ([hello(magic=b"nvcoll\0\2")], b"of another version perhaps"),
+            ([hello(magic=b"nvcoll\0\1")], b"of another version perhaps"),
             ([hello(), hello()], b"message of kind 1 was not expected"),
             ([hello(), frame(3, bytes(32))], b"the key is wrong"),
             ([hello(), frame(3, b"")], b"the key is wrong"),

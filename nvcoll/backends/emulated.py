@@ -35,6 +35,41 @@ class Hub:
         self.slots: list[bytes] = [b""] * size
         self.arrivals = [0] * size
         self.late: list[int] = []  # ranks that were missed first: who comes later hears the same
+        self._lock = threading.Lock()  # for what concerns parts
+        self._parts: weakref.WeakSet[Hub] = weakref.WeakSet()  # that somebody still uses
+        self._awaited: dict[bytes, tuple[Hub, int]] = {}  # parts that not all of their ranks have found yet, and how many
+
+    def part(self, token: bytes, size: int) -> "Hub":
+        """Return the hub of a part, which the first of its ranks that comes makes.
+
+        Parameters
+        ----------
+        token
+            The name of the part.
+        size
+            Number of its ranks; each comes once.
+        """
+        with self._lock:
+            hub, missing = self._awaited.pop(token, None) or (self._begin(size), size)
+            if missing > 1:
+                self._awaited[token] = hub, missing - 1
+        return hub
+
+    def _begin(self, size: int) -> "Hub":
+        hub = Hub(size, self.timeout)
+        self._parts.add(hub)
+        if self.abandoned:
+            hub.abandon()
+        return hub
+
+    def abandon(self) -> None:
+        """Let every rank that waits here or in a part, now or later, raise PeerLostError."""
+        with self._lock:
+            self.abandoned = True
+            parts = list(self._parts)
+        self.barrier.abort()
+        for part in parts:
+            part.abandon()
 
 
 class LocalExchange:
@@ -58,6 +93,26 @@ class LocalExchange:
         self._meet()  # nobody overwrites a slot that another still reads
         return found
 
+    def split(self, color: int | None, key: int) -> "tuple[LocalExchange, tuple[int, ...]] | None":
+        """Divide the ranks into parts, as the bootstrap's exchange does.
+
+        Parameters
+        ----------
+        color
+            Ranks that give the same come into one part; None: this rank comes into none.
+        key
+            Ranks of a part are in the order of their keys, then in that of this exchange.
+
+        Returns
+        -------
+        (LocalExchange, tuple of int) or None
+            The exchange of this rank's part, and for each of its ranks the rank in this exchange.
+        """
+        members, token = _bootstrap.part_of(self.rank, self.allgather(_bootstrap.wish(self.verb, color, key)))
+        if not members:
+            return None
+        return LocalExchange(self._hub.part(token, len(members)), members.index(self.rank)), members
+
     def _meet(self) -> None:
         hub = self._hub
         hub.arrivals[self.rank] += 1
@@ -74,9 +129,8 @@ class LocalExchange:
             raise TimeoutError(_bootstrap.late(self.verb, who, hub.timeout)) from None
 
     def abandon(self) -> None:
-        """Let every rank that waits here, now or later, raise PeerLostError."""
-        self._hub.abandoned = True
-        self._hub.barrier.abort()
+        """Let every rank that waits here or in a part of this, now or later, raise PeerLostError."""
+        self._hub.abandon()
 
     def close(self, failed: bool = False) -> None:
         """Nothing to close: the hub belongs to the emulation."""
@@ -122,7 +176,7 @@ def open_ranks(hub: Hub, segment: Any, node_sizes: tuple[int, ...], build: Calla
             built[rank] = build(exchange, _topology.detect(rank, identities), EmulatedMemory(exchange, segment))
         except BaseException as exc:  # raised by the caller's thread below
             problems.append(exc)
-            hub.barrier.abort()
+            hub.abandon()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(hub.size)]
     for thread in threads:

@@ -1,0 +1,63 @@
+# How ranks split into parts: what each tells all others, and what all conclude from it. Included by bootstrap.pyx.
+
+cdef object WISH = struct.Struct(">?qq16s")  # whether there is a color, color, key, token
+
+
+def wish(verb, color, key):
+    """Return what a rank tells the others when they split.
+
+    Parameters
+    ----------
+    verb
+        What the user called, for messages.
+    color
+        Ranks of equal color come into one part; None: this rank comes into none.
+    key
+        Ranks of a part are in the order of their keys.
+
+    Returns
+    -------
+    bytes
+
+    Raises
+    ------
+    ValueError
+        A number is none, or does not fit into 64 bits.
+    """
+    # the token of a part's first member is its name, so that no two parts of a launch ever have the same
+    token = secrets.token_bytes(16)
+    if color is None:
+        return WISH.pack(False, 0, 0, token)
+    try:
+        return WISH.pack(True, color, key, token)
+    except struct.error as error:
+        raise ValueError(
+            f"{verb}: color is {color!r} and key is {key!r}, expected whole numbers of 64 bits with a sign; "
+            "a color of None leaves this rank out"
+        ) from error
+
+
+def part_of(rank, wishes):
+    """Tell which part a rank comes into.
+
+    Parameters
+    ----------
+    rank
+        The rank.
+    wishes
+        What all ranks told, by rank.
+
+    Returns
+    -------
+    members : tuple of int
+        Ranks of its part, in their order there; empty if it comes into none.
+    token : bytes
+        The name of the part, 16 bytes; empty if there is none.
+    """
+    told = [WISH.unpack(each) for each in wishes]
+    defined, color, _, _ = told[rank]
+    if not defined:
+        return (), b""
+    keys = [(key, other) for other, (takes, its, key, _) in enumerate(told) if takes and its == color]
+    members = tuple(other for _, other in sorted(keys))
+    return members, told[members[0]][3]
