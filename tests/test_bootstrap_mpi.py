@@ -74,6 +74,98 @@ def test_a_rank_that_does_not_come_is_named(run_ranks, missing):
 
 
 @mpi
+def test_parts(run_ranks):
+    code = """
+        import sys, threading
+        from nvcoll import settings
+        from nvcoll._bootstrap import connect
+
+        exchange = connect(settings.read())
+        rank = exchange.rank
+        found = exchange.split(None if rank == 2 else 1 << 40, -rank)
+        again = exchange.split(rank % 2 - 2**63, 0)
+        if found:
+            part, members = found
+            assert (part.kind, part.size, members, part.verb) == ("mpi", 3, (3, 1, 0), "Init")
+            assert (part.mpi_comm.Get_rank(), part.mpi_comm.Get_size()) == (part.rank, 3)
+            assert members[part.rank] == rank
+            pair, both = part.split(int(part.rank == 1), 0)
+            assert both == ((1,) if part.rank == 1 else (0, 2))
+            other = []
+            thread = threading.Thread(target=lambda: other.extend(exchange.allgather(b"all")))
+            thread.start()
+            for _ in range(50):
+                assert part.allgather(b"%d" % rank * rank) == [b"333", b"1", b""]
+            thread.join()
+            assert other == [b"all"] * 4
+            exchange.close()
+            assert pair.allgather(b"x") == [b"x"] * pair.size
+            pair.close()
+            part.close()
+            assert part.mpi_comm is None
+        else:
+            exchange.allgather(b"all")
+            exchange.close()
+        print(again[1], again[0].allgather(b"%d" % rank))
+        again[0].close()
+    """
+    found = run_ranks(code, 4, launcher="mpiexec")
+    assert found.stdout == ["(0, 2) [b'0', b'2']\n", "(1, 3) [b'1', b'3']\n"] * 2
+
+
+@mpi
+def test_a_rank_that_does_not_come_to_a_part_is_named_by_its_rank_there(run_ranks):
+    code = """
+        from mpi4py import MPI
+        from nvcoll import settings
+        from nvcoll._bootstrap import connect
+        from nvcoll.errors import TimeoutError
+
+        exchange = connect(settings.read())
+        part, members = exchange.split(0, -exchange.rank)
+        comm = part.mpi_comm
+        part.verb = "Split"
+        if exchange.rank != 2:
+            part.timeout = 0.5
+            try:
+                part.allgather(b"")
+            except TimeoutError as error:
+                print(error)
+        part.close(exchange.rank == 2)
+        print(comm == MPI.COMM_NULL, exchange.allgather(b"x"))
+        exchange.close()
+    """
+    found = run_ranks(code, 3, launcher="mpiexec")
+    told = [text.splitlines() for text in found.stdout]
+    # the part is not freed, since that is collective
+    assert [lines.pop() for lines in told] == ["False [b'x', b'x', b'x']"] * 3
+    assert told[2] == []
+    for [late] in told[:2]:
+        assert late.startswith("Split: rank 0 did not arrive within 0.5 s")
+
+
+@mpi
+@pytest.mark.parametrize(("whole", "part"), [(False, True), (True, False)], ids=["the part", "all"])
+def test_whether_mpi_ends_is_not_for_a_part_to_say(run_ranks, whole, part):
+    code = f"""
+        import mpi4py
+        mpi4py.rc(initialize=False, finalize=False)
+        from mpi4py import MPI
+        from nvcoll import _bootstrap, settings
+
+        exchange = _bootstrap.connect(settings.read())
+        part, _ = exchange.split(0, 0)
+        exchange.close(failed={whole})
+        part.close(failed={part})
+        _bootstrap.finalize_mpi()
+        print(MPI.Is_finalized())
+        if not MPI.Is_finalized():
+            MPI.Finalize()
+    """
+    assert run_ranks(code, 2, launcher="mpiexec").stdout == [f"{part}\n"] * 2
+
+
+@mpi
 @pytest.mark.parametrize("size", [2, 3])
 def test_the_first_use_has_a_deadline_and_may_be_tried_again(run_ranks, size):
     code = """

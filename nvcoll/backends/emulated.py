@@ -37,7 +37,7 @@ class Hub:
         self.late: list[int] = []  # ranks that were missed first: who comes later hears the same
         self._lock = threading.Lock()  # for what concerns parts
         self._parts: weakref.WeakSet[Hub] = weakref.WeakSet()  # that somebody still uses
-        self._awaited: dict[bytes, tuple[Hub, int]] = {}  # parts that not all of their ranks have found yet, and how many
+        self._awaited: dict[bytes, tuple[Hub, int]] = {}  # token -> a part, and how many ranks have not found it yet
 
     def part(self, token: bytes, size: int) -> "Hub":
         """Return the hub of a part, which the first of its ranks that comes makes.
@@ -50,7 +50,7 @@ class Hub:
             Number of its ranks; each comes once.
         """
         with self._lock:
-            hub, missing = self._awaited.pop(token, None) or (self._begin(size), size)
+            hub, missing = self._awaited.pop(token) if token in self._awaited else (self._begin(size), size)
             if missing > 1:
                 self._awaited[token] = hub, missing - 1
         return hub
