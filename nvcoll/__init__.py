@@ -16,7 +16,7 @@ except ImportError as _exc:
     raise _missing_extension(_exc) from _exc
 
 from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer
-from nvcoll.comm import Comm
+from nvcoll.comm import COMM_NULL, Comm
 from nvcoll.emulation import Emulation, emulate
 from nvcoll.errors import (
     AllocationError,
@@ -116,6 +116,7 @@ from nvcoll.ops import (
 from nvcoll.planning import Candidate, Explanation
 from nvcoll.requests import UNDEFINED, Prequest, Request
 from nvcoll.session import COMM_SELF, COMM_WORLD, Finalize, Init, Is_initialized
+from nvcoll.splitting import COMM_TYPE_SHARED
 
 __version__ = "0.1.0"
 
@@ -124,7 +125,9 @@ __all__ = [
     "BAND",
     "BOR",
     "BXOR",
+    "COMM_NULL",
     "COMM_SELF",
+    "COMM_TYPE_SHARED",
     "COMM_WORLD",
     "IN_PLACE",
     "LAND",

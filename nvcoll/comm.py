@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.allocation import Allocating
 from nvcoll.arguments import judge, judge_explain
 from nvcoll.buffers import IN_PLACE, Spec, while_alive
 from nvcoll.errors import StateError
@@ -15,27 +14,31 @@ from nvcoll.failures import failure
 from nvcoll.ops import SUM, Op
 from nvcoll.planning import EMPTY, Explanation, plan_meeting, verb_of
 from nvcoll.requests import Pending, Prequest, Request
+from nvcoll.splitting import Splitting
 
 MOST_KEPT = 16384
 """Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 
 
-class Comm(Allocating):
-    """A group of ranks that call collectives together. `COMM_WORLD` and `COMM_SELF` are the two there are.
+class Comm(Splitting):
+    """A group of ranks that call collectives together: `COMM_WORLD`, `COMM_SELF`, and what is made from them.
 
-    Nothing happens when it is made: the first use finds the other ranks, takes memory and is collective.
+    Of those two the first use finds the other ranks, takes memory and is collective. `Dup`, `Split` and `Split_type`
+    make others.
 
     Parameters
     ----------
     opener
-        Opens the world behind it.
+        Opens the world behind it; None for a communicator that is made from another one.
     name
         For messages.
+    first
+        The communicator with which it ends.
     """
 
     def __repr__(self) -> str:
         if not self.alive:
-            return f"<nvcoll.Comm {self.name}, not in use yet>"
+            return f"<nvcoll.Comm {self.name}, not in use{' yet' if self else ''}>"
         return f"<nvcoll.Comm {self.name}: rank {self.rank} of {self.size}, {self._world.backend}>"
 
     @property
@@ -328,3 +331,6 @@ class Comm(Allocating):
         list of str
         """
         return [one.name for one in self.explain(verb, 4).candidates]
+
+
+COMM_NULL = Comm._none = Comm(None, "COMM_NULL")

@@ -79,7 +79,7 @@ class DeviceCalls:
         if not same:
             area.fail()
             self._raised = True
-            number, rank = self._world.planner.state.sequence, self._world.rank
+            number, rank = self._world.planner.state.sequence, f"{self._world.rank}{self._world.of}"
             raise MismatchError(
                 f"Barrier: in a call up to number {number} of rank {rank}, or a replay of one, the ranks have not "
                 "called the same (count, datatype, operator or algorithm), and its result is wrong; make the calls "
@@ -213,7 +213,7 @@ class DeviceCalls:
         missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
         odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
         calls = f"a call up to number {state.sequence}, or a replay of one,"
-        where = f"{verb}: {calls} failed on the GPU of rank {world.rank}"
+        where = f"{verb}: {calls} failed on the GPU of rank {world.rank}{world.of}"
         if odd:
             return MismatchError(
                 f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "

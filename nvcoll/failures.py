@@ -36,7 +36,7 @@ def failure(world: Any, told: Explanation, number: int | None = None) -> BaseExc
     boards = state.boards()
     who = _namer(world)
     number = number or state.sequence
-    where = f"{verb_of(told.verb)} (call {number} on rank {world.rank})"
+    where = f"{verb_of(told.verb)} (call {number} on rank {world.rank}{world.of})"
     if kind == "timeout":
         vain = (
             f"{who(peer)} waited in vain for {who(about) if about >= 0 else 'data'} until its NVCOLL_TIMEOUT was over"

@@ -8,8 +8,9 @@ import contextlib
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,8 +53,8 @@ class Notices:
     """How ranks that reduce the same slice on different nodes tell each other that they take no more part.
 
     MPI does not say why an answer does not come. A notice is sent once, and read by ranks that wait for long. Many are
-    never read, so they have a communicator of their own, which is never freed and outlives the world: what belongs to
-    another world is told by its number.
+    never read, so they have a communicator of their own, which is never freed and outlives all worlds: what belongs to
+    which is told by its number.
 
     Parameters
     ----------
@@ -62,17 +63,20 @@ class Notices:
     """
 
     _comm: Any = None
+    _all: ClassVar[Any] = weakref.WeakValueDictionary()
 
     def __init__(self, world: Any) -> None:
         from mpi4py import MPI
 
         if Notices._comm is None:
-            Notices._comm = world.exchange.mpi_comm.Dup()
+            Notices._comm = world.exchange.mpi_comm.Dup()  # the first world's: all others have some of its ranks
         topology = world.topology
         place = topology.local_rank
         others = [node for number, node in enumerate(topology.nodes) if number != topology.node]
         self.partners = [node[place] for node in others] if place < min(topology.node_sizes) else []
+        self._origins = world.origins
         self._number = int.from_bytes(world.exchange.allgather(secrets.token_bytes(7))[0], "little")
+        self._all[self._number] = self
         self._status, self._any = MPI.Status(), MPI.ANY_SOURCE
         self._heard: dict[int, tuple[int, str, int]] = {}
         self._sent = False
@@ -81,7 +85,7 @@ class Notices:
         """Tell once that this rank takes no part in call `first` and those after it."""
         if not self._sent:
             note = np.array([self._number, first, ERRORS.index(kind), about])
-            _abandoned.extend((self._comm.Isend(note, rank, TAG), note) for rank in self.partners)
+            _abandoned.extend((self._comm.Isend(note, self._origins[rank], TAG), note) for rank in self.partners)
             self._sent = True
 
     def read(self, call: int) -> tuple[int, str, int] | None:
@@ -90,8 +94,9 @@ class Notices:
             note = np.empty(4, np.int64)
             self._comm.Recv(note, self._status.source, TAG)
             number, first, error, about = note.tolist()
-            if number == self._number:
-                self._heard[self._status.source] = first, ERRORS[error], about
+            its = self._all.get(number)
+            if its is not None:
+                its._heard[its._origins.index(self._status.source)] = first, ERRORS[error], about
         return next(((rank, kind, about) for rank, (first, kind, about) in self._heard.items() if first <= call), None)
 
 
@@ -316,7 +321,7 @@ class Between:
         return PeerLostError(f"{self._where()}: rank {who} {how} in or before call {self._calls}; see its output")
 
     def _where(self) -> str:
-        return f"{verb_of(self._verb)} (call {self._calls} on rank {self._world.rank})"
+        return f"{verb_of(self._verb)} (call {self._calls} on rank {self._world.rank}{self._world.of})"
 
     def close(self) -> None:
         """Tell the other nodes, and free the communicator between them if MPI is through with it."""

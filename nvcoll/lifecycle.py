@@ -1,4 +1,4 @@
-"""How a communicator comes to life on first use, ends, and what becomes of it in a forked child."""
+"""How a communicator comes to life, ends, and what becomes of it in a forked child."""
 
 import os
 import threading
@@ -27,9 +27,11 @@ class Living:
     Parameters
     ----------
     opener
-        Opens the world.
+        Opens the world. None for a communicator that is made from another one: it lives from `_enter` on, once.
     name
         For messages.
+    first
+        The communicator which all were made from, this one included, and with which it ends.
     """
 
     _world: World
@@ -41,9 +43,11 @@ class Living:
     _opening = threading.RLock()  # one opens at a time
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
 
-    def __init__(self, opener: Callable[[], World], name: str) -> None:
+    def __init__(self, opener: Callable[[], World] | None, name: str, first: "Living | None" = None) -> None:
         self._opener = opener
         self.name = name
+        self._first = None if first is None else weakref.ref(first)
+        self._derived: list[Living] = []  # those that are alive, which end with this one
         _all.add(self)
 
     def __getattr__(self, attribute: str) -> Any:
@@ -66,8 +70,13 @@ class Living:
                 f"{self.name}: this process was forked from a rank and is none itself; start ranks with a launcher, "
                 "and use the 'spawn' start method for helper processes"
             )
+        if self._opener is None:
+            raise StateError(gone(self.name))
         Living._used = True
-        world: Any = self._opener()
+        self._enter(self._opener())
+
+    def _enter(self, world: Any) -> None:
+        """Live on a world that was opened."""
         try:
             between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
         except BaseException:
@@ -83,7 +92,18 @@ class Living:
         self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:
-        """Give back what `_open` took; a later use opens anew."""
+        """Give back what `_open` took; a later use opens anew, but for those that were made from others."""
+        try:
+            while self._derived:
+                self._derived[-1]._close()
+        finally:
+            self._end(lambda world: world.close())
+
+    def _end(self, act: Callable[[Any], None]) -> None:
+        """Be alive no more, and let `act` end the world."""
+        first = None if self._first is None else self._first()
+        if first is not None and self in first._derived:
+            first._derived.remove(self)
         world, between = self.__dict__.get("_world"), self.__dict__.get("_between")
         for name in LIVING:
             self.__dict__.pop(name, None)
@@ -91,7 +111,14 @@ class Living:
             world.queue.close()
             between.close()
         if world is not None:
-            world.close()
+            act(world)
+
+
+def gone(name: str) -> str:
+    """Return what to say of a communicator that does not live, and cannot come to life by itself."""
+    if name == "COMM_NULL":
+        return "COMM_NULL is what ranks get that gave UNDEFINED to Split, expected a communicator; test it before use"
+    return f"{name} was freed, or has ended with the communicator that it was made from; make another"
 
 
 def _in_child() -> None:

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nvcoll import _bootstrap, _topology
@@ -11,17 +12,42 @@ from nvcoll._plan import Queue
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.choice import agree_on_backend
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, open_ranks, reserve
-from nvcoll.backends.heap import INIT, Heap, Piece
+from nvcoll.backends.group import Member, Part
+from nvcoll.backends.heap import Heap, Piece
 from nvcoll.backends.shm import SharedMemory
 from nvcoll.errors import ArgumentError
 from nvcoll.jit import Compiler
+from nvcoll.parts import Parted
 from nvcoll.planning import Planner, read_rules
 
 AGREED = ("backend", "timeout", "ranks_per_node", "scratch", "heap", "spin")
 """Settings on which ranks must not differ: those of rank 0 are in force on all."""
 
 
-class World:
+@dataclass(frozen=True)
+class Common:
+    """What the worlds of a rank have in common: that which was opened, and its parts.
+
+    Attributes
+    ----------
+    settings, rules
+        In force on all ranks.
+    crowded
+        Whether ranks share cores.
+    backend
+        ``"shm"``, ``"emulated"`` or ``"self"``.
+    compiler
+        Compiles kernels.
+    """
+
+    settings: Any
+    rules: dict[str, Any]
+    crowded: bool
+    backend: str
+    compiler: Compiler
+
+
+class World(Parted):
     """One rank's part of a world.
 
     Parameters
@@ -36,42 +62,89 @@ class World:
         Allocator of that memory.
     area
         What the kernels talk through, scratch memory included.
-    backend
-        ``"shm"``, ``"emulated"`` or ``"self"``.
+    common
+        What it has in common with its parts.
+    whole
+        The world that was opened, if this is a part of it.
+    origins
+        Of each rank, its rank in that.
     """
 
     target = "host"
 
-    def __init__(self, exchange: Any, topology: Any, planner: Planner, heap: Heap, area: Piece, backend: str) -> None:
+    def __init__(
+        self, exchange: Any, topology: Any, planner: Planner, heap: Heap, area: Piece, common: Common,
+        whole: "World | None" = None, origins: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.exchange = exchange
         self.topology = topology
         self.planner = planner
         self.heap = heap
         self.area = area
-        self.backend = backend
+        self.common = common
+        self.backend = common.backend
         self.rank: int = exchange.rank
         self.size: int = exchange.size
+        self.origins = tuple(range(self.size)) if origins is None else tuple(origins)
         self.queue = Queue(planner.state)  # has no thread before the first nonblocking call
+        super().__init__(whole)
+
+    def finish(self) -> None:
+        """Do nothing: calls have ended when they return, and those of the queue need not have."""
+
+    def part(self, exchange: Any, ranks: Sequence[int]) -> "World":
+        """Set up a world of some of the ranks, on the same memory. Collective over them.
+
+        Parameters
+        ----------
+        exchange
+            Byte exchange among them.
+        ranks
+            Of each of them, its rank here.
+        """
+        memory = Part(self.heap.memory, exchange, ranks)
+        topology = _topology.part(self.topology, exchange.rank, ranks)
+        origins = [self.origins[rank] for rank in ranks]
+        return _build(exchange, topology, memory, self.common, self.whole or self, origins)
 
     def leave(self) -> bool:
         """Take no more part, and tell the ranks that share memory. Returns whether no thread is in a call any more."""
+        ended = self._leave_parts()
         self.queue.close()
         left: bool = self.planner.state.leave()
         if left:
             self.queue.join(1.0)  # it ends at once, but for what Python code it may be in
-        return left
+        return left and ended
 
     def close(self) -> None:
-        """Leave, and give everything back."""
-        failed = self.planner.state.failure is not None
-        if self.leave():
+        """Leave, and give everything back; a part asks nobody, and its memory goes with that of the whole."""
+        failed = self.planner.state.failure is not None or self._failed
+        left = self.leave()
+        self._end(failed, left)
+        if left and self.whole is None:
             self.heap.close()
-        else:  # a thread is in a call that does not end: the memory goes with it
+        else:  # perhaps a thread is in a call that does not end: then the memory goes with it
             self.heap.retire()
         self.exchange.close(failed)
 
+    def free(self) -> None:
+        """Leave a part, and give its memory to the whole. Collective."""
+        failed = self.planner.state.failure is not None
+        left = self.leave()
+        try:
+            if left and not failed:  # else the ranks may be out of step, and the memory goes with that of the whole
+                self.heap.give_back("Free")
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            self._end(failed, left)
+            self.heap.retire()
+            self.exchange.close(failed)
+
     def retire(self) -> None:
         """Leave, but keep the memory of Buffers, which goes with the last reference to them."""
+        self._retire_parts()
         if self.leave():
             self.heap.memory.give(self.area.offset, self.area.nbytes)
         self.heap.retire()
@@ -96,11 +169,8 @@ def open_world() -> Any:
             return gpus
         memory = SharedMemory(exchange, topology, settings.heap)
         undo.callback(memory.close)
-        here = topology
-        if len(topology.nodes) > 1:  # kernels see the ranks of this node only; `nvcoll.hosts` joins the nodes
-            members = topology.members
-            here = _topology.detect(topology.local_rank, [identities[rank] for rank in members])
-        world = _build(exchange, topology, here, memory, settings, rules, topology.oversubscribed, backend)
+        common = Common(settings, rules, topology.oversubscribed, backend, Compiler(settings.cache_dir))
+        world = _build(exchange, topology, memory, common)
         undo.pop_all()
     return world
 
@@ -126,19 +196,19 @@ def open_self() -> World:
     exchange = LocalExchange(Hub(1, settings.timeout), 0)
     topology = _topology.detect(0, [b"self"])
     memory = EmulatedMemory(exchange, reserve(1, settings.heap))
-    return _build(exchange, topology, topology, memory, settings, read_rules(settings.rules), False, "self")
+    common = Common(settings, read_rules(settings.rules), False, "self", Compiler(settings.cache_dir))
+    return _build(exchange, topology, memory, common)
 
 
 def open_emulated(size: int, node_sizes: tuple[int, ...]) -> list[World]:
     """Set up a world of threads; its memory lives as long as anything refers to it."""
     settings = settings_.read()
-    rules = read_rules(settings.rules)
     hub, segment = Hub(size, settings.timeout), reserve(size, settings.heap)
     crowded = _topology.detect(0, [b""] * size, None, [_topology.usable_cpus()] * size).oversubscribed
-    compiler = Compiler(settings.cache_dir)
+    common = Common(settings, read_rules(settings.rules), crowded, "emulated", Compiler(settings.cache_dir))
 
     def build(exchange: Any, topology: Any, memory: Any) -> World:
-        return _build(exchange, topology, topology, memory, settings, rules, crowded, "emulated", compiler)
+        return _build(exchange, topology, memory, common)
 
     return open_ranks(hub, segment, node_sizes, build)
 
@@ -146,21 +216,21 @@ def open_emulated(size: int, node_sizes: tuple[int, ...]) -> list[World]:
 def _build(
     exchange: Any,
     topology: Any,
-    here: Any,
-    memory: Any,
-    settings: Any,
-    rules: dict[str, Any],
-    crowded: bool,
-    backend: str,
-    compiler: Compiler | None = None,
+    memory: Member,
+    common: Common,
+    whole: World | None = None,
+    origins: Sequence[int] | None = None,
 ) -> World:
-    """Set up the area of the ranks that share memory; `here` is the topology as their kernels see it."""
+    """Set up the area of the ranks that share memory. Collective."""
+    here, settings = topology, common.settings
+    if common.backend == "shm" and len(topology.nodes) > 1:
+        # Kernels see the ranks of this node only; `nvcoll.hosts` joins the nodes.
+        here = _topology.part(topology, topology.local_rank, topology.members)
     heap = Heap(memory)
     layout = Layout(max(len(memory.members), *topology.node_sizes), settings.scratch)  # what is too little is so on all
-    piece = heap.allocate(settings.scratch, INIT)
+    piece = heap.allocate(settings.scratch, exchange.verb)
     slices = min(topology.node_sizes)
     state = open_area(memory, piece, here, layout, settings, slices)
     exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet
-    compiler = compiler or Compiler(settings.cache_dir)
-    planner = Planner(state, layout, here, slices, rules, compiler, crowded, settings.timeout)
-    return World(exchange, topology, planner, heap, piece, backend)
+    planner = Planner(state, layout, here, slices, common.rules, common.compiler, common.crowded, settings.timeout)
+    return World(exchange, topology, planner, heap, piece, common, whole, origins)

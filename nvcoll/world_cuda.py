@@ -5,7 +5,7 @@ import json
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from nvcoll import settings as settings_
 from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
 from nvcoll.backends.emulated import Hub, open_ranks, reserve_on, when_none_runs
-from nvcoll.backends.group import agree
-from nvcoll.backends.heap import INIT, Heap
+from nvcoll.backends.group import Part, agree
+from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
-from nvcoll.errors import BootstrapError, Error
+from nvcoll.errors import AllocationError, BootstrapError, Error
 from nvcoll.jit_cuda import text_digest, toolchain
+from nvcoll.parts import Parted
 from nvcoll.planning import read_rules
 from nvcoll.planning_cuda import DevicePlanner, Kernels
 
@@ -27,7 +28,41 @@ PATIENCE = 5.0
 """Seconds that a rank waits in the end for others that may never come."""
 
 
-class DeviceWorld:
+class DeviceCommon:
+    """What the worlds of a rank have in common: that which was opened, and its parts.
+
+    Parameters
+    ----------
+    settings, rules
+        In force on all ranks.
+    device
+        This rank's GPU.
+    sharers
+        Most ranks of a GPU.
+    backend
+        ``"nvshmem"`` or ``"emulated"``.
+    near
+        The kernels that reach ranks whose memory can be stored to, if there are any already.
+    """
+
+    def __init__(
+        self, settings: Any, rules: dict[str, Any], device: Any, sharers: int, backend: str, near: Kernels | None = None
+    ) -> None:
+        self.settings = settings
+        self.rules = rules
+        self.device = device
+        self.sharers = sharers
+        self.backend = backend
+        self._kernels = {} if near is None else {False: near}
+
+    def kernels(self, remote: bool) -> Kernels:
+        """Return the kernels for communicators in which some ranks are far from others, or for those with none."""
+        if remote not in self._kernels:
+            self._kernels[remote] = Kernels(self.device, self.settings.cache_dir, remote)
+        return self._kernels[remote]
+
+
+class DeviceWorld(Parted):
     """One rank's part of a world on GPUs.
 
     Parameters
@@ -40,30 +75,52 @@ class DeviceWorld:
         Makes plans.
     heap
         Allocator of symmetric memory.
-    device
-        This rank's GPU.
-    backend
-        ``"nvshmem"`` or ``"emulated"``.
+    common
+        What it has in common with its parts.
+    far
+        Ranks that kernels reach through the network only.
     stream
         Where this rank's calls go that name no stream; 0 leaves that to the arrays.
+    whole
+        The world that was opened, if this is a part of it.
     """
 
     target = "cuda"
 
     def __init__(
-        self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, device: Any, backend: str, stream: int
-    ) -> None:
+        self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, common: DeviceCommon,
+        far: Collection[int], stream: int, whole: "DeviceWorld | None" = None,
+    ) -> None:  # fmt: skip
+        super().__init__(whole)
         self.exchange = exchange
         self.topology = topology
         self.planner = planner
         self.heap = heap
-        self.device = device
-        self.backend = backend
+        self.common = common
+        self.device = common.device
+        self.backend = common.backend
+        self.far = far
         self.stream = stream
         self.rank: int = exchange.rank
         self.size: int = exchange.size
         self._leaving = threading.Lock()
         self._left: bool | None = None
+
+    def part(self, exchange: Any, ranks: Sequence[int]) -> "DeviceWorld":
+        """Set up a world of some of the ranks, on the same memory. Collective over them.
+
+        Parameters
+        ----------
+        exchange
+            Byte exchange among them.
+        ranks
+            Of each of them, its rank here.
+        """
+        memory = Part(self.heap.memory, exchange, ranks)
+        topology = _topology.part(self.topology, exchange.rank, ranks)
+        far = frozenset(number for number, rank in enumerate(ranks) if rank in self.far)
+        remote = _anywhere(exchange, bool(far))
+        return build_world(exchange, topology, memory, self.common, far, remote, self.whole or self)
 
     def settle(self) -> None:
         """Wait for this rank's earlier calls, where its siblings' kernels share the context.
@@ -82,6 +139,7 @@ class DeviceWorld:
         return self._left
 
     def _leave(self) -> bool:
+        ended = self._leave_parts()
         state, stream = self.planner.state, self.stream
         try:
             with self.device:
@@ -100,12 +158,12 @@ class DeviceWorld:
         finally:
             state.end()
             self.stream = 0
-        if stream:
+        if stream and self.whole is None:
             _idle[self.device.ordinal].append(stream)
-        return True
+        return ended
 
     def close(self) -> None:
-        """Leave, and give everything back.
+        """Leave, and give everything back; a part asks nobody, and its memory goes with that of the whole.
 
         The heap is given back by all ranks together. After a failure, and at the end of a program by an exception, some
         may never come to that, and are not waited for once more.
@@ -114,18 +172,38 @@ class DeviceWorld:
         try:
             left = self.leave()
         finally:
-            failed = not left or self.planner.state.reported
+            failed = not left or self.planner.state.reported or self._failed
+            self._end(failed, left)
             if failed or hasattr(sys, "last_value"):
                 self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
             if left:
                 self.planner.area.close()
+            if left and self.whole is None:
                 self.heap.close()
             else:
                 self.heap.retire()
             self.exchange.close(failed)
 
+    def free(self) -> None:
+        """Leave a part, and give its memory to the whole. Collective."""
+        failed = self.planner.state.reported
+        left = self.leave()
+        try:
+            if left and not failed:  # else the ranks may be out of step, and the memory goes with that of the whole
+                self.heap.give_back("Free")
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            self._end(failed, left)
+            if left:
+                self.planner.area.close()
+            self.heap.retire()
+            self.exchange.close(failed)
+
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
+        self._retire_parts()
         if self.leave():
             when_none_runs(self.planner.area.close)
         self.heap.retire()
@@ -165,11 +243,12 @@ def open_emulated_on(ordinal: int, size: int, node_sizes: tuple[int, ...]) -> li
     settings_.let_streams_run_side_by_side()
     rules = read_rules(settings.rules)
     kernels = _shared_kernels(ordinal, settings.cache_dir)
+    common = DeviceCommon(settings, rules, kernels.device, size, "emulated", kernels)
     hub = Hub(size, settings.timeout)
     segment = reserve_on(kernels.device, size, settings.heap)
 
     def build(exchange: Any, topology: Any, memory: Any) -> DeviceWorld:
-        return build_world(exchange, topology, memory, settings, rules, kernels, size, "emulated")
+        return build_world(exchange, topology, memory, common)
 
     return open_ranks(hub, segment, node_sizes, build)
 
@@ -187,8 +266,8 @@ def open_gpus(
         here, far, remote = _reach(exchange, identities, memory, settings)
         shares = exchange.allgather(len(here.ranks_on_my_gpu).to_bytes(4, "little"))
         sharers = max(int.from_bytes(share, "little") for share in shares)
-        kernels = Kernels(device, settings.cache_dir, remote)
-        return build_world(exchange, here, memory, settings, rules, kernels, sharers, "nvshmem", far)
+        common = DeviceCommon(settings, rules, device, sharers, "nvshmem")
+        return build_world(exchange, here, memory, common, far, remote)
     except BaseException:
         memory.close()
         raise
@@ -237,24 +316,39 @@ def build_world(
     exchange: Any,
     topology: Any,
     memory: Any,
-    settings: Any,
-    rules: dict[str, Any],
-    kernels: Kernels,
-    sharers: int,
-    backend: str,
+    common: DeviceCommon,
     far: Collection[int] = (),
+    remote: bool = False,
+    whole: DeviceWorld | None = None,
 ) -> DeviceWorld:
     """Set up a rank's area and planner. Collective."""
-    device = kernels.device
+    settings, device, kernels = common.settings, common.device, common.kernels(remote)
     heap = Heap(memory)
     layout = DeviceLayout(len(memory.members), max(settings.scratch, SCRATCH))
-    piece = heap.allocate(layout.nbytes, INIT)
+    verb = exchange.verb
+    piece = heap.allocate(layout.nbytes, verb)
     slices = min(topology.node_sizes)
-    area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, far)
-    answers = exchange.allgather(device.multiprocessors.to_bytes(4, "little"))  # and nobody writes before all areas are
-    smallest = min(int.from_bytes(answer, "little") for answer in answers)
-    planner = DevicePlanner(area, topology, slices, rules, kernels, sharers, smallest, settings.timeout, kernels.remote)
-    stream = _stream_on(device) if backend == "emulated" else 0
-    world = DeviceWorld(exchange, topology, planner, heap, device, backend, stream)
+    order = None if whole is None else whole.planner.state.order
+    area, problem = None, ""
+    try:
+        area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, far, order)
+    except Error as exc:
+        problem = str(exc)
+    count = device.multiprocessors.to_bytes(4, "little")
+    try:
+        counts = agree(exchange, count, problem, f"{verb}: out of memory")  # and nobody writes before all areas are
+    except AllocationError:
+        if area is not None:
+            area.close()
+        if whole is not None:
+            heap.give_back(verb)
+        raise
+    assert area is not None
+    smallest = min(int.from_bytes(answer, "little") for answer in counts)
+    planner = DevicePlanner(
+        area, topology, slices, common.rules, kernels, common.sharers, smallest, settings.timeout, remote
+    )
+    stream = whole.stream if whole is not None else _stream_on(device) if common.backend == "emulated" else 0
+    world = DeviceWorld(exchange, topology, planner, heap, common, far, stream, whole)
     heap.finish = world.finish
     return world

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 
-from nvcoll.errors import BootstrapError, PeerLostError, StateError, TimeoutError
+from nvcoll.errors import BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
 
 include "segment.pxi"
 include "frames.pxi"
@@ -114,12 +114,14 @@ class Exchange:
             As `allgather` does. One that ends on the way into a part is missed there, by its deadline.
         BootstrapError
             The meeting point did not let this rank into its part. The exchange cannot be used any more.
+        MismatchError
+            A rank does something else. The exchange can still be used.
         ValueError
             `color` or `key` is not a number that fits.
         """
         mine = wish(self.verb, color, key)
         with self._turn() as channel:
-            members, token = part_of(self.rank, channel.allgather(mine, self.timeout, self.verb))
+            members, token = part_of(self.verb, self.rank, channel.allgather(mine, self.timeout, self.verb))
             place = members.index(self.rank) if members else None
             part = channel.part(members, place, token, self.timeout, self.verb)
         if part is None:
@@ -140,7 +142,11 @@ class Exchange:
                     "call Finalize on all of them, and Init starts anew"
                 )
             self._failed = True
-            yield self._channel
+            try:
+                yield self._channel
+            except MismatchError:  # all ranks know of it, and are in step
+                self._failed = False
+                raise
             self._failed = False
 
     def close(self, failed=False):

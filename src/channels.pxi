@@ -85,8 +85,8 @@ class _Client:
             if left > 0 and not isinstance(error, builtins.TimeoutError):
                 return False
             raise BootstrapError(
-                f"{self.verb}: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does ({error}); "
-                "another program may listen there: choose a free port"
+                f"{self.verb}: {self.address} did not answer rank {self.rank} as nvcoll's meeting point does "
+                f"({error}); another program may listen there: choose a free port"
             ) from error
         except BaseException:
             self.sock.close()
@@ -115,7 +115,9 @@ class _Client:
             reason = payload.decode(errors="replace")
             raise BootstrapError(f"{self.verb}: {self.address} refused rank {self.rank}: {reason}")
         if kind != wanted:
-            raise BootstrapError(f"{self.verb}: {self.address} sent rank {self.rank} message {kind} instead of {wanted}")
+            raise BootstrapError(
+                f"{self.verb}: {self.address} sent rank {self.rank} message {kind} instead of {wanted}"
+            )
         return payload
 
     def _read(self, deadline, most):

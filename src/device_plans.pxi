@@ -56,16 +56,16 @@ cdef class DevicePlan:
         for k in range(FIELDS):
             arguments[k] = &values[k]
         shape.stream = <void*>stream
-        error = self.state.enter(&pushed)
+        error = self.state.order.enter(&pushed)
         if not error:
-            error = self.state.order(stream, &captured)
+            error = self.state.order.order(stream, &captured)
         if not error and self.function:
             error = nv_launch_kernel(&shape, self.function, arguments, NULL)
         elif not error and send != recv:
             error = nv_copy_async(recv, send, <size_t>self.values[2], <void*>stream)
         if not error and not captured:
-            error = self.state.launched(stream)
-        self.state.exit(pushed)
+            error = self.state.order.launched(stream)
+        self.state.order.exit(pushed)
         self.state.sequence += 1
         return error
 
@@ -78,23 +78,17 @@ cdef class DevicePlan:
             False if an earlier call has failed.
         """
         cdef int error
-        cdef bint moved = stream != self.state.last_stream
-        while self.state.ordering:
-            sleep(0)
-        if self.state.check():
+        cdef StreamOrder order = self.state.order
+        if self.state.begin():
             return False
-        if self.state.busy:
-            from nvcoll.errors import StateError
-
-            raise StateError(TAKE_TURNS)
-        self.state.busy = True
+        cdef bint moved = stream != order.last_stream
         with nogil:
             error = self.launch(send, recv, stream)
-        self.state.busy = False
+        self.state.busy = order.busy = False
         if error:
             raise refused("the launch", error)
-        if stream == self.state.last_stream and (moved or not (owner is None or type(owner) is int)):
-            self.state.last_owner = owner  # a number keeps nothing alive
+        if stream == order.last_stream and (moved or not (owner is None or type(owner) is int)):
+            order.last_owner = owner  # a number keeps nothing alive
         return True
 
 

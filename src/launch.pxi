@@ -97,37 +97,28 @@ if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
 
 
-cdef class DeviceState:
-    """What a rank holds of a communicator on a GPU: the arguments that are the same for all its kernels.
+cdef class StreamOrder:
+    """Lets the calls of a rank run one after another, on whatever streams, in the order in which the host makes them.
+
+    All its communicators have it in common. The kernels of each may fill the GPU, and wait for those of other ranks: if
+    on one GPU those of a first communicator had begun, and on another those of a second, none would end.
 
     Parameters
     ----------
-    values
-        Fields of `DEVICE_FIELDS` by name.
     context
         Handle of the CUDA context.
     event
         Handle of an event, with which calls on different streams are put in order.
-    report
-        Address, on the host, of the word in which kernels say that a wait failed.
-    keep
-        Objects whose memory the addresses point to.
     """
-    cdef int64_t values[FIELDS]
     cdef void* context
     cdef void* event
-    cdef int64_t* report
     cdef uintptr_t last_stream      # of the latest call that was not captured
     cdef object last_owner          # what has that stream, which must not be destroyed yet
     cdef bint started               # whether there was such a call
     cdef bint recorded              # whether the event stands behind it already
-    cdef bint busy                  # whether a thread is in a launch, with which another call is refused
-    cdef bint ordering              # whether a thread is in `precede`, which others wait for
-    cdef readonly int64_t sequence
-    cdef int64_t ended
-    cdef readonly object keep
+    cdef bint busy                  # whether a thread changes this, for which others wait
 
-    def __init__(self, dict values, uintptr_t context, uintptr_t event, uintptr_t report, keep):
+    def __init__(self, uintptr_t context, uintptr_t event):
         cdef const char* problem
         if nv_launch_kernel_missing():
             problem = nv_open_driver()
@@ -135,10 +126,97 @@ cdef class DeviceState:
                 from nvcoll.errors import StateError
 
                 raise StateError(f"the CUDA driver cannot be used: {problem.decode()}; install or update the driver")
+        self.context, self.event = <void*>context, <void*>event
+
+    cdef int precede(self, uintptr_t stream) except -1:
+        """Let what is queued on a stream from now on begin after the latest call; the caller has seen it not busy."""
+        cdef int error, captured = 0
+        cdef bint pushed
+        self.busy = True
+        with nogil:
+            error = self.enter(&pushed)
+            if not error:
+                error = self.order(stream, &captured)
+            self.exit(pushed)
+        self.busy = False
+        if error and error != CAPTURING:
+            raise refused("to put a stream behind a call", error)
+        return 0
+
+    cdef int enter(self, bint* pushed) noexcept nogil:
+        """Make the context current on this thread; tell whether it was not before, for `exit`."""
+        cdef void* current = NULL
+        cdef int error = 0
+        nv_get_context(&current)
+        if current != self.context:
+            error = nv_push_context(self.context)
+        pushed[0] = current != self.context and not error
+        return error
+
+    cdef void exit(self, bint pushed) noexcept nogil:
+        """Make current what was before."""
+        cdef void* popped
+        if pushed:
+            nv_pop_context(&popped)
+
+    cdef int order(self, uintptr_t stream, int* captured) noexcept nogil:
+        """Let work on a stream begin after the latest call, if that is on another one; tell whether it is captured."""
+        cdef int its = 0, error
+        if self.started and stream == self.last_stream and stream != PER_THREAD and not self.recorded:
+            return 0  # if it is captured now, the latest work outside graphs still is on it
+        error = nv_is_capturing(<void*>stream, captured)
+        if error or captured[0] or not self.started:
+            return error  # a graph has an order of its own; what it needs of other streams is for who captures to say
+        if not self.recorded:
+            error = nv_is_capturing(<void*>self.last_stream, &its)
+            if not error and its:
+                return CAPTURING  # an event would become part of that graph
+            if not error:
+                error = nv_record_event(self.event, <void*>self.last_stream)
+            if error == GONE or error == GONE_TOO:
+                return nv_synchronize()  # the stream was destroyed, which does not end what was queued there
+            if error:
+                return error
+            self.recorded = True
+        return nv_wait_event(<void*>stream, self.event, 0)
+
+    cdef int launched(self, uintptr_t stream) noexcept nogil:
+        """Remember where the latest call is that was not captured."""
+        cdef int error = 0
+        self.started, self.last_stream, self.recorded = True, stream, False
+        if stream == PER_THREAD:  # only this thread can speak of it
+            error = nv_record_event(self.event, <void*>stream)
+            self.recorded = not error
+        return error
+
+
+cdef class DeviceState:
+    """What a rank holds of a communicator on a GPU: the arguments that are the same for all its kernels.
+
+    Parameters
+    ----------
+    values
+        Fields of `DEVICE_FIELDS` by name.
+    order
+        The rank's `StreamOrder`.
+    report
+        Address, on the host, of the word in which kernels say that a wait failed.
+    keep
+        Objects whose memory the addresses point to.
+    """
+    cdef int64_t values[FIELDS]
+    cdef int64_t* report
+    cdef bint busy                  # whether a thread is in a launch, with which another call is refused
+    cdef readonly StreamOrder order
+    cdef readonly int64_t sequence
+    cdef int64_t ended
+    cdef readonly object keep
+
+    def __init__(self, dict values, StreamOrder order, uintptr_t report, keep):
         memset(self.values, 0, sizeof(self.values))
         for name, value in values.items():
             self.values[DEVICE_FIELDS.index(name)] = value
-        self.context, self.event, self.report = <void*>context, <void*>event, <int64_t*>report
+        self.order, self.report = order, <int64_t*>report
         self.sequence = 0
         self.ended = 0
         self.keep = keep
@@ -173,72 +251,30 @@ cdef class DeviceState:
             raise StateError(OVER)
         return nv_load(self.report) != 0
 
+    cdef int begin(self) except -1:
+        """Begin a launch, which no other thread does meanwhile; or tell that an earlier call has failed."""
+        while True:
+            if self.check():
+                return 1
+            if self.busy:
+                from nvcoll.errors import StateError
+
+                raise StateError(TAKE_TURNS)
+            if not self.order.busy:
+                break
+            sleep(0)  # another communicator's launch, or somebody's `precede`
+        self.busy = self.order.busy = True
+        return 0
+
     def precede(self, uintptr_t stream):
-        """Let what is queued on a stream from now on begin after this communicator's latest call.
+        """Let what is queued on a stream from now on begin after the rank's latest call.
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """
-        cdef int error, captured = 0
-        cdef bint pushed
-        while self.busy or self.ordering:  # both change what is looked at here
+        while self.order.busy:
             sleep(0)
-        if self.ended:
-            return
-        self.ordering = True
-        with nogil:
-            error = self.enter(&pushed)
-            if not error:
-                error = self.order(stream, &captured)
-            self.exit(pushed)
-        self.ordering = False
-        if error and error != CAPTURING:
-            raise refused("to put a stream behind a call", error)
-
-    cdef int enter(self, bint* pushed) noexcept nogil:
-        """Make the context current on this thread; tell whether it was not before, for `exit`."""
-        cdef void* current = NULL
-        cdef int error = 0
-        nv_get_context(&current)
-        if current != self.context:
-            error = nv_push_context(self.context)
-        pushed[0] = current != self.context and not error
-        return error
-
-    cdef void exit(self, bint pushed) noexcept nogil:
-        """Make current what was before."""
-        cdef void* popped
-        if pushed:
-            nv_pop_context(&popped)
-
-    cdef int order(self, uintptr_t stream, int* captured) noexcept nogil:
-        """Let work on a stream begin after this communicator's latest on another one; tell whether it is captured."""
-        cdef int its = 0, error
-        if self.started and stream == self.last_stream and stream != PER_THREAD and not self.recorded:
-            return 0  # if it is captured now, the latest work outside graphs still is on it
-        error = nv_is_capturing(<void*>stream, captured)
-        if error or captured[0] or not self.started:
-            return error  # a graph has an order of its own; what it needs of other streams is for who captures to say
-        if not self.recorded:
-            error = nv_is_capturing(<void*>self.last_stream, &its)
-            if not error and its:
-                return CAPTURING  # an event would become part of that graph
-            if not error:
-                error = nv_record_event(self.event, <void*>self.last_stream)
-            if error == GONE or error == GONE_TOO:
-                return nv_synchronize()  # the stream was destroyed, which does not end what was queued there
-            if error:
-                return error
-            self.recorded = True
-        return nv_wait_event(<void*>stream, self.event, 0)
-
-    cdef int launched(self, uintptr_t stream) noexcept nogil:
-        """Remember where the latest call is that was not captured."""
-        cdef int error = 0
-        self.started, self.last_stream, self.recorded = True, stream, False
-        if stream == PER_THREAD:  # only this thread can speak of it
-            error = nv_record_event(self.event, <void*>stream)
-            self.recorded = not error
-        return error
+        if not self.ended:
+            self.order.precede(stream)
 
 
 cdef extern from *:

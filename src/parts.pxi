@@ -1,6 +1,7 @@
 # How ranks split into parts: what each tells all others, and what all conclude from it. Included by bootstrap.pyx.
 
-cdef object WISH = struct.Struct(">?qq16s")  # whether there is a color, color, key, token
+# What ranks exchange begins with a letter for what they do: so those that do something else are told apart.
+cdef object WISH = struct.Struct(">c?qq16s")  # s, whether there is a color, color, key, token
 
 
 def wish(verb, color, key):
@@ -27,9 +28,9 @@ def wish(verb, color, key):
     # the token of a part's first member is its name, so that no two parts of a launch ever have the same
     token = secrets.token_bytes(16)
     if color is None:
-        return WISH.pack(False, 0, 0, token)
+        return WISH.pack(b"s", False, 0, 0, token)
     try:
-        return WISH.pack(True, color, key, token)
+        return WISH.pack(b"s", True, color, key, token)
     except struct.error as error:
         raise ValueError(
             f"{verb}: color is {color!r} and key is {key!r}, expected whole numbers of 64 bits with a sign; "
@@ -37,11 +38,13 @@ def wish(verb, color, key):
         ) from error
 
 
-def part_of(rank, wishes):
+def part_of(verb, rank, wishes):
     """Tell which part a rank comes into.
 
     Parameters
     ----------
+    verb
+        What the user called, for messages.
     rank
         The rank.
     wishes
@@ -53,8 +56,19 @@ def part_of(rank, wishes):
         Ranks of its part, in their order there; empty if it comes into none.
     token : bytes
         The name of the part, 16 bytes; empty if there is none.
+
+    Raises
+    ------
+    MismatchError
+        A rank does something else.
     """
-    told = [WISH.unpack(each) for each in wishes]
+    for other, each in enumerate(wishes):
+        if len(each) != WISH.size or each[:1] != b"s":
+            raise MismatchError(
+                f"{verb}: rank {rank} makes communicators, rank {other} calls something else; make the same calls in "
+                "the same order on all ranks"
+            )
+    told = [WISH.unpack(each)[1:] for each in wishes]
     defined, color, _, _ = told[rank]
     if not defined:
         return (), b""

@@ -109,7 +109,8 @@ cdef class State:
     values
         Fields of `World` by name, addresses included.
     private
-        The same for the fields that only the waiting code reads: ``board``, ``timeout``, ``yields`` and ``fd``.
+        The same for the fields that only the waiting code reads: ``board``, ``timeout``, ``yields``, ``fd``
+        and ``locks``.
     keep
         Objects whose memory the addresses point to.
     """
@@ -129,6 +130,7 @@ cdef class State:
         self.world.spin_alone = self.world.spin
         self.world.yields = private["yields"]
         self.world.fd = private["fd"]
+        self.world.locks = private["locks"]
         self.keep = keep
 
     cdef int enter(self) except -1:

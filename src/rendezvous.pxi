@@ -210,7 +210,7 @@ class RendezvousServer:
         self._say(connection, CHALLENGE, connection.nonce + _digest(self._key, b"server", nonce, connection.nonce))
 
     def _admit(self, connection, payload):
-        _, rank, size, pid, _, group = GREETING.unpack(connection.hello)
+        _, rank, size, _, _, group = GREETING.unpack(connection.hello)
         if not hmac.compare_digest(payload, _digest(self._key, b"client", connection.hello, connection.nonce)):
             raise _Refused("the key is wrong; is this rank of another run?")
         self._check(group, rank, size)

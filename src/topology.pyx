@@ -49,6 +49,7 @@ cdef class Topology:
     cdef readonly int rank, size, node, local_rank, hosts, host_rank, cores
     cdef readonly tuple nodes, members, owners, node_sizes, host_sizes, gpus, ranks_on_my_gpu
     cdef readonly bint uniform, oversubscribed
+    cdef tuple identities
 
     def __repr__(self):
         return (
@@ -88,13 +89,46 @@ def detect(rank, identities, ranks_per_node=None, cores=1, gpus=None):
         raise ValueError(f"detect: ranks_per_node should be 1 or more, got {ranks_per_node}")
     if gpus is not None and len(gpus) != len(identities):
         raise ValueError(f"detect: {len(identities)} ranks, but {len(gpus)} names of GPUs")
-    hosts = {}
-    for other, identity in enumerate(identities):
-        hosts.setdefault(identity, []).append(other)
-    nodes = [tuple(part) for ranks in hosts.values() for part in _split(ranks, ranks_per_node or len(ranks))]
-    by_host = [_cores_of(ranks, cores, len(identities)) for ranks in hosts.values()]
+    hosts = _alike(identities)
+    nodes = [tuple(part) for ranks in hosts for part in _split(ranks, ranks_per_node or len(ranks))]
+    by_host = [_cores_of(ranks, cores, len(identities)) for ranks in hosts]
+    return _describe(rank, identities, hosts, nodes, by_host, gpus)
 
+
+def part(Topology whole, rank, ranks):
+    """Return the topology of some of the ranks of another one, on the same nodes.
+
+    Parameters
+    ----------
+    whole
+        The topology of all of them.
+    rank
+        This rank, among the fewer.
+    ranks
+        Of each of the fewer, its rank in `whole`.
+
+    Returns
+    -------
+    Topology
+    """
+    numbers = {member: number for number, node in enumerate(whole.nodes) for member in node}
+    identities = [whole.identities[member] for member in ranks]
+    hosts, nodes = _alike(identities), [tuple(node) for node in _alike([numbers[member] for member in ranks])]
+    gpus = None if whole.gpus is None else [whole.gpus[member] for member in ranks]
+    return _describe(rank, identities, hosts, nodes, [whole.cores] * len(hosts), gpus)
+
+
+def _alike(values):
+    """Return the ranks that have each of the values, in the order in which these come first."""
+    found = {}
+    for rank, value in enumerate(values):
+        found.setdefault(value, []).append(rank)
+    return list(found.values())
+
+
+def _describe(rank, identities, hosts, nodes, by_host, gpus):
     cdef Topology self = Topology.__new__(Topology)
+    self.identities = tuple(identities)
     self.rank, self.size, self.hosts = rank, len(identities), len(hosts)
     self.nodes = tuple(sorted(nodes))
     self.node_sizes = tuple(len(node) for node in self.nodes)
@@ -103,12 +137,12 @@ def detect(rank, identities, ranks_per_node=None, cores=1, gpus=None):
     self.members = self.nodes[self.node]
     self.local_rank = self.members.index(rank)
     self.owners = tuple(node[self.local_rank] if self.local_rank < len(node) else -1 for node in self.nodes)
-    self.host_sizes = tuple(len(ranks) for ranks in hosts.values())
-    self.host_rank = hosts[identities[rank]].index(rank)
+    self.host_sizes = tuple(len(ranks) for ranks in hosts)
+    self.host_rank = next(ranks.index(rank) for ranks in hosts if rank in ranks)
     self.gpus = None if gpus is None else tuple(gpus)
     self.ranks_on_my_gpu = () if gpus is None else tuple(r for r, gpu in enumerate(gpus) if gpu == gpus[rank])
     self.cores = min(by_host)
-    self.oversubscribed = any(len(ranks) > available for ranks, available in zip(hosts.values(), by_host))
+    self.oversubscribed = any(len(ranks) > available for ranks, available in zip(hosts, by_host))
     return self
 
 

@@ -89,6 +89,7 @@ cdef struct World:
     int64_t spin_alone      # polls where the rank has its core for itself
     int64_t yields          # sched_yield calls before sleeping, likewise
     int64_t fd              # descriptor whose record locks tell who is alive, or -1
+    int64_t locks           # address of size numbers: which byte each rank has locked
     int64_t sequence        # calls begun
     int64_t busy            # CALLING while a call runs, RESERVED while nonblocking ones are to run; the GIL guards it
 
@@ -173,7 +174,7 @@ cdef bint is_lost(World* w, int64_t p, int64_t state, int64_t sequence) noexcept
     """Tell whether a rank takes no more part. One that left after it began this call may have sent all that we need."""
     if state == LEFT:
         return sequence < w.sequence
-    return state == RUNNING and w.fd >= 0 and not nv_byte_locked(<int>w.fd, p)
+    return state == RUNNING and w.fd >= 0 and not nv_byte_locked(<int>w.fd, (<int64_t*>w.locks)[p])
 
 
 cdef int64_t first_missing(World* w) noexcept nogil:

@@ -65,13 +65,13 @@ class TestWhoComesWhere:
     )
     def test_order(self, wishes, parts):
         told = [wish("Split", *each) for each in wishes]
-        assert [part_of(rank, told)[0] for rank in range(len(wishes))] == parts
+        assert [part_of("Split", rank, told)[0] for rank in range(len(wishes))] == parts
 
     def test_each_part_has_a_name_that_never_comes_again(self):
         names = []
         for _ in range(2):
             told = [wish("Split", rank % 2, -rank) for rank in range(4)]
-            found = [part_of(rank, told)[1] for rank in range(4)]
+            found = [part_of("Split", rank, told)[1] for rank in range(4)]
             assert found[:2] == found[2:]
             names += found[:2]
         assert len(set(names)) == 4

@@ -34,7 +34,7 @@ if rank == 3:
 tell(attempt(part.allgather, b"r%d" % rank))
 tell(attempt(exchange.allgather, b""))
 """
-        started = ranks(SPLIT + code, as_run(server))
+        started = ranks(SPLIT + code, as_run(server, NVCOLL_TIMEOUT="10"))
         for rank in (0, 1):
             assert started[rank][1]() == [["r0", "r1"]]
         [(kind, text, seconds)] = started[2][1]()
@@ -55,7 +55,7 @@ else:
     os._exit(0)
 tell(attempt(part.allgather, b"r%d" % rank))
 """
-        for rank, (_, told) in enumerate(ranks(SPLIT + code, as_run(server))):
+        for rank, (_, told) in enumerate(ranks(SPLIT + code, as_run(server, NVCOLL_TIMEOUT="10"))):
             members = MEMBERS[rank]
             for (kind, text, _), name in zip(told(), [members.index(rank)] * 2 + [rank], strict=True):
                 assert kind == "StateError"
@@ -71,7 +71,7 @@ if rank == 1:
     time.sleep(100)
 tell(attempt(part.allgather, b""))
 """
-        [(kind, text, seconds)] = ranks(SPLIT + code, as_run(server))[0][1]()
+        [(kind, text, seconds)] = ranks(SPLIT + code, as_run(server, NVCOLL_TIMEOUT="10"))[0][1]()
         assert (kind, seconds < 5) == ("PeerLostError", True)
         assert "rank 1 has died" in text
 
@@ -94,7 +94,7 @@ exchange.allgather(b"")  # rank 0 is the meeting point perhaps
         return ["torchrun", place, list(members), [f"r{member}" for member in members], inner[0], mixed, inner[1]]
 
     def test_rank_0_is_the_meeting_point(self, ranks):
-        for rank, (_, told) in enumerate(ranks(SPLIT + self.CODE, as_torchrun(4))):
+        for rank, (_, told) in enumerate(ranks(SPLIT + self.CODE, as_torchrun(4, NVCOLL_TIMEOUT="10"))):
             assert told() == self.told(rank)
 
     def test_a_store_of_torchs(self, ranks, tmp_path):

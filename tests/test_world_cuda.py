@@ -12,7 +12,7 @@ from nvcoll import settings, world_cuda
 from nvcoll.backends.driver import Device
 from nvcoll.backends.emulated import Hub, LocalExchange, on_gpu
 from nvcoll.errors import BootstrapError, DeviceError
-from nvcoll.world_cuda import DeviceWorld
+from nvcoll.world_cuda import DeviceCommon, DeviceWorld
 from tests.fake_cuda import STREAM, FakeDriver, Result, install
 
 HOSTS = [b"a", b"a", b"b", b"b"]
@@ -122,14 +122,15 @@ class TestEnds:
         def note(name):
             return lambda *args: done.append((name, *args))
 
-        def make(backend, stream, reported=False):
+        def make(backend, stream, reported=False, whole=None):
             state = SimpleNamespace(precede=note("precede"), end=note("end"), reported=reported)
             planner = SimpleNamespace(
                 state=state, area=SimpleNamespace(close=note("close area"), give_up=note("give up"))
             )
             heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"))
             exchange = make.exchange = SimpleNamespace(rank=0, size=2, close=note("leave"), timeout=600.0)
-            return DeviceWorld(exchange, None, planner, heap, Device(0), backend, stream)
+            common = DeviceCommon(None, {}, Device(0), 1, backend)
+            return DeviceWorld(exchange, None, planner, heap, common, (), stream, whole)
 
         make.driver = fake
         return make
@@ -222,10 +223,10 @@ class TestEnds:
         install(monkeypatch, world.driver)
         heap = SimpleNamespace(allocate=lambda nbytes, verb: None, finish=None)
         planner = SimpleNamespace(state=None)
-        for name, made in {"Heap": heap, "DeviceArea": None, "DevicePlanner": planner}.items():
+        for name, made in {"Heap": heap, "DeviceArea": object(), "DevicePlanner": planner}.items():
             monkeypatch.setattr(world_cuda, name, lambda *args, made=made: made)
-        exchange = SimpleNamespace(rank=0, size=1, allgather=lambda data: [data])
+        exchange = SimpleNamespace(rank=0, size=1, verb="Init", allgather=lambda data: [data])
         memory, topology = SimpleNamespace(members=(0,)), SimpleNamespace(node_sizes=(1,))
-        kernels = SimpleNamespace(device=Device(0), remote=False)
-        built = world_cuda.build_world(exchange, topology, memory, settings.read({}), {}, kernels, 1, "nvshmem")
+        common = DeviceCommon(settings.read({}), {}, Device(0), 1, "nvshmem")
+        built = world_cuda.build_world(exchange, topology, memory, common)
         assert heap.finish == built.finish

@@ -95,6 +95,7 @@ def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, setti
         "members": topology.members,
         "owners": topology.owners,
         "table": [0] * (4 * size),
+        "locks": memory.origins,
     }
     arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in tables.items()}
     private = ctypes.create_string_buffer(layout.data_half + layout.lines_half + 3 * BLOCK + 2 * LINE)
@@ -125,6 +126,7 @@ def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, setti
     values |= {name: ctypes.addressof(array) for name, array in arrays.items()}
     waiting = {
         "board": BOARD,
+        "locks": values.pop("locks"),
         "timeout": int(settings.timeout * 1e9),
         "yields": YIELDS,
         "fd": memory.descriptor,

@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from nvcoll._plan import DeviceState
+from nvcoll._plan import DeviceState, StreamOrder
 from nvcoll.backends import driver
 from nvcoll.backends.heap import Piece
 from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY, LINE, NEAR
@@ -117,11 +117,13 @@ class DeviceArea:
         The GPU.
     far
         Ranks that kernels are to reach through the network only, whether their memory could be stored to or not.
+    order
+        That of the rank's first communicator, for the others; None makes it.
     """
 
     def __init__(
         self, memory: Any, piece: Piece, here: Any, layout: DeviceLayout, timeout: float, slices: int, device: Any,
-        far: Collection[int] = (),
+        far: Collection[int] = (), order: StreamOrder | None = None,
     ) -> None:  # fmt: skip
         self.piece = piece
         self.layout = layout
@@ -140,8 +142,8 @@ class DeviceArea:
             self._host, report = driver.host_allocate(64)
             ctypes.memset(self._host, 0, 64)
             ctypes.c_int64.from_address(self._host + WORD).value = FAILED
-            self._event = driver.event_create()
-            context = driver.current_context()
+            self._event = driver.event_create() if order is None else 0
+            order = order or StreamOrder(driver.current_context(), self._event)
         peers, members, owners, state, self.token = (self._private + place for place in places)
         self._state, self.history = state, state + HISTORY
         values = {
@@ -155,7 +157,7 @@ class DeviceArea:
             "heap": memory.address(memory.place), "heap_size": memory.extent,
         }  # fmt: skip
         values |= {f"peer{k}": address for k, address in enumerate(tables[0][:NEAR])}
-        self.state = DeviceState(values, context, self._event, self._host, self)
+        self.state = DeviceState(values, order, self._host, self)
 
     def same_history(self, stream: int) -> bool:
         """Tell whether all ranks have made the same calls, once `token` is the greatest of each word of `history`.
@@ -218,7 +220,8 @@ class DeviceArea:
         if self._private:
             with self._device:
                 driver.free(self._private)
-                driver.event_destroy(self._event)
+                if self._event:
+                    driver.event_destroy(self._event)
                 driver.host_free(self._host)
             self._private = 0
             del self.state  # it refers to this area: so memory goes with the last reference to it, and at once
@@ -227,7 +230,7 @@ class DeviceArea:
 def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[list[int]]:
     """Return what kernels look up: the ranks' areas, my node's ranks, and those at my place in each node."""
     heaps = [0 if place in far else memory.address(place) for place in range(len(memory.members))]
-    areas = [heap and heap + piece.offset for heap in heaps]  # 0: far
+    areas = [heap + piece.offset if heap else -1 - pe for heap, pe in zip(heaps, memory.origins, strict=True)]
     return [areas, list(here.members), list(here.owners)]
 
 

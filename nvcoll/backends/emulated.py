@@ -108,7 +108,9 @@ class LocalExchange:
         (LocalExchange, tuple of int) or None
             The exchange of this rank's part, and for each of its ranks the rank in this exchange.
         """
-        members, token = _bootstrap.part_of(self.rank, self.allgather(_bootstrap.wish(self.verb, color, key)))
+        members, token = _bootstrap.part_of(
+            self.verb, self.rank, self.allgather(_bootstrap.wish(self.verb, color, key))
+        )
         if not members:
             return None
         return LocalExchange(self._hub.part(token, len(members)), members.index(self.rank)), members

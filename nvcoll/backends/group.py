@@ -1,6 +1,8 @@
-"""What the backends of the host share: agreement among ranks, and a rank's part of symmetric memory."""
+"""What backends share: agreement among ranks, a rank's view of symmetric memory, and of a part of its ranks."""
 
 import os
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 from nvcoll.errors import AllocationError, Error
@@ -21,6 +23,32 @@ def agree(exchange: Any, data: bytes, problem: str, what: str, kind: type[Error]
         if answer[0]:
             raise kind(f"{what}: rank {rank}: {answer[1:].decode(errors='replace')}")
     return [answer[1:] for answer in found]
+
+
+class Room:
+    """What is taken of a rank's heap, by whichever of the communicators that have it in common."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, tuple[int, object]] = {}  # offset -> (bytes, who)
+        self._lock = threading.Lock()
+
+    def take(self, offset: int, nbytes: int, who: object) -> bool:
+        """Take a range, unless part of it is taken already."""
+        with self._lock:
+            free = all(offset + nbytes <= at or at + size <= offset for at, (size, _) in self._taken.items())
+            if free:
+                self._taken[offset] = nbytes, who
+        return free
+
+    def give(self, offset: int) -> None:
+        """Give back what was taken at an offset."""
+        with self._lock:
+            del self._taken[offset]
+
+    def beside(self, who: object) -> list[tuple[int, int]]:
+        """Return (offset, bytes) of what all others have taken."""
+        with self._lock:
+            return sorted((at, size) for at, (size, its) in self._taken.items() if its is not who)
 
 
 class Member:
@@ -50,6 +78,9 @@ class Member:
         self.place = place
         self.extent = extent
         self.descriptor = descriptor
+        self.room = Room()
+        self.origins = tuple(range(len(members)))
+        """Of each member, its place in the memory as it was opened: so record locks and NVSHMEM know it."""
 
     def address(self, place: int) -> int:
         """Return where the heap of a member begins."""
@@ -66,3 +97,42 @@ class Member:
     def close(self) -> None:
         """Unmap everything."""
         self.segment.close()
+
+
+class Part(Member):
+    """The same memory for fewer ranks: what `memory` is to all of them.
+
+    Parameters
+    ----------
+    memory
+        The memory, or a part of it.
+    exchange
+        Byte exchange among the fewer ranks.
+    ranks
+        Of each of them, its rank in the world that `memory` belongs to.
+    """
+
+    def __init__(self, memory: Member, exchange: Any, ranks: Sequence[int]) -> None:
+        places = {rank: place for place, rank in enumerate(memory.members)}
+        mine = [(member, places[rank]) for member, rank in enumerate(ranks) if rank in places]
+        members = tuple(member for member, _ in mine)
+        super().__init__(exchange, members, members.index(exchange.rank), memory.extent, memory.descriptor)
+        self._whole = memory
+        self._places = [place for _, place in mine]
+        self.room = memory.room
+        self.origins = tuple(memory.origins[place] for place in self._places)
+
+    def address(self, place: int) -> int:
+        """Return where the heap of a member begins."""
+        return self._whole.address(self._places[place])
+
+    def take(self, offset: int, nbytes: int) -> None:
+        """Take memory for a range of this rank's heap, or raise OSError."""
+        self._whole.take(offset, nbytes)
+
+    def give(self, offset: int, nbytes: int) -> None:
+        """Give the memory of a range back to the system."""
+        self._whole.give(offset, nbytes)
+
+    def close(self) -> None:
+        """Nothing to do: the memory belongs to the world that was opened with it."""

@@ -11,12 +11,16 @@ from typing import Any
 
 from nvcoll.backends.group import Member, agree
 from nvcoll.buffers import invalidate
-from nvcoll.errors import AllocationError, MismatchError, StateError
+from nvcoll.errors import MismatchError, StateError
 
 ALIGN = 4096
 """Allocations begin at pages, so that memory can be given back to the system one by one."""
-INIT = "Init"
-"""The verb under which a communicator takes its scratch memory, before there are buffers that could be freed."""
+DOES = {"a": "allocates {} bytes", "f": "frees allocation {}", "e": "frees the communicator"}
+"""What ranks tell each other here, by the letter with which it begins."""
+OTHERS = {"c": "finalizes", "s": "makes communicators"}
+"""What ranks may tell that are elsewhere meanwhile."""
+SETTING_UP = ("Init", "Dup", "Split", "Split_type")
+"""Verbs under which a communicator takes its scratch memory; all others are for buffers."""
 
 
 class Piece:
@@ -55,6 +59,7 @@ class Heap:
         self._count = 0
         self._closed = False
         self._lock = threading.Lock()
+        self._mark = object()  # by which the room knows this heap: to refer to it would keep all memory alive
 
     def allocate(self, nbytes: int, verb: str = "empty") -> Piece:
         """Allocate memory on all ranks. Collective.
@@ -68,27 +73,38 @@ class Heap:
         """
         with self._lock:
             self._begin(verb)
-            self._agree(verb, "a", nbytes)
             taken = max(1, -(-nbytes // ALIGN)) * ALIGN
-            offset, problem = self._place(taken), ""
-            more_heap, more_memory = _cures(verb)
-            if offset is None:
-                problem = f"needs {nbytes} bytes, the heap of {self.memory.extent} bytes has no such room; {more_heap}"
-            else:
-                try:
-                    self.memory.take(offset, taken)
-                except OSError as exc:
-                    problem = f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; {more_memory}"
-            try:
-                agree(self.memory.exchange, b"", problem, f"{verb}: out of memory")
-            except AllocationError:
-                if offset is not None:
-                    self.memory.give(offset, taken)
-                raise
-            assert offset is not None
+            offset = None
+            while offset is None:
+                offset = self._take(verb, nbytes, taken, self._agree(verb, "a", nbytes))
             self._count += 1
             self._pieces[self._count] = (offset, taken)
             return Piece(self, self._count, offset, nbytes)
+
+    def _take(self, verb: str, nbytes: int, taken: int, others: set[tuple[int, int]]) -> int | None:
+        """Take the same range on all ranks, where what `others` have is on none; None if one of them was quicker.
+
+        Raises AllocationError on all ranks if one of them has no room.
+        """
+        memory, offset, problem, mine = self.memory, self._place(taken, others), "", False
+        more_heap, more_memory = _cures(verb)
+        if offset is None:
+            problem = f"needs {nbytes} bytes, the heap of {memory.extent} bytes has no such room; {more_heap}"
+        elif memory.room.take(
+            offset, taken, self._mark
+        ):  # else a call of another communicator has it, on another thread
+            mine = True
+            try:
+                memory.take(offset, taken)
+            except OSError as exc:
+                problem = f"needs {nbytes} bytes, the system says: {exc.strerror or exc}; {more_memory}"
+        everyone: list[bytes] = []
+        try:
+            everyone = agree(memory.exchange, bytes([mine]), problem, f"{verb}: out of memory")
+        finally:
+            if mine and set(everyone) != {b"\1"}:
+                self._give(offset, taken)
+        return offset if set(everyone) == {b"\1"} else None
 
     def free(self, piece: Piece) -> None:
         """Free an allocation on all ranks. Collective."""
@@ -96,6 +112,19 @@ class Heap:
             self._begin("free")
             self._agree("free", "f", piece.number)
             self._release(piece.number)
+
+    def give_back(self, verb: str) -> None:
+        """Free everything on all ranks, buffers too, and end: the memory stays with those who have it in common.
+
+        Collective.
+        """
+        with self._lock:
+            self._begin(verb)
+            self._agree(verb, "e", 0)
+            self._closed, self.finish = True, None
+            for number, (offset, taken) in [*self._pieces.items()]:
+                invalidate(self.memory.address(self.memory.place) + offset, taken)
+                self._release(number)
 
     def close(self) -> None:
         """Give everything back. Buffers become freed ones.
@@ -119,46 +148,61 @@ class Heap:
             raise StateError(f"{verb}: the heap was finalized; its buffers are gone")
         self.memory.exchange.verb = verb
 
-    def _agree(self, verb: str, kind: str, value: int) -> None:
-        """Check that all ranks do the same, and free what all of them have dropped."""
+    def _agree(self, verb: str, kind: str, value: int) -> set[tuple[int, int]]:
+        """Check that all ranks do the same, and free what all of them have dropped.
+
+        Returns (offset, bytes) of what other communicators have taken of the heap of any of the ranks.
+        """
         mine = list(self.dropped)
         if mine and self.finish is not None:
             self.finish()
-        data = struct.pack(f"<cq{len(mine)}q", kind.encode(), value, *mine)
-        answers = [struct.unpack(f"<cq{(len(a) - 9) // 8}q", a) for a in self.memory.exchange.allgather(data)]
-        for rank, answer in enumerate(answers):
-            if answer[:2] != (kind.encode(), value):
+        beside = [number for taken in self.memory.room.beside(self._mark) for number in taken]
+        data = struct.pack(f"<cqq{len(mine) + len(beside)}q", kind.encode(), value, len(mine), *mine, *beside)
+        answers = [_read(answer) for answer in self.memory.exchange.allgather(data)]
+        for rank, (its, number, _, _) in enumerate(answers):
+            if (its, number) != (kind, value):
                 raise MismatchError(
-                    f"{verb}: rank {self.memory.exchange.rank} {_did(kind.encode(), value)}, rank {rank} "
-                    f"{_did(*answer[:2])}; allocate and free in the same order on all ranks"
+                    f"{verb}: rank {self.memory.exchange.rank} {_did(kind, value)}, rank {rank} {_did(its, number)}; "
+                    "allocate and free in the same order on all ranks"
                 )
-        for number in sorted(set.intersection(*(set(answer[2:]) for answer in answers))):
+        for number in sorted(set.intersection(*(dropped for _, _, dropped, _ in answers))):
             self.dropped.remove(number)
             self._release(number)
+        return set().union(*(others for _, _, _, others in answers))
 
     def _release(self, number: int) -> None:
-        offset, taken = self._pieces.pop(number)
-        self.memory.give(offset, taken)
+        self._give(*self._pieces.pop(number))
 
-    def _place(self, nbytes: int) -> int | None:
+    def _give(self, offset: Any, taken: int) -> None:
+        self.memory.give(offset, taken)
+        self.memory.room.give(offset)
+
+    def _place(self, nbytes: int, others: set[tuple[int, int]]) -> int | None:
         """Return the first gap that is large enough."""
         end = 0
-        for offset, taken in sorted(self._pieces.values()):
+        for offset, taken in sorted([*self._pieces.values(), *others]):
             if offset - end >= nbytes:
                 return end
-            end = offset + taken
+            end = max(end, offset + taken)  # those of several ranks may overlap
         return end if self.memory.extent - end >= nbytes else None
+
+
+def _read(answer: bytes) -> tuple[str, Any, set[int], set[tuple[int, int]]]:
+    """Return what a rank told: what it does, with which number, what it dropped, and what others have taken there."""
+    if answer[:1] not in {kind.encode() for kind in DOES}:
+        return answer[:1].decode(), 0, set(), set()
+    kind, value, dropped, *numbers = struct.unpack(f"<cqq{(len(answer) - 17) // 8}q", answer)
+    taken = numbers[dropped:]
+    return kind.decode(), value, set(numbers[:dropped]), {*zip(taken[::2], taken[1::2], strict=True)}
 
 
 def _cures(verb: str) -> tuple[str, str]:
     """Return what helps where the heap, and where the system, has no room."""
-    if verb == INIT:
+    if verb in SETTING_UP:
         return "raise NVCOLL_HEAP or lower NVCOLL_SCRATCH", "free some memory or lower NVCOLL_SCRATCH"
     return "free buffers or raise NVCOLL_HEAP", "free some memory"
 
 
-def _did(kind: bytes, value: Any) -> str:
+def _did(kind: str, value: Any) -> str:
     """Describe what a rank asked of the heap."""
-    if kind == b"c":  # what backends say when they close
-        return "finalizes"
-    return f"allocates {value} bytes" if kind == b"a" else f"frees allocation {value}"
+    return DOES[kind].format(value) if kind in DOES else OTHERS.get(kind, "calls something else")

@@ -10,7 +10,7 @@ from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
 from nvcoll.jit import Compiler
 from nvcoll.ops import DATATYPES, OPS
 from nvcoll.planning import Explanation
-from nvcoll.world import _build
+from nvcoll.world import Common, _build
 from tests.oracle import assert_reduced, random_data
 
 PAIRS = [
@@ -34,10 +34,9 @@ def on_one_host(size, slices, main):
     def rank_main(rank):
         exchange = LocalExchange(hub, rank)
         whole = _topology.detect(rank, [b"here"] * size + [b"there"] * slices)
-        here = _topology.detect(rank, [b"here"] * size)
         memory = EmulatedMemory(exchange, segment)
         try:
-            world = _build(exchange, whole, here, memory, given, {}, True, "emulated", compiler)
+            world = _build(exchange, whole, memory, Common(given, {}, True, "shm", compiler))
             outcomes[rank] = main(world)
         except BaseException as exc:
             outcomes[rank] = exc

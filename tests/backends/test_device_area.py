@@ -53,6 +53,7 @@ class Memory:
 
     extent = 1 << 23
     members = (0, 1, 2)
+    origins = (4, 6, 7)
     place = 1
 
     def __init__(self, driver):
@@ -77,6 +78,7 @@ def make(driver, monkeypatch, *far):
         return SimpleNamespace()
 
     monkeypatch.setattr(device_area, "DeviceState", state)
+    monkeypatch.setattr(device_area, "StreamOrder", lambda *args: args)
     memory = Memory(driver)
     ctypes.memset(memory.address(1), 0x55, memory.extent)
     layout = DeviceLayout(3, 1 << 22)
@@ -96,21 +98,21 @@ class TestArea:
         told = {"rank": 1, "size": 3, "nodes": 2, "node": 0, "local_rank": 1, "node_size": 2, "slices": 1}
         assert {name: made.values[name] for name in told} == told
         assert made.values["timeout"] == 2_500_000_000
-        assert made.told[:2] == [CONTEXT, EVENT]
+        assert made.told[0] == (CONTEXT, EVENT)
 
     def test_tables(self, made):
         first, second = (made.memory.address(rank) + 4096 for rank in range(2))
-        assert words(made.values["peers"], 3) == [first, second, 0]
-        assert [made.values[f"peer{k}"] for k in range(3)] == [first, second, 0]
+        assert words(made.values["peers"], 3) == [first, second, -1 - 7]
+        assert [made.values[f"peer{k}"] for k in range(3)] == [first, second, -1 - 7]
         assert words(made.values["members"], 2) == [0, 1]
         assert words(made.values["owners"], 2) == [1, -1]
         assert words(made.values["state"], 8 + 4) == [0] * 12  # epochs of four blocks behind the word of failure
 
-    def test_far_ranks_have_no_address_even_if_they_can_be_reached(self, driver, monkeypatch):
+    def test_far_ranks_are_numbers_of_nvshmem_even_if_they_can_be_reached(self, driver, monkeypatch):
         made = make(driver, monkeypatch, {0})
         second = made.memory.address(1) + 4096
-        assert words(made.values["peers"], 3) == [0, second, 0]
-        assert [made.values[f"peer{k}"] for k in range(3)] == [0, second, 0]
+        assert words(made.values["peers"], 3) == [-1 - 4, second, -1 - 7]
+        assert [made.values[f"peer{k}"] for k in range(3)] == [-1 - 4, second, -1 - 7]
         assert made.area.boards() == [0, 0, None]
 
     def test_private_parts_are_apart(self, made):
@@ -119,7 +121,7 @@ class TestArea:
         assert all(second[0] - first[0] >= 256 for first, second in pairwise(starts))
         assert starts[-1][1] == "workspace"
         assert values["workspace_block"] == made.layout.slots_block
-        assert area is made.told[3]  # keeps the memory as long as kernels may use it
+        assert area is made.told[2]  # keeps the memory as long as kernels may use it
 
     def test_cells_are_empty_all_else_is_zero_and_nothing_beyond_is_touched(self, made):
         layout, at = made.layout, made.memory.address(1) + 4096
@@ -147,7 +149,7 @@ class TestArea:
             assert area.same_history(0) is (least == greatest)
 
     def test_it_reports_as_kernels_do(self, made):
-        report = ctypes.c_int64.from_address(made.told[2])
+        report = ctypes.c_int64.from_address(made.told[1])
         assert report.value == 0
         made.area.fail()
         assert report.value != 0
@@ -157,7 +159,7 @@ class TestArea:
         epochs = ctypes.string_at(state, beyond + 16)
         driver.calls.clear()
         made.area.give_up()
-        assert ctypes.c_int64.from_address(made.told[2]).value != 0
+        assert ctypes.c_int64.from_address(made.told[1]).value != 0
         told = np.frombuffer(ctypes.string_at(state, beyond), np.int64)
         expected = np.frombuffer(epochs[:beyond], np.int64).copy()
         expected[0] = expected[EPOCHS // 8 + 1 :: EPOCH // 8] = FAILED

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, reserve
-from nvcoll.backends.heap import ALIGN, INIT, Heap
+from nvcoll.backends.heap import ALIGN, Heap
 from nvcoll.backends.nvshmem import CLOSING
 from nvcoll.buffers import Buffer
 from nvcoll.errors import AllocationError, MismatchError, PeerLostError, StateError
@@ -92,13 +92,13 @@ class TestAllocate:
 
     def test_scratch_memory_that_is_too_large(self, monkeypatch):
         def act(heap, rank):
-            first = outcome(heap.allocate, EXTENT + 1, INIT)
+            first = outcome(heap.allocate, EXTENT + 1, "Init")
 
             def full(offset, nbytes):
                 raise OSError(errno.ENOSPC, "No space left on device")
 
             monkeypatch.setattr(heap.memory, "take", full)
-            return first, outcome(heap.allocate, 1, INIT)
+            return first, outcome(heap.allocate, 1, "Init")
 
         told = [text for _, text in same(on_ranks(act))]
         assert told[0].endswith("has no such room; raise NVCOLL_HEAP or lower NVCOLL_SCRATCH")

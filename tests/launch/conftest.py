@@ -58,7 +58,7 @@ int cuLaunchKernelEx(const config *c, void *function, void **given, void **extra
 
 PROGRAM = """
 import ctypes, json
-from nvcoll._plan import DEVICE_FIELDS, DevicePlan, DeviceState
+from nvcoll._plan import DEVICE_FIELDS, DevicePlan, DeviceState, StreamOrder
 from nvcoll.errors import StateError
 
 cuda = ctypes.CDLL("libcuda.so.1")
@@ -84,7 +84,8 @@ def refusal(call, *args):
 
 report = (ctypes.c_int64 * 8)()
 everything = {name: 1000 + k for k, name in enumerate(DEVICE_FIELDS)}
-state = DeviceState(everything, 0xC0, 0xE0, ctypes.addressof(report), "kept")
+order = StreamOrder(0xC0, 0xE0)
+state = DeviceState(everything, order, ctypes.addressof(report), "kept")
 call = {"count": 7, "capacity": 8, "stride": 9, "stamp": 10, "ranks": 11}
 plan = DevicePlan(state, 0xF0, call, 3, 64, "also kept", "told")
 """

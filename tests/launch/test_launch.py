@@ -192,6 +192,64 @@ calls(); plan.run(1, 2, 0x50)
     assert told == ["another thread is in a call on this communicator; calls on one communicator take turns", 2]
 
 
+SECOND = """
+report_of_second = (ctypes.c_int64 * 8)()
+second = DeviceState(everything, order, ctypes.addressof(report_of_second), None)
+other_plan = DevicePlan(second, 0xF1, call, 3, 64)
+"""
+
+
+def test_communicators_of_a_rank_are_put_in_order(see):
+    """Across streams; on one, the stream's own order does."""
+    program = f"""{SECOND}
+pointer("current").value = 0xC0
+plan.run(1, 2, 0x50); other_plan.run(1, 2, 0x50); plan.run(1, 2, 0x60); other_plan.run(1, 2, 0x70)
+"""
+    told = see(program, "calls()")
+    assert told == [
+        "launch(f0,50)", "launch(f1,50)", "record(e0,50)", "wait(60,e0)", "launch(f0,60)", "record(e0,60)",
+        "wait(70,e0)", "launch(f1,70)",
+    ]  # fmt: skip
+
+
+def test_communicators_of_a_rank_take_turns_without_a_word(see):
+    """While a thread launches for one, another waits that launches for the other, and is refused if that ends."""
+    program = f"""{SECOND}
+import threading
+pointer("current").value = 0xC0
+number("slow").value = 300
+busy = threading.Thread(target=plan.run, args=(1, 2, 0x50))
+busy.start()
+while not text.value: pass
+done = other_plan.run(1, 2, 0x50)
+busy.join()
+number("slow").value = -1
+text.value = b""
+busy = threading.Thread(target=plan.run, args=(1, 2, 0x50))
+busy.start()
+while not text.value: pass
+waits = threading.Thread(target=lambda: ended.append(refusal(other_plan.run, 1, 2, 0x50)))
+ended = []
+waits.start()
+second.end()
+waits.join(5)
+still = busy.is_alive()
+number("slow").value = 0
+busy.join()
+"""
+    done, order, ended, still = see(program, "[done, calls(), ended, still]")
+    assert (done, still) == (True, True)
+    assert order == ["launch(f0,50)"]
+    assert ended == ["this communicator was finalized; take a new one, or call Init"]
+
+
+def test_a_failure_is_of_one_communicator(see):
+    program = f"{SECOND}\nreport[0] = -(1 << 63)"
+    assert see(program, "[plan.run(1, 2, 3), other_plan.run(1, 2, 3), state.failed, second.failed]") == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [("plan.run(1, 2, 0x50)", "state.precede(0x60)"), ("state.precede(0x60)", "plan.run(1, 2, 0x60)")],
@@ -241,9 +299,9 @@ def test_without_a_driver(run_command, tmp_path):
     library = tmp_path / "libcuda.so.1"
     library.write_text("no library")
     program = """
-from nvcoll._plan import DeviceState
+from nvcoll._plan import StreamOrder
 try:
-    DeviceState({}, 0, 0, 0, None)
+    StreamOrder(0, 0)
 except Exception as error:
     print(type(error).__name__, error)
 """

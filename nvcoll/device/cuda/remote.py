@@ -1,8 +1,8 @@
 """Ranks whose memory cannot be stored to: what goes to them is staged in my own memory, and NVSHMEM puts it there.
 
-Address 0 in the table of areas says that a rank is far; stores go straight to all others, in the same kernel. Low
-latency's form with flags travels as it is, for every type, and from all ranks, since a slot cannot tell who will fill
-it. Simple's signal goes with its data.
+A negative number in the table of areas says that a rank is far, and what NVSHMEM calls it; stores go straight to all
+others, in the same kernel. Low latency's form with flags travels as it is, for every type, and from all ranks, since a
+slot cannot tell who will fill it. Simple's signal goes with its data.
 
 What is staged lies where the cells of sentinels would, which such a world has no use for, as in the slot it is for.
 Two halves by the parity of the epoch suffice: a half is written again in epoch k + 2, when epoch k + 1 is complete
@@ -74,6 +74,11 @@ def landed(typing: Any, flag: Any, tag: Any) -> Any:
     return types.void(types.int64, types.int64), emit
 
 
+def number_of(area: Any) -> Any:
+    """Return what NVSHMEM calls a far rank, by its entry in the table of areas, or that entry by the number."""
+    return -1 - area
+
+
 STORED_TO = -1
 """What `askers` tell of a rank whose memory can be stored to."""
 
@@ -85,17 +90,17 @@ def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[tupl
     rank after me: the answer of the first, which was asked as the call began. That brings NVSHMEM's tables into caches,
     too.
     """
-    area, rank, size, around = v.area, v.rank, v.size, v.around
+    area, rank, size, around, number = v.area, v.rank, v.size, v.around, jit(number_of)
 
     @jit
     def stored_to_now(c, p):
-        return area(c, p) != 0
+        return area(c, p) > 0
 
     @jit
     def asked_now(c, p):
-        if not remote or area(c, p) != 0:
+        if not remote or area(c, p) > 0:
             return STORED_TO
-        return mapped(area(c, rank(c)), p)
+        return mapped(area(c, rank(c)), number(area(c, p)))
 
     @jit
     def stored_to_before(c, p):
@@ -131,7 +136,7 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         A pair of `askers`.
     """
     stored_to, asked = ask
-    area, half, flag, rank, stride = v.area, v.half, v.flag, v.rank, v.stride
+    area, half, flag, rank, stride, number = v.area, v.half, v.flag, v.rank, v.stride, jit(number_of)
     stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
     slot_at, spread, signals = w.slot_at, w.spread, w.signals
     sync, meet, fence, thread, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.block
@@ -152,10 +157,11 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
             sync()
             if thread() == 0:
                 fence()
+        pe = number(area(c, p))
         if signals:
-            begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, p)
+            begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, pe)
         else:
-            begin_put(to, staged, (nbytes + BYTES - 1) // BYTES * BYTES * spread, p)
+            begin_put(to, staged, (nbytes + BYTES - 1) // BYTES * BYTES * spread, pe)
 
     @jit
     def put(c, e, p, slot, source, nbytes):

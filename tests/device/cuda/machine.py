@@ -30,6 +30,7 @@ SPACE = 1 << 32
 """Bytes between the memories of ranks, and between what is laid out in one."""
 SLOTS = 1 << 18
 """Bytes of a block's slots."""
+FIRST_PE = 6  # what NVSHMEM calls rank 0: a communicator may have some of its ranks only
 FIELDS = {"flags": 4096, "cells": 1 << 20, "lines": 1 << 24, "data": 1 << 28}
 """Where parts of an area begin."""
 
@@ -142,24 +143,24 @@ class Gpus:
         for k in range(min(2, nbytes // WORD)):
             self.store(at + WORD * k, pack[k])
 
-    def mapped(self, to, rank):
-        return self._there(to, rank) if rank % 2 else 0  # whether it is changes when stores are fenced, no more
+    def mapped(self, to, pe):
+        return self._there(to, pe) if pe % 2 else 0  # whether it is changes when stores are fenced, no more
 
-    def begin_put(self, to, source, nbytes, rank):
+    def begin_put(self, to, source, nbytes, pe):
         self.me.barrier.wait()
         if self.me.thread == 0:
             for k in range(0, nbytes, WORD):
-                self.store(self._there(to, rank) + k, self.load(source + k))
+                self.store(self._there(to, pe) + k, self.load(source + k))
         self.me.barrier.wait()
 
-    def begin_put_signal(self, to, source, nbytes, flag, tag, rank):
-        self.begin_put(to, source, nbytes, rank)
+    def begin_put_signal(self, to, source, nbytes, flag, tag, pe):
+        self.begin_put(to, source, nbytes, pe)
         if self.me.thread == 0:
-            self.store(self._there(flag, rank), tag)
+            self.store(self._there(flag, pe), tag)
 
-    def _there(self, to, rank):
+    def _there(self, to, pe):
         """Return another rank's counterpart of an address of mine."""
-        return to + SPACE * (rank - self.me.rank)
+        return to + SPACE * (pe - FIRST_PE - self.me.rank)
 
     def _delay(self):
         if self.me.random.random() < 0.01:
@@ -260,7 +261,7 @@ class World:
         starts = list(accumulate(node_sizes, initial=0))
         node = max(b for b, start in enumerate(starts[:-1]) if start <= rank)
         inside = range(starts[node], starts[node + 1])
-        areas = [0 if far and k not in inside else self._place(0, k) for k in self.ranks]
+        areas = [remote.number_of(FIRST_PE + k) if far and k not in inside else self._place(0, k) for k in self.ranks]
         members, owners, peers, state, report, workspace = (self._place(1, rank) + (k << 20) for k in range(6))
         mine = rank - starts[node]
         alike = [start + mine if mine < end - start else -1 for start, end in pairwise(starts)]

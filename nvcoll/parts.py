@@ -1,0 +1,51 @@
+"""What worlds on hosts and on GPUs have in common: one that was opened may have parts, of some of its ranks.
+
+A part has an exchange, a scratch area and an end of its own; memory, kernels and GPU are those of the whole. Parts of a
+part belong to the whole, too.
+"""
+
+from typing import Any
+
+
+class Parted:
+    """A world, as far as parts are concerned.
+
+    Parameters
+    ----------
+    whole
+        The world that was opened, if this is a part of it.
+    """
+
+    def __init__(self, whole: Any) -> None:
+        self.whole = whole
+        self.of = ""  # for messages: by which name ranks are counted, if not those of the whole
+        self._parts: list[Any] = []
+        self._failed = self._stuck = False  # whether a part that has ended had failed, or still had a call under way
+        if whole is not None:
+            whole._parts.append(self)
+
+    def leave(self) -> bool:
+        """Take no more part, here and in parts. Returns whether no call is under way any more."""
+        raise NotImplementedError
+
+    def retire(self) -> None:
+        """Leave, but keep the memory of buffers, which goes with the last reference to them."""
+        raise NotImplementedError
+
+    def _leave_parts(self) -> bool:
+        """Let all parts leave; tell whether nothing is under way any more in them, and in those that have ended."""
+        left = [part.leave() for part in self._parts]
+        return all(left) and not self._stuck
+
+    def _retire_parts(self) -> None:
+        while self._parts:  # from here on, neither refers to the other
+            part = self._parts.pop()
+            part.whole = None
+            part.retire()
+
+    def _end(self, failed: bool, left: bool) -> None:
+        """Let the whole know how this part has ended."""
+        if self.whole is not None and self in self.whole._parts:
+            self.whole._parts.remove(self)
+            self.whole._failed |= failed
+            self.whole._stuck |= not left

@@ -1,0 +1,160 @@
+"""Communicators made from others: of all their ranks again, or of some of them."""
+
+import operator
+import sys
+from typing import Any, ClassVar, Self
+
+from nvcoll.allocation import Allocating
+from nvcoll.errors import ArgumentError, StateError
+from nvcoll.lifecycle import gone
+from nvcoll.requests import UNDEFINED
+
+COMM_TYPE_SHARED = 1
+"""What `Comm.Split_type` divides by: ranks of a node, which share memory."""
+
+
+class Splitting(Allocating):
+    """The part of a communicator that makes others."""
+
+    _none: ClassVar[Any]
+    """`COMM_NULL`."""
+
+    def __bool__(self) -> bool:
+        """Whether it can be used: not `COMM_NULL`, and not freed."""
+        return self._opener is not None or self.alive
+
+    def Dup(self) -> Self:
+        """Make another communicator of the same ranks, whose calls do not match those of this one. Collective.
+
+        Returns
+        -------
+        Comm
+
+        Raises
+        ------
+        AllocationError
+            On all ranks, if one of them has no room for the new communicator's scratch memory.
+        StateError
+            An earlier call on this communicator failed.
+        TimeoutError, PeerLostError
+            A rank did not come, or has ended.
+
+        Notes
+        -----
+        The new communicator uses the same memory: buffers of either are symmetric to both. It lasts until `Free`, or
+        until the communicator from which all were made ends.
+        """
+        return self._made("Dup", 0, self.rank, f"{self.name}.Dup()")
+
+    def Split(self, color: int = 0, key: int = 0) -> Self:
+        """Make communicators of the ranks that give the same color. Collective over all ranks of this one.
+
+        Parameters
+        ----------
+        color
+            Which of the new communicators this rank is in: 0 or more, or `UNDEFINED` for none of them.
+        key
+            Ranks of the new communicator are in the order of their keys; of equal ones, as they are here.
+
+        Returns
+        -------
+        Comm
+            `COMM_NULL` where `color` is `UNDEFINED`.
+
+        Raises
+        ------
+        ArgumentError
+            `color` or `key` is no such number; nothing was sent.
+        AllocationError, StateError, TimeoutError, PeerLostError
+            As for `Dup`. Other colors may have got theirs.
+
+        Notes
+        -----
+        Buffers of this communicator are symmetric to the new ones too, and theirs to this one where all of its ranks
+        have them at the same place.
+        """
+        number = _integer("Split", "color", color)
+        if number < 0 and number != UNDEFINED:
+            raise ArgumentError(f"Split: color is {color!r}, expected 0 or more, or UNDEFINED for no communicator")
+        return self._made("Split", number, _integer("Split", "key", key), f"{self.name}.Split({number})")
+
+    def Split_type(self, split_type: int, key: int = 0) -> Self:
+        """Make communicators of the ranks that share a node, and with it memory. Collective over all ranks.
+
+        Parameters
+        ----------
+        split_type
+            `COMM_TYPE_SHARED`, ours or mpi4py's, or `UNDEFINED`.
+        key
+            As for `Split`.
+
+        Returns
+        -------
+        Comm
+            `COMM_NULL` where `split_type` is `UNDEFINED`.
+
+        Raises
+        ------
+        ArgumentError
+            There is no such type; nothing was sent.
+        AllocationError, StateError, TimeoutError, PeerLostError
+            As for `Split`.
+        """
+        theirs = getattr(sys.modules.get("mpi4py.MPI"), "COMM_TYPE_SHARED", COMM_TYPE_SHARED)
+        if split_type not in (COMM_TYPE_SHARED, theirs, UNDEFINED):
+            raise ArgumentError(f"Split_type: split_type is {split_type!r}, expected COMM_TYPE_SHARED or UNDEFINED")
+        number = _integer("Split_type", "key", key)
+        color = UNDEFINED if split_type == UNDEFINED else self._world.topology.node
+        return self._made("Split_type", color, number, f"{self.name}.Split_type()")
+
+    def Free(self) -> None:
+        """End this communicator and give its memory back; its buffers are gone. Collective.
+
+        Complete its requests, and destroy CUDA graphs with its calls, before. What was made from it lives on.
+
+        Raises
+        ------
+        StateError
+            It was made from no other (call `nvcoll.Finalize`), or is freed already.
+        TimeoutError, PeerLostError
+            A rank did not come, or has ended. It is freed all the same, but for its memory, which goes with `Finalize`.
+        """
+        if self._opener is not None:
+            raise StateError(f"Free: {self.name} was made from no other communicator; call Finalize")
+        if not self.alive:
+            raise StateError(f"Free: {gone(self.name)}")
+        self._world.exchange.verb = "Free"
+        self._end(lambda world: world.free())
+
+    def _made(self, verb: str, color: int, key: int, name: str) -> Self:
+        """Make the communicator of the ranks of a color."""
+        world: Any = self._world
+        world.planner.state.demand()
+        world.finish()  # to take memory of a GPU may wait for calls, and these for ranks which are here by now
+        world.exchange.verb = verb
+        found = world.exchange.split(None if color == UNDEFINED else color, key)
+        if found is None:
+            return self._none  # type: ignore[no-any-return]
+        exchange, ranks = found
+        exchange.verb = verb
+        try:
+            part = world.part(exchange, ranks)
+        except BaseException:
+            exchange.close(True)
+            raise
+        part.of = f" of {name}"
+        first: Any = self if self._first is None else self._first()
+        made = type(self)(None, name, first)
+        made._enter(part)
+        first._derived.append(made)
+        return made
+
+
+def _integer(verb: str, name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{verb}: {name} is {value!r}, expected an integer") from None
+    if number.bit_length() > 63:
+        raise ArgumentError(f"{verb}: {name} is {number}, expected an integer of 64 bits")
+    return number

@@ -1,0 +1,449 @@
+"""Communicators made from others: who is in them, whose calls they match, what memory they have, and their ends."""
+
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nvcoll
+from nvcoll import COMM_NULL, COMM_SELF, COMM_TYPE_SHARED, UNDEFINED
+from nvcoll.errors import ArgumentError, StateError, TimeoutError
+from tests.crew import Crew
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    monkeypatch.setenv("NVCOLL_TIMEOUT", "20")
+
+
+def total(comm, value):
+    x = np.full(3, float(value))
+    comm.Allreduce(x)
+    return x.tolist()
+
+
+def refusal(call, *args):
+    """What a call raised: (class, message)."""
+    try:
+        call(*args)
+    except nvcoll.Error as exc:
+        return type(exc), str(exc)
+    return None
+
+
+class TestWho:
+    @settings(max_examples=12, deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from([0, 1, 7, UNDEFINED]), st.integers(-2, 2)), min_size=1, max_size=6))
+    def test_colors_and_keys(self, wishes):
+        def main(comm):
+            part = comm.Split(*wishes[comm.rank])
+            return part and (part.rank, part.size, total(part, comm.rank)[0])
+
+        found = nvcoll.emulate(len(wishes)).run(main)
+        for rank, (color, _) in enumerate(wishes):
+            alike = [other for other, wish in enumerate(wishes) if wish[0] == color]
+            alike.sort(key=lambda other: (wishes[other][1], other))
+            if color == UNDEFINED:
+                assert found[rank] is COMM_NULL
+            else:
+                assert found[rank] == (alike.index(rank), len(alike), sum(alike))
+
+    def test_nodes_are_those_of_the_whole(self):
+        def main(comm):
+            part = comm.Split(0 if comm.rank in (0, 3, 4, 5) else UNDEFINED, -comm.rank)
+            return part and part._world.topology.nodes
+
+        found = nvcoll.emulate(6, [2, 3, 1]).run(main)
+        assert found[0] == ((0,), (1, 2), (3,)) == found[5]
+
+    @pytest.mark.parametrize("algorithm", nvcoll.emulate(1).run(lambda comm: comm.algorithms())[0])
+    def test_every_algorithm_that_serves(self, algorithm):
+        def main(comm):
+            part = comm.Split(comm.rank % 2, comm.rank)
+            refused = next(one.reason for one in part.explain("allreduce", 4).candidates if one.name == algorithm)
+            if refused:
+                return None
+            x = np.arange(1000.0) * (part.rank + 1)
+            for _ in range(3):
+                part.Allreduce(x, algorithm=algorithm)
+            return x.tolist()
+
+        for part in (found := nvcoll.emulate(7, [3, 4]).run(main))[:2]:
+            assert part is None or part[1] > 0
+        for rank, result in enumerate(found):
+            size = 4 - rank % 2
+            factor = size * (size + 1) / 2 * size**2
+            assert result is None or result == (np.arange(1000) * factor).tolist()
+
+    def test_node_by_node(self):
+        def main(comm):
+            parts = [comm.Split_type(COMM_TYPE_SHARED, -comm.rank), comm.Split_type(UNDEFINED)]
+            return [part and (part.rank, part.size) for part in parts]
+
+        found = nvcoll.emulate(5, [2, 3]).run(main)
+        assert found == [[place, COMM_NULL] for place in [(1, 2), (0, 2), (2, 3), (1, 3), (0, 3)]]
+
+    def test_parts_of_parts(self):
+        def main(comm):
+            half = comm.Split(comm.rank // 4)
+            quarter = half.Split(half.rank // 2)
+            return quarter.name, total(quarter, comm.rank)[0], total(half, comm.rank)[0], total(comm, comm.rank)[0]
+
+        found = nvcoll.emulate(8).run(main)
+        assert [one[1:] for one in found] == [(2 * (k // 2 * 2) + 1.0, 4 * (k // 4 * 4) + 6.0, 28.0) for k in range(8)]
+        assert found[6][0] == "emulated rank 6.Split(1).Split(1)"
+
+    def test_of_one_rank(self):
+        dup, alone = COMM_SELF.Dup(), COMM_SELF.Split(3, 5)
+        assert [dup.size, alone.size, dup.rank, total(alone, 4)] == [1, 1, 0, [4.0] * 3]
+        dup.Free()
+        alone.Free()
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("call", "text"),
+        [
+            (lambda comm: comm.Split(-1), "Split: color is -1, expected 0 or more, or UNDEFINED for no communicator"),
+            (lambda comm: comm.Split(1.5), "Split: color is 1.5, expected an integer"),
+            (lambda comm: comm.Split(None), "Split: color is None, expected an integer"),
+            (lambda comm: comm.Split(0, "a"), "Split: key is 'a', expected an integer"),
+            (lambda comm: comm.Split(1 << 63), f"Split: color is {1 << 63}, expected an integer of 64 bits"),
+            (lambda comm: comm.Split_type(77), "Split_type: split_type is 77, expected COMM_TYPE_SHARED or UNDEFINED"),
+            (lambda comm: comm.Split_type(1, 1j), "Split_type: key is 1j, expected an integer"),
+        ],
+    )
+    def test_what_is_refused_before_anything_is_sent(self, call, text):
+        def main(comm):
+            if comm.rank == 1:  # alone: were anything sent, it would wait
+                return refusal(call, comm)
+            return None
+
+        assert nvcoll.emulate(3).run(main)[1] == (ArgumentError, text)
+
+    def test_numbers_of_numpy(self):
+        assert nvcoll.emulate(2).run(lambda comm: comm.Split(np.int32(1), np.uint8(2)).size) == [2, 2]
+
+    def test_no_communicator(self):
+        assert not COMM_NULL
+        assert "not in use" in repr(COMM_NULL)
+        kind, text = refusal(lambda: COMM_NULL.rank)
+        assert kind is StateError
+        assert text.startswith("COMM_NULL is what ranks get that gave UNDEFINED to Split")
+
+
+def test_a_rank_that_does_something_else():
+    """It is told on all ranks, which can go on."""
+
+    def main(comm):
+        told = refusal(comm.Split) if comm.rank == 1 else refusal(comm.empty, 100)
+        return told, comm.Split().size, comm.full(3, 1.0).sum()
+
+    told = nvcoll.emulate(3).run(main)
+    assert {(kind, *rest) for (kind, _), *rest in told} == {(nvcoll.MismatchError, 3, 3.0)}
+    assert [text.partition(";")[0] for (_, text), *_ in told] == [
+        "empty: rank 0 allocates 400 bytes, rank 1 makes communicators",
+        "Split: rank 1 makes communicators, rank 0 calls something else",
+        "empty: rank 2 allocates 400 bytes, rank 1 makes communicators",
+    ]
+
+
+class TestCalls:
+    def test_communicators_do_not_match_each_other(self):
+        """Ranks that use two at the same time, in opposite order, from two threads."""
+
+        def main(comm):
+            two = [comm, comm.Dup()]
+            found = {}
+
+            def work(which):
+                found[which] = [total(two[which], 10 * which + k)[0] for k in range(200)]
+
+            order = [0, 1] if comm.rank % 2 else [1, 0]
+            threads = [threading.Thread(target=work, args=(which,)) for which in order]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return found
+
+        expected = {which: [3.0 * (10 * which + k) for k in range(200)] for which in (0, 1)}
+        assert nvcoll.emulate(3).run(main) == [expected] * 3
+
+    def test_requests_of_several(self):
+        def main(comm):
+            three = [comm, comm.Dup(), comm.Split(comm.rank % 2)]
+            data = [np.full(1000, comm.rank + 1.0) for _ in three]
+            order = (2, 0, 1) if comm.rank else (1, 2, 0)
+            requests = {k: three[k].Iallreduce(data[k]) for k in order}
+            for k in (0, 1, 2):
+                requests[k].Wait()
+            return [x[0] for x in data]
+
+        assert nvcoll.emulate(4).run(main) == [[10.0, 10.0, 4.0], [10.0, 10.0, 6.0]] * 2
+
+    def test_what_fails_in_a_part_stays_there(self, monkeypatch):
+        failed = threading.Event()
+
+        def main(comm):
+            part = comm.Split(comm.rank // 2)
+            told = again = None
+            if comm.rank != 3:
+                told = refusal(total, part, 1)
+            if comm.rank == 2:
+                again = refusal(total, part, 1)
+                failed.set()
+            assert failed.wait(20)
+            return told, again, total(comm, 1)[0]
+
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "1")
+        found = nvcoll.emulate(4).run(main)
+        assert [one[2] for one in found] == [4.0] * 4
+        assert [one[0] for one in found[:2]] == [None, None]
+        kind, text = found[2][0]
+        assert kind is TimeoutError
+        assert text.startswith("Allreduce (call 1 on rank 0 of emulated rank 2.Split(1)): no answer within")
+        assert "did not arrive: rank 1." in text
+        assert found[2][1][0] is StateError
+
+    def test_after_a_failure_nothing_is_made(self, monkeypatch):
+        def main(comm):
+            if comm.rank:
+                refusal(total, comm, 1)
+                return refusal(comm.Dup), refusal(comm.Split)
+            return None
+
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "0.5")
+        told = nvcoll.emulate(2).run(main)[1]
+        assert [kind for kind, _ in told] == [StateError] * 2
+
+
+class TestMemory:
+    def test_buffers_of_all_lie_apart_and_are_symmetric_to_all(self):
+        def main(comm):
+            odd = comm.Split(comm.rank % 2)
+            pairs = comm.Split(comm.rank // 2)
+            buffers = []
+            for k in range(8):
+                comms = (comm, odd, pairs, odd)
+                buffers.append(comms[k % 4].full(5000, k))
+            places = sorted((b.__array_interface__["data"][0], b.nbytes) for b in buffers)
+            apart = all(at + nbytes <= after for (at, nbytes), (after, _) in pairwise(places))
+            start, size = comm._world.planner.state.heap
+            inside = all(start <= at and at + nbytes <= start + size for at, nbytes in places)
+            same = all(one._world.planner.state.heap == (start, size) for one in (odd, pairs))
+            sums = [one.size for one in (comm, odd, pairs)]
+            for one in (comm, odd, pairs):
+                for buffer in buffers:
+                    one.Allreduce(buffer, algorithm="two_shot")
+            right = all((b == k * np.prod(sums)).all() for k, b in enumerate(buffers))
+            return apart, inside, same, right
+
+        assert nvcoll.emulate(4).run(main) == [(True,) * 4] * 4
+
+    def test_places_are_the_same_on_the_ranks_that_have_them_whatever_else_these_have(self):
+        def main(comm):
+            start = comm._world.planner.state.heap[0]
+            parts = [comm.Split(0 if comm.rank in one else UNDEFINED) for one in ((0, 1), (1, 2), (2, 0))]
+            found = {}
+            for turn in range(4):
+                for which, part in enumerate(parts):
+                    if part:
+                        buffer = part.empty(2000 * (1 + (which + turn) % 3))
+                        found[which, turn] = buffer.__array_interface__["data"][0] - start, buffer
+            return {key: place for key, (place, _) in found.items()}
+
+        one, two, three = nvcoll.emulate(3).run(main)
+        for turn in range(4):
+            assert one[0, turn] == two[0, turn]
+            assert two[1, turn] == three[1, turn]
+            assert three[2, turn] == one[2, turn]
+
+    def test_allocations_of_two_communicators_at_the_same_time(self):
+        """From threads: who finds that another has taken the place meanwhile looks for a new one, with all ranks."""
+
+        def main(comm):
+            two, found = [comm, comm.Dup()], {}
+
+            def work(which):
+                found[which] = [two[which].full(3000, which) for _ in range(30)]
+
+            threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            start = comm._world.planner.state.heap[0]
+            places = [[b.__array_interface__["data"][0] - start for b in found[which]] for which in (0, 1)]
+            kept = all((b == which).all() for which in (0, 1) for b in found[which])
+            return kept, len({*places[0], *places[1]}), places
+
+        found = nvcoll.emulate(3).run(main)
+        assert found == [found[0]] * 3
+        assert found[0][:2] == (True, 60)
+
+    def test_no_room(self, monkeypatch):
+        def main(comm):
+            told = refusal(comm.Split, comm.rank % 2)
+            return told, total(comm, 1)[0], comm.empty(10).size
+
+        monkeypatch.setenv("NVCOLL_HEAP", "12M")
+        found = nvcoll.emulate(4).run(main)
+        (kind, text), *rest = found[0]
+        assert kind is nvcoll.AllocationError
+        assert text.startswith("Split: out of memory: rank 0: needs 8388608 bytes")
+        assert text.endswith("raise NVCOLL_HEAP or lower NVCOLL_SCRATCH")
+        assert rest == [4.0, 10]
+
+    def test_freed_memory_is_used_again(self):
+        def main(comm):
+            places = set()
+            for _ in range(20):
+                part = comm.Split(comm.rank % 2)
+                part.full(100_000, 1.0)
+                kept = part.full(10, 3.0)
+                places.add(kept.__array_interface__["data"][0])
+                assert total(part, 1)[0] == part.size
+                part.Free()
+            return len(places), refusal(comm.Allreduce, kept)
+
+        for count, told in nvcoll.emulate(4).run(main):
+            assert count == 1
+            assert "freed" in told[1]
+
+
+class TestEnd:
+    def test_free(self):
+        def main(comm):
+            part = comm.Split(comm.rank % 2)
+            inner = part.Dup()
+            part.Free()
+            told = [refusal(lambda: part.rank), refusal(part.Free), refusal(comm.Free), refusal(part.Dup)]
+            return bool(part), bool(inner), told, total(inner, 1)[0], total(comm, 1)[0]
+
+        for rank, (part, inner, told, *sums) in enumerate(nvcoll.emulate(4).run(main)):
+            assert (part, inner, sums) == (False, True, [2.0, 4.0])
+            name = f"emulated rank {rank}"
+            gone = f"{name}.Split({rank % 2}) was freed, or has ended with the communicator that it was made from"
+            assert told[0] == (StateError, f"{gone}; make another")
+            assert told[1] == (StateError, f"Free: {gone}; make another")
+            assert told[2] == (StateError, f"Free: {name} was made from no other communicator; call Finalize")
+            assert told[3] == told[0]
+
+    def test_after_a_run_parts_are_of_no_use(self):
+        parts = nvcoll.emulate(2).run(lambda comm: comm.Dup())
+        assert refusal(total, parts[0], 1)[0] is StateError
+
+    def test_a_rank_that_fails_ends_the_waiting_in_parts(self):
+        def main(comm):
+            part = comm.Split(comm.rank // 2)
+            if comm.rank == 1:
+                raise ValueError("mine")
+            part.empty(10)
+
+        with pytest.raises(ValueError, match="mine"):
+            nvcoll.emulate(2).run(main)
+
+
+class TestProcesses:
+    def test_lives_with_parts_leave_nothing(self):
+        program = """
+def held():
+    mappings = [line for line in open("/proc/self/maps") if "nvcoll-" in line]
+    return len(os.listdir("/proc/self/fd")), len(mappings)
+
+def life(free):
+    part = comm.Split(comm.rank % 2, -comm.rank)
+    inner = part.Dup()
+    buffer = part.full(1000, 1.0)
+    inner.Allreduce(buffer)
+    found = float(buffer[0])
+    if free:
+        inner.Free()
+        part.Free()
+    nvcoll.Finalize()
+    return found, bool(inner)
+
+tell(first=life(True))
+before = held()
+tell(found=[life(k % 2) for k in range(8)], same=held() == before)
+"""
+        with Crew(program, 4) as crew:
+            for rank in range(4):
+                assert crew.told(rank) == {"first": [2.0, False]}
+                assert crew.told(rank) == {"found": [[2.0, False]] * 8, "same": True}
+
+    def test_who_is_killed_is_missed_at_once_and_named(self):
+        """Locks of ranks that a part lacks are not looked at, and those of others not taken for theirs."""
+        program = """
+part = comm.Split(0 if comm.rank else nvcoll.UNDEFINED)
+late = comm.Split(comm.rank // 2, -comm.rank)
+tell(ready=total())
+if comm.rank == 2:
+    gate()
+tell(**attempt((part or comm).Allreduce, np.ones(3)) if comm.rank else attempt(comm.Barrier))
+"""
+        with Crew(program, 4, NVCOLL_TIMEOUT="60") as crew:
+            crew.all_told()
+            crew.ranks[2].kill()
+            for rank in (1, 3):
+                told = crew.told(rank)
+                assert told["kind"] == "PeerLostError"
+                assert f"rank {rank - 1} of COMM_WORLD.Split(0)): rank 1 has ended" in told["text"]
+                assert told["seconds"] < 10
+            assert crew.told(0)["kind"] == "PeerLostError"
+
+    def test_a_fork_is_no_rank(self):
+        program = """
+part = comm.Dup()
+total()
+if os.fork() == 0:
+    tell(**attempt(part.Allreduce, np.ones(3)))
+    os._exit(0)
+os.wait()
+tell(sum=float(comm.size) if part.size == comm.size else 0.0)
+"""
+        with Crew(program, 2) as crew:
+            for rank in range(2):
+                told = crew.told(rank)
+                assert told["kind"] == "StateError"
+                assert told["text"].startswith("COMM_WORLD.Dup(): this process was forked from a rank")
+                assert crew.told(rank) == {"sum": 2.0}
+
+    @pytest.mark.mpi
+    @pytest.mark.parametrize("per_node", [1, 2, 3])
+    def test_on_several_nodes(self, run_ranks, per_node):
+        program = """
+import numpy as np, nvcoll
+from nvcoll import COMM_WORLD as comm
+parts = [comm.Split(comm.rank % 2, -comm.rank), comm.Dup(), comm.Split_type(nvcoll.COMM_TYPE_SHARED)]
+parts.append(parts[0].Split(0))
+found = []
+for _ in range(3):
+    for part in parts:
+        x = part.full(70_000, comm.rank + 1.0)
+        part.Allreduce(x)
+        found.append([part.rank, part.size, float(x[0]), bool((x == x[0]).all())])
+parts.pop(0).Free()
+x = np.full(5, comm.rank + 1.0)
+parts[-1].Allreduce(x)
+print(found[:4], found[:4] * 3 == found, x[0])
+"""
+        ranks = run_ranks(program, 6, launcher="mpiexec", env={"NVCOLL_RANKS_PER_NODE": str(per_node)})
+        for rank, told in enumerate(ranks.stdout):
+            odd, node = float(12 if rank % 2 else 9), rank // per_node * per_node
+            mine = [2 - rank // 2, 3, odd, True]
+            alike = [rank % per_node, per_node, float(sum(range(node + 1, node + per_node + 1))), True]
+            assert told.strip() == f"{[mine, [rank, 6, 21.0, True], alike, mine]} True {odd}"
+
+    @pytest.mark.mpi
+    def test_mpi4py_s_shared_type(self, run_ranks):
+        program = """
+from mpi4py import MPI
+from nvcoll import COMM_WORLD as comm
+print(comm.Split_type(MPI.COMM_TYPE_SHARED, -comm.rank).rank, bool(comm.Split(MPI.UNDEFINED)))
+"""
+        assert run_ranks(program, 2, launcher="mpiexec").stdout == ["1 False\n", "0 False\n"]
