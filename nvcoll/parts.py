@@ -38,10 +38,10 @@ class Parted:
         return all(left) and not self._stuck
 
     def _retire_parts(self) -> None:
-        while self._parts:  # from here on, neither refers to the other
+        while self._parts:
             part = self._parts.pop()
-            part.whole = None
             part.retire()
+            part.whole = None  # now neither refers to the other
 
     def _end(self, failed: bool, left: bool) -> None:
         """Let the whole know how this part has ended."""

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nvcoll import settings, world_cuda
+from nvcoll import _topology, settings, world_cuda
 from nvcoll.backends.driver import Device
 from nvcoll.backends.emulated import Hub, LocalExchange, on_gpu
+from nvcoll.backends.group import Member
 from nvcoll.errors import BootstrapError, DeviceError
 from nvcoll.world_cuda import DeviceCommon, DeviceWorld
 from tests.fake_cuda import STREAM, FakeDriver, Result, install
@@ -105,6 +106,61 @@ def test_a_transport_that_kernels_cannot_use_is_refused_on_all_ranks_if_it_is_ne
     assert all("other nodes cannot be reached" in text and "NVSHMEM_IB_ENABLE_IBGDA" in text for text in raised)
 
 
+class TestParts:
+    """What a part is told of its ranks, of which some may be far from some."""
+
+    @pytest.fixture(autouse=True)
+    def driver(self, monkeypatch):
+        install(monkeypatch, FakeDriver())
+
+    @pytest.fixture
+    def part(self, monkeypatch):
+        """``part(ranks)``: for each of the ranks of two nodes of three, what its part is built with."""
+        monkeypatch.setattr(world_cuda, "build_world", lambda *args: args)
+
+        def make(ranks):
+            found, hub = {}, Hub(len(ranks), 10)
+
+            def one(rank):
+                far = {3, 4, 5} if rank < 3 else {0, 1, 2}
+                heap = SimpleNamespace(memory=Member(None, tuple(range(6)), rank, 4096, -1))
+                topology = _topology.detect(rank, [b"a"] * 3 + [b"b"] * 3, gpus=[f"GPU {k}" for k in range(6)])
+                exchange = SimpleNamespace(rank=rank, size=6)
+                common = DeviceCommon(settings.read({}), {}, Device(0), 2, "nvshmem")
+                world = DeviceWorld(exchange, topology, None, heap, common, far, 0)
+                found[rank] = (*world.part(LocalExchange(hub, ranks.index(rank)), ranks), world)
+
+            threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return [found[rank] for rank in ranks]
+
+        return make
+
+    def test_of_ranks_that_reach_each_other(self, part):
+        for place, (exchange, topology, memory, common, far, remote, whole, world) in enumerate(part([2, 0])):
+            assert (exchange.rank, topology.nodes, topology.gpus) == (place, ((0, 1),), ("GPU 2", "GPU 0"))
+            assert (memory.place, memory.members, memory.origins) == (place, (0, 1), (2, 0))
+            assert (set(far), remote, whole, common) == (set(), False, world, world.common)
+
+    def test_of_ranks_of_which_some_are_far(self, part):
+        told = part([1, 4, 5])
+        assert [set(one[4]) for one in told] == [{1, 2}, {0}, {0}]
+        assert [one[5] for one in told] == [True] * 3
+        assert [one[1].nodes for one in told] == [((0,), (1, 2))] * 3
+        assert [one[2].origins for one in told] == [(1, 4, 5)] * 3
+
+    def test_kernels_are_shared_by_those_of_a_kind(self):
+        common = DeviceCommon(settings.read({}), {}, Device(0), 1, "nvshmem")
+        assert common.kernels(True) is common.kernels(True)
+        assert common.kernels(True).remote
+        assert not common.kernels(False).remote
+        near = object()
+        assert DeviceCommon(None, {}, Device(0), 1, "emulated", near).kernels(False) is near
+
+
 class TestEnds:
     """What a world does at its end, in order."""
 
@@ -127,7 +183,7 @@ class TestEnds:
             planner = SimpleNamespace(
                 state=state, area=SimpleNamespace(close=note("close area"), give_up=note("give up"))
             )
-            heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"))
+            heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"), give_back=note("give back"))
             exchange = make.exchange = SimpleNamespace(rank=0, size=2, close=note("leave"), timeout=600.0)
             common = DeviceCommon(None, {}, Device(0), 1, backend)
             return DeviceWorld(exchange, None, planner, heap, common, (), stream, whole)
@@ -177,6 +233,52 @@ class TestEnds:
         world("nvshmem", 0).close()
         assert done[-2:] == [("retire heap",), ("leave", True)]
         assert ("close area",) not in done
+
+    @pytest.mark.parametrize("reported", [False, True])
+    def test_of_a_part(self, world, done, reported):
+        """Its memory goes with that of the whole, which hears of a failure."""
+        whole = world("nvshmem", 0)
+        part = world("nvshmem", 0, reported, whole)
+        part.close()
+        left = [("precede", 0), ("end",), ("wait", 0), ("end",)]
+        assert done == [*left, ("close area",), ("retire heap",), ("leave", reported)]
+        done.clear()
+        whole.close()
+        assert done == [*left, ("close area",), ("close heap",), ("leave", reported)]
+
+    def test_of_a_part_that_is_freed(self, world, done):
+        whole = world("nvshmem", 0)
+        world("nvshmem", 0, False, whole).free()
+        assert done[4:] == [("give back", "Free"), ("close area",), ("retire heap",), ("leave", False)]
+        done.clear()
+        failed = world("nvshmem", 0, True, whole)  # the ranks may be out of step
+        failed.free()
+        assert done[4:] == [("close area",), ("retire heap",), ("leave", True)]
+
+    def test_a_part_that_cannot_leave_keeps_the_memory(self, monkeypatch, world, done):
+        def fails(stream):
+            raise DeviceError("cuEventQuery: CUDA_ERROR_LAUNCH_FAILED")
+
+        whole = world("nvshmem", 0)
+        part = world("nvshmem", 0, False, whole)
+        with monkeypatch.context() as patch:
+            patch.setattr(world_cuda.driver, "stream_wait", fails)
+            part.close()
+        assert done[-2:] == [("retire heap",), ("leave", True)]
+        whole.close()
+        assert done[-2:] == [("retire heap",), ("leave", True)]
+        assert ("close area",) not in done
+
+    def test_of_an_emulated_rank_with_parts(self, monkeypatch, world, done):
+        """The stream is that of the rank, and given to others once."""
+        monkeypatch.setattr(world_cuda, "_idle", defaultdict(list))
+        whole = world("emulated", STREAM)
+        world("emulated", STREAM, False, whole)
+        with on_gpu():
+            whole.retire()
+        assert done.count(("close area",)) == 2
+        assert world_cuda._idle[0] == [STREAM]
+        assert not whole._parts
 
     def test_of_an_emulated_rank(self, world, done):
         """Calls on other streams are waited for, and what may wait for ranks that run is put off until none does."""
