@@ -9,6 +9,7 @@ class Exchange:
     kind: str
     mpi_comm: Any
     verb: str
+    of: str
     timeout: float
     def allgather(self, data: bytes | bytearray | memoryview) -> list[bytes]: ...
     def split(self, color: int | None, key: int) -> tuple[Exchange, tuple[int, ...]] | None: ...

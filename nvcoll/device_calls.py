@@ -54,7 +54,7 @@ class DeviceCalls:
 
     def allocate(self, verb: str, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
-        self._check(verb)
+        self.check(verb)
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
         sweep()
@@ -65,7 +65,7 @@ class DeviceCalls:
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here, and see whether all calls matched."""
-        self._check("Barrier")
+        self.check("Barrier")
         area, stream = self._world.planner.area, self._world.stream  # 0 is the legacy default
         if not self._meeting("barrier").run(area.history, area.token, stream):
             raise self._failure("Barrier")
@@ -73,9 +73,9 @@ class DeviceCalls:
             same = area.same_history(stream)
         except KeyboardInterrupt:  # some ranks may pass this barrier, and some not
             self._raised = True
-            area.give_up()
+            self._world.give_up()
             raise
-        self._check("Barrier")
+        self.check("Barrier")
         if not same:
             area.fail()
             self._raised = True
@@ -130,11 +130,25 @@ class DeviceCalls:
             if not plan.run(from_, to, queue, owner):
                 raise self._failure(verb)
             owners = (send.owner, recv.owner)
-            return OnStream(self._world.device, queue, lambda: self._check(verb), lambda: state.over, owners)
+            return OnStream(self._world.device, queue, lambda: self.check(verb), lambda: state.over, owners)
 
         return start
 
-    def _check(self, verb: str) -> None:
+    def refuse_capture(self, verb: str) -> None:
+        """Raise StateError while a library captures a graph: what waits for the GPU would spoil it."""
+        captured = captured_stream()
+        if captured is not None:
+            library = type(captured).__module__.partition(".")[0]
+            raise StateError(
+                f"{verb}: {library} captures a graph, expected none; make and free communicators before or after"
+            )
+
+    def freed(self, failed: bool) -> None:
+        """Raise what has failed on a communicator that was freed, unless a call has raised it."""
+        if failed and not self._raised:
+            raise self._failure("Free")
+
+    def check(self, verb: str) -> None:
         """Raise the failure of a call that has ended, or that the communicator has."""
         self._world.planner.state.demand()
         if self._world.planner.state.failed:
@@ -163,7 +177,7 @@ class DeviceCalls:
                     gpu = driver.gpu_of(spec.address)
             if gpu not in (None, world.device.ordinal):
                 raise ArgumentError(
-                    f"{verb}: {name} is on GPU {gpu}, rank {world.rank} works on GPU {world.device.ordinal}; "
+                    f"{verb}: {name} is on GPU {gpu}, rank {world.rank}{world.of} works on GPU {world.device.ordinal}; "
                     "copy it there, or set NVCOLL_DEVICE"
                 )
             unit = min(spec.datatype.itemsize, WORD)

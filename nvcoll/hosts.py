@@ -77,27 +77,30 @@ class Notices:
         self._origins = world.origins
         self._number = int.from_bytes(world.exchange.allgather(secrets.token_bytes(7))[0], "little")
         self._all[self._number] = self
-        self._status, self._any = MPI.Status(), MPI.ANY_SOURCE
+        self._kind, self._status, self._any = MPI.Request, MPI.Status(), MPI.ANY_SOURCE
         self._heard: dict[int, tuple[int, str, int]] = {}
         self._sent = False
 
     def send(self, first: int, kind: str, about: int) -> None:
         """Tell once that this rank takes no part in call `first` and those after it."""
         if not self._sent:
+            _abandoned[:] = [one for one in _abandoned if not (isinstance(one[0], self._kind) and one[0].Test())]
             note = np.array([self._number, first, ERRORS.index(kind), about])
             _abandoned.extend((self._comm.Isend(note, self._origins[rank], TAG), note) for rank in self.partners)
             self._sent = True
 
     def read(self, call: int) -> tuple[int, str, int] | None:
         """Return (rank, kind, about) of one that takes no part in a call, or None."""
-        while self._comm.Iprobe(self._any, TAG, self._status):
+        while (message := self._comm.Improbe(self._any, TAG, self._status)) is not None:  # threads get one each
             note = np.empty(4, np.int64)
-            self._comm.Recv(note, self._status.source, TAG)
+            message.Recv(note)
             number, first, error, about = note.tolist()
             its = self._all.get(number)
             if its is not None:
                 its._heard[its._origins.index(self._status.source)] = first, ERRORS[error], about
-        return next(((rank, kind, about) for rank, (first, kind, about) in self._heard.items() if first <= call), None)
+        return next(
+            ((rank, kind, about) for rank, (first, kind, about) in [*self._heard.items()] if first <= call), None
+        )
 
 
 class Between:
@@ -323,15 +326,19 @@ class Between:
     def _where(self) -> str:
         return f"{verb_of(self._verb)} (call {self._calls} on rank {self._world.rank}{self._world.of})"
 
-    def close(self) -> None:
-        """Tell the other nodes, and free the communicator between them if MPI is through with it."""
+    def close(self, agreed: bool = False) -> None:
+        """Tell the other nodes, and free the communicator between them if MPI is through with it.
+
+        Where all ranks have `agreed` to end, and have, nobody need be told.
+        """
         if self._mpi.Is_finalized():
             return
         if not self._turn.acquire(blocking=False):  # another thread is in a call: it notices, wherever it waits
             self._world.leave()
             self._turn.acquire(timeout=1.0)
-        self._notices.send(self._calls + 1, LEFT, -1)
-        if self._owners != self._mpi.COMM_NULL and self._world.planner.state.failure is None:
+        if not agreed:
+            self._notices.send(self._calls + 1, LEFT, -1)
+        if self._owners != self._mpi.COMM_NULL and (agreed or self._world.planner.state.failure is None):
             self._owners.Free()
 
 

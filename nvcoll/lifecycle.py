@@ -97,21 +97,22 @@ class Living:
             while self._derived:
                 self._derived[-1]._close()
         finally:
-            self._end(lambda world: world.close())
+            world, between = self._part_from_world()
+            if between is not None:
+                world.queue.close()
+                between.close()
+            if world is not None:
+                world.close()
 
-    def _end(self, act: Callable[[Any], None]) -> None:
-        """Be alive no more, and let `act` end the world."""
+    def _part_from_world(self) -> tuple[Any, Between | None]:
+        """Be alive no more; return the world, and what joins its nodes, for their end. None, if it was not alive."""
         first = None if self._first is None else self._first()
         if first is not None and self in first._derived:
             first._derived.remove(self)
         world, between = self.__dict__.get("_world"), self.__dict__.get("_between")
         for name in LIVING:
             self.__dict__.pop(name, None)
-        if between is not None and world is not None:
-            world.queue.close()
-            between.close()
-        if world is not None:
-            act(world)
+        return world, between
 
 
 def gone(name: str) -> str:

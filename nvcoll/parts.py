@@ -4,7 +4,12 @@ A part has an exchange, a scratch area and an end of its own; memory, kernels an
 part belong to the whole, too.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
+
+from nvcoll.errors import StateError
 
 
 class Parted:
@@ -21,6 +26,9 @@ class Parted:
         self.of = ""  # for messages: by which name ranks are counted, if not those of the whole
         self._parts: list[Any] = []
         self._failed = self._stuck = False  # whether a part that has ended had failed, or still had a call under way
+        self._over = False
+        self._making = 0  # parts that threads are about to make
+        self._lock = threading.Lock()  # for the two
         if whole is not None:
             whole._parts.append(self)
 
@@ -31,6 +39,30 @@ class Parted:
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def making(self, verb: str) -> Iterator[None]:
+        """Let a part be made in here, whose memory stays meanwhile, even if another thread ends the whole."""
+        whole = self.whole or self
+        with whole._lock:
+            whole._demand_whole(verb)
+            whole._making += 1
+        try:
+            yield
+            whole._demand_whole(verb)
+        finally:
+            with whole._lock:
+                whole._making -= 1
+
+    def _demand_whole(self, verb: str) -> None:
+        if self._over:
+            raise StateError(f"{verb}: another thread finalized the communicator meanwhile")
+
+    def _begin_end(self) -> bool:
+        """Make no more parts; tell whether any thread is about to, which may use memory yet."""
+        with self._lock:
+            self._over = True
+            return self._making > 0
 
     def _leave_parts(self) -> bool:
         """Let all parts leave; tell whether nothing is under way any more in them, and in those that have ended."""

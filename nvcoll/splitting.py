@@ -5,10 +5,12 @@ import sys
 from typing import Any, ClassVar, Self
 
 from nvcoll.allocation import Allocating
-from nvcoll.errors import ArgumentError, StateError
+from nvcoll.errors import AllocationError, ArgumentError, DeviceError, MismatchError, StateError
 from nvcoll.lifecycle import gone
 from nvcoll.requests import UNDEFINED
 
+AGREED = (AllocationError, DeviceError, MismatchError)
+"""What is raised on all ranks together, which are in step then."""
 COMM_TYPE_SHARED = 1
 """What `Comm.Split_type` divides by: ranks of a node, which share memory."""
 
@@ -23,8 +25,19 @@ class Splitting(Allocating):
         """Whether it can be used: not `COMM_NULL`, and not freed."""
         return self._opener is not None or self.alive
 
-    def Dup(self) -> Self:
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same; what was freed is equal to `COMM_NULL`."""
+        return self is other or (isinstance(other, Splitting) and not self and not other)
+
+    __hash__ = object.__hash__
+
+    def Dup(self, info: Any = None) -> Self:
         """Make another communicator of the same ranks, whose calls do not match those of this one. Collective.
+
+        Parameters
+        ----------
+        info
+            mpi4py's hints, of which none concerns nvcoll.
 
         Returns
         -------
@@ -36,15 +49,15 @@ class Splitting(Allocating):
             On all ranks, if one of them has no room for the new communicator's scratch memory.
         StateError
             An earlier call on this communicator failed.
-        TimeoutError, PeerLostError
-            A rank did not come, or has ended.
+        TimeoutError, PeerLostError, BootstrapError, MismatchError
+            A rank did not come, has ended, found no way to the others, or called something else.
 
         Notes
         -----
         The new communicator uses the same memory: buffers of either are symmetric to both. It lasts until `Free`, or
         until the communicator from which all were made ends.
         """
-        return self._made("Dup", 0, self.rank, f"{self.name}.Dup()")
+        return self._made("Dup", 0, self.rank, f"{self.name.removesuffix('.Dup()')}.Dup()")
 
     def Split(self, color: int = 0, key: int = 0) -> Self:
         """Make communicators of the ranks that give the same color. Collective over all ranks of this one.
@@ -65,7 +78,7 @@ class Splitting(Allocating):
         ------
         ArgumentError
             `color` or `key` is no such number; nothing was sent.
-        AllocationError, StateError, TimeoutError, PeerLostError
+        AllocationError, StateError, TimeoutError, PeerLostError, BootstrapError, MismatchError
             As for `Dup`. Other colors may have got theirs.
 
         Notes
@@ -78,7 +91,7 @@ class Splitting(Allocating):
             raise ArgumentError(f"Split: color is {color!r}, expected 0 or more, or UNDEFINED for no communicator")
         return self._made("Split", number, _integer("Split", "key", key), f"{self.name}.Split({number})")
 
-    def Split_type(self, split_type: int, key: int = 0) -> Self:
+    def Split_type(self, split_type: int, key: int = 0, info: Any = None) -> Self:
         """Make communicators of the ranks that share a node, and with it memory. Collective over all ranks.
 
         Parameters
@@ -87,6 +100,8 @@ class Splitting(Allocating):
             `COMM_TYPE_SHARED`, ours or mpi4py's, or `UNDEFINED`.
         key
             As for `Split`.
+        info
+            As for `Dup`.
 
         Returns
         -------
@@ -97,7 +112,7 @@ class Splitting(Allocating):
         ------
         ArgumentError
             There is no such type; nothing was sent.
-        AllocationError, StateError, TimeoutError, PeerLostError
+        AllocationError, StateError, TimeoutError, PeerLostError, BootstrapError, MismatchError
             As for `Split`.
         """
         theirs = getattr(sys.modules.get("mpi4py.MPI"), "COMM_TYPE_SHARED", COMM_TYPE_SHARED)
@@ -116,37 +131,54 @@ class Splitting(Allocating):
         ------
         StateError
             It was made from no other (call `nvcoll.Finalize`), or is freed already.
-        TimeoutError, PeerLostError
-            A rank did not come, or has ended. It is freed all the same, but for its memory, which goes with `Finalize`.
+        TimeoutError, PeerLostError, MismatchError
+            A rank did not come, or has ended; or, on GPUs, a call has failed. It is freed all the same, but for its
+            memory, which goes with `Finalize`.
         """
         if self._opener is not None:
             raise StateError(f"Free: {self.name} was made from no other communicator; call Finalize")
         if not self.alive:
             raise StateError(f"Free: {gone(self.name)}")
-        self._world.exchange.verb = "Free"
-        self._end(lambda world: world.free())
+        calls, exchange = self._calls, self._world.exchange
+        if calls is not None:
+            calls.refuse_capture("Free")
+        exchange.verb = "Free"
+        world, between = self._part_from_world()
+        failed = True
+        try:
+            failed = world.free()
+        finally:
+            if between is not None:
+                between.close(agreed=not failed)
+        if calls is not None:
+            calls.freed(failed)
 
     def _made(self, verb: str, color: int, key: int, name: str) -> Self:
         """Make the communicator of the ranks of a color."""
         world: Any = self._world
+        if self._calls is not None:
+            self._calls.refuse_capture(verb)
+        world.finish()  # what a GPU is told to prepare may have to wait for calls that run there
+        if self._calls is not None:
+            self._calls.check(verb)
         world.planner.state.demand()
-        world.finish()  # to take memory of a GPU may wait for calls, and these for ranks which are here by now
-        world.exchange.verb = verb
-        found = world.exchange.split(None if color == UNDEFINED else color, key)
-        if found is None:
-            return self._none  # type: ignore[no-any-return]
-        exchange, ranks = found
-        exchange.verb = verb
-        try:
-            part = world.part(exchange, ranks)
-        except BaseException:
-            exchange.close(True)
-            raise
-        part.of = f" of {name}"
-        first: Any = self if self._first is None else self._first()
-        made = type(self)(None, name, first)
-        made._enter(part)
-        first._derived.append(made)
+        with world.making(verb):
+            world.exchange.verb = verb
+            found = world.exchange.split(None if color == UNDEFINED else color, key)
+            if found is None:
+                return self._none  # type: ignore[no-any-return]
+            exchange, ranks = found
+            exchange.verb, exchange.of = verb, f" making {name}"
+            try:
+                part = world.part(exchange, ranks)
+            except BaseException as exc:
+                exchange.close(not isinstance(exc, AGREED))
+                raise
+            part.of = exchange.of = f" of {name}"
+            first: Any = self if self._first is None else self._first()
+            made = type(self)(None, name, first)
+            made._enter(part)
+            first._derived.append(made)
         return made
 
 
@@ -155,6 +187,6 @@ def _integer(verb: str, name: str, value: Any) -> int:
         number = operator.index(value)
     except TypeError:
         raise ArgumentError(f"{verb}: {name} is {value!r}, expected an integer") from None
-    if number.bit_length() > 63:
+    if not -(1 << 63) <= number < 1 << 63:
         raise ArgumentError(f"{verb}: {name} is {number}, expected an integer of 64 bits")
     return number

@@ -118,8 +118,9 @@ class World(Parted):
 
     def close(self) -> None:
         """Leave, and give everything back; a part asks nobody, and its memory goes with that of the whole."""
-        failed = self.planner.state.failure is not None or self._failed
-        left = self.leave()
+        making = self._begin_end()
+        failed = self.planner.state.failure is not None or self._failed or making
+        left = self.leave() and not making
         self._end(failed, left)
         if left and self.whole is None:
             self.heap.close()
@@ -127,20 +128,20 @@ class World(Parted):
             self.heap.retire()
         self.exchange.close(failed)
 
-    def free(self) -> None:
-        """Leave a part, and give its memory to the whole. Collective."""
-        failed = self.planner.state.failure is not None
-        left = self.leave()
+    def free(self) -> bool:
+        """Leave a part, and give its memory to the whole. Collective. Returns whether a call has failed."""
+        kind, _ = self.planner.state.failure or ("", 0)
+        left = agreed = False
         try:
-            if left and not failed:  # else the ranks may be out of step, and the memory goes with that of the whole
-                self.heap.give_back("Free")
-        except BaseException:
-            failed = True
-            raise
+            left = self.leave()
+            if kind != "peer lost":  # who would not come, and the memory goes with that of the whole
+                self.heap.give_back("Free", left)
+                agreed = True
         finally:
-            self._end(failed, left)
+            self._end(not agreed, left)
             self.heap.retire()
-            self.exchange.close(failed)
+            self.exchange.close(not agreed)
+        return not (agreed and left)
 
     def retire(self) -> None:
         """Leave, but keep the memory of Buffers, which goes with the last reference to them."""

@@ -13,12 +13,12 @@ from typing import Any
 from nvcoll import _topology
 from nvcoll import settings as settings_
 from nvcoll.backends import driver
-from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout
+from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout, Footing, private_size
 from nvcoll.backends.emulated import Hub, open_ranks, reserve_on, when_none_runs
 from nvcoll.backends.group import Part, agree
 from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
-from nvcoll.errors import AllocationError, BootstrapError, Error
+from nvcoll.errors import AllocationError, BootstrapError, DeviceError, Error
 from nvcoll.jit_cuda import text_digest, toolchain
 from nvcoll.parts import Parted
 from nvcoll.planning import read_rules
@@ -76,7 +76,9 @@ class DeviceWorld(Parted):
     heap
         Allocator of symmetric memory.
     common
-        What it has in common with its parts.
+        What it has in common with its parts, and with the ranks that are threads.
+    footing
+        What its areas have in common with those of its parts.
     far
         Ranks that kernels reach through the network only.
     stream
@@ -89,7 +91,7 @@ class DeviceWorld(Parted):
 
     def __init__(
         self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, common: DeviceCommon,
-        far: Collection[int], stream: int, whole: "DeviceWorld | None" = None,
+        footing: Footing, far: Collection[int], stream: int, whole: "DeviceWorld | None" = None,
     ) -> None:  # fmt: skip
         super().__init__(whole)
         self.exchange = exchange
@@ -97,6 +99,7 @@ class DeviceWorld(Parted):
         self.planner = planner
         self.heap = heap
         self.common = common
+        self.footing = footing
         self.device = common.device
         self.backend = common.backend
         self.far = far
@@ -138,8 +141,13 @@ class DeviceWorld(Parted):
                 self._left = self._leave()
         return self._left
 
+    def give_up(self) -> None:
+        """Let all kernels of this rank end that wait: those of one communicator may keep those of another waiting."""
+        whole = self.whole or self
+        for world in (whole, *whole._parts):
+            world.planner.area.give_up()
+
     def _leave(self) -> bool:
-        ended = self._leave_parts()
         state, stream = self.planner.state, self.stream
         try:
             with self.device:
@@ -149,7 +157,7 @@ class DeviceWorld(Parted):
                 try:
                     driver.stream_wait(stream)  # kernels end by their deadline at the latest
                 except KeyboardInterrupt:
-                    self.planner.area.give_up()
+                    self.give_up()
                     raise
                 if not stream:
                     driver.synchronize()  # other libraries' work, too, for it may use memory that goes
@@ -158,6 +166,7 @@ class DeviceWorld(Parted):
         finally:
             state.end()
             self.stream = 0
+        ended = self._leave_parts()  # whose calls have ended, too
         if stream and self.whole is None:
             _idle[self.device.ordinal].append(stream)
         return ended
@@ -168,45 +177,54 @@ class DeviceWorld(Parted):
         The heap is given back by all ranks together. After a failure, and at the end of a program by an exception, some
         may never come to that, and are not waited for once more.
         """
-        left = False
+        left, making = False, self._begin_end()
         try:
-            left = self.leave()
+            left = self.leave() and not making
         finally:
             failed = not left or self.planner.state.reported or self._failed
             self._end(failed, left)
             if failed or hasattr(sys, "last_value"):
                 self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
             if left:
-                self.planner.area.close()
+                self._close_area()
             if left and self.whole is None:
                 self.heap.close()
             else:
                 self.heap.retire()
             self.exchange.close(failed)
 
-    def free(self) -> None:
-        """Leave a part, and give its memory to the whole. Collective."""
-        failed = self.planner.state.reported
-        left = self.leave()
+    def free(self) -> bool:
+        """Leave a part, and give its memory to the whole. Collective. Returns whether a call has failed."""
+        left = reported = agreed = False
         try:
-            if left and not failed:  # else the ranks may be out of step, and the memory goes with that of the whole
-                self.heap.give_back("Free")
-        except BaseException:
-            failed = True
-            raise
+            left = self.leave()
+            # After a failure, what others have sent may still be on its way: the memory goes with that of the whole.
+            reported = self.planner.state.reported
+            self.heap.give_back("Free", left and not reported)
+            agreed = True
         finally:
-            self._end(failed, left)
+            self._end(not agreed, left)
             if left:
-                self.planner.area.close()
+                self._close_area()
             self.heap.retire()
-            self.exchange.close(failed)
+            self.exchange.close(not agreed)
+        return reported
 
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
         self._retire_parts()
         if self.leave():
-            when_none_runs(self.planner.area.close)
+            if self.whole is None:
+                when_none_runs(self._close_area)
+            else:
+                self._close_area()
         self.heap.retire()
+
+    def _close_area(self) -> None:
+        """Give back what belongs to the area, and what areas stand on with that of the whole, which is the last."""
+        self.planner.area.close()
+        if self.whole is None:
+            self.footing.close()
 
     def finish(self) -> None:
         """Wait until this rank's calls are done, on whatever streams they are."""
@@ -326,21 +344,22 @@ def build_world(
     heap = Heap(memory)
     layout = DeviceLayout(len(memory.members), max(settings.scratch, SCRATCH))
     verb = exchange.verb
-    piece = heap.allocate(layout.nbytes, verb)
+    piece = heap.allocate(layout.nbytes + (0 if whole is None else private_size(layout)), verb)
     slices = min(topology.node_sizes)
-    order = None if whole is None else whole.planner.state.order
     area, problem = None, ""
     try:
-        area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, far, order)
+        footing = Footing(device) if whole is None else whole.footing
+        area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, footing, far)
     except Error as exc:
         problem = str(exc)
-    count = device.multiprocessors.to_bytes(4, "little")
+    kind = AllocationError if whole is None else DeviceError  # for a part, nothing is taken but of the heap
     try:
-        counts = agree(exchange, count, problem, f"{verb}: out of memory")  # and nobody writes before all areas are
-    except AllocationError:
+        count = device.multiprocessors.to_bytes(4, "little")  # and nobody writes before all areas are made
+        counts = agree(exchange, count, problem, f"{verb}: a GPU cannot be set up", kind)
+    except BaseException as exc:
         if area is not None:
             area.close()
-        if whole is not None:
+        if whole is not None and type(exc) is kind:  # all ranks know
             heap.give_back(verb)
         raise
     assert area is not None
@@ -349,6 +368,6 @@ def build_world(
         area, topology, slices, common.rules, kernels, common.sharers, smallest, settings.timeout, remote
     )
     stream = whole.stream if whole is not None else _stream_on(device) if common.backend == "emulated" else 0
-    world = DeviceWorld(exchange, topology, planner, heap, common, far, stream, whole)
+    world = DeviceWorld(exchange, topology, planner, heap, common, footing, far, stream, whole)
     heap.finish = world.finish
     return world

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 
-from nvcoll.errors import BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
+from nvcoll.errors import AllocationError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
 
 include "segment.pxi"
 include "frames.pxi"
@@ -44,11 +44,14 @@ class Exchange:
         For kind "mpi" a duplicate of mpi4py's ``COMM_WORLD``, or what was split from that, else None.
     verb
         What the user called, for messages: who exchanges bytes for another call sets it before.
+    of
+        For messages too: which communicator's ranks they count, such as " of COMM_WORLD.Dup()".
     timeout
         Seconds to wait for other ranks.
     """
 
     verb = "Init"
+    of = ""
 
     def __init__(self, kind, rank, size, channel, timeout):
         self.kind, self.rank, self.size = kind, rank, size
@@ -114,8 +117,8 @@ class Exchange:
             As `allgather` does. One that ends on the way into a part is missed there, by its deadline.
         BootstrapError
             The meeting point did not let this rank into its part. The exchange cannot be used any more.
-        MismatchError
-            A rank does something else. The exchange can still be used.
+        MismatchError, AllocationError
+            A rank does something else, or MPI has no more communicators. The exchange can still be used.
         ValueError
             `color` or `key` is not a number that fits.
         """
@@ -144,7 +147,7 @@ class Exchange:
             self._failed = True
             try:
                 yield self._channel
-            except MismatchError:  # all ranks know of it, and are in step
+            except (MismatchError, AllocationError):  # all ranks know of it, and are in step
                 self._failed = False
                 raise
             self._failed = False

@@ -78,7 +78,7 @@ class _Client:
                 "ended, or does a firewall stand between?"
             ) from error
         try:
-            self._prove(time.monotonic() + ANSWER_SECONDS)
+            self._prove(time.monotonic() + (ANSWER_SECONDS if self.group == LAUNCH else max(1.0, left)))
         except (OSError, EOFError) as error:
             self.sock.close()
             # one that hangs up may be a server that is crowded, or is ending before the next one starts
@@ -183,6 +183,9 @@ class _Client:
         self.sock.close()
 
 
+_interrupted = []  # requests that were waited for, and their memory: MPI may write there until the process ends
+
+
 class _OverMPI:
     """A communicator of mpi4py's: rank 0 learns the lengths and tells them, then one Allgatherv carries the bytes.
 
@@ -213,7 +216,7 @@ class _OverMPI:
         parts = [bytearray(LENGTH.pack(-1)) for _ in range(self.size)]
         parts[0][:] = LENGTH.pack(length)
         requests = [self._receive(parts[rank], rank) for rank in range(1, self.size)]
-        self._wait(requests, deadline)
+        self._wait(requests, deadline, parts)
         told = b"".join(parts)
         for rank, request in enumerate(requests, 1):
             if request:  # not arrived
@@ -227,7 +230,7 @@ class _OverMPI:
         self.comm.Send([LENGTH.pack(length), self.MPI.BYTE], 0, self.TAG)
         told = bytearray(LENGTH.pack(-1) + (self.size - 1) * LENGTH.pack(0))  # what holds if rank 0 is silent
         request = self._receive(told, 0)
-        if not self._wait([request], deadline):
+        if not self._wait([request], deadline, told):
             request.Cancel()
             request.Wait()
         return [length for (length,) in LENGTH.iter_unpack(told)]
@@ -235,18 +238,25 @@ class _OverMPI:
     def _receive(self, part, rank):
         return self.comm.Irecv([part, self.MPI.BYTE], rank, self.TAG)
 
-    def _wait(self, requests, deadline):
-        done = _poll(lambda: self.MPI.Request.Testall(requests), deadline)
+    def _wait(self, requests, deadline, memory):
+        try:
+            done = _poll(lambda: self.MPI.Request.Testall(requests), deadline)
+        except BaseException:  # Ctrl-C: what others send still arrives
+            _interrupted.append((requests, memory))
+            raise
         if not done:
             self.MPI.Request.Testsome(requests)
         return done
 
     def part(self, members, place, token, timeout, verb):
         """Split MPI's communicator, as all ranks do now: those of a part have the color of its first member."""
-        if not members:
-            self.comm.Split(self.MPI.UNDEFINED)
-            return None
-        return _OverMPI(self.MPI, self.comm.Split(members[0], place), whole=False)
+        try:
+            comm = self.comm.Split(members[0] if members else self.MPI.UNDEFINED, place or 0)
+        except self.MPI.Exception as error:
+            raise AllocationError(
+                f"{verb}: MPI makes no more communicators ({error}); Free those that are not needed"
+            ) from error
+        return _OverMPI(self.MPI, comm, whole=False) if members else None
 
     def close(self, orderly, together):
         global _in_step

@@ -206,6 +206,7 @@ cdef class DeviceState:
     """
     cdef int64_t values[FIELDS]
     cdef int64_t* report
+    cdef int64_t told               # what was reported, once the memory for it is gone
     cdef bint busy                  # whether a thread is in a launch, with which another call is refused
     cdef readonly StreamOrder order
     cdef readonly int64_t sequence
@@ -228,8 +229,13 @@ cdef class DeviceState:
 
     @property
     def reported(self):
-        """The same, also after the end; not after the memory is gone in which kernels report it."""
+        """The same, also after the end."""
         return nv_load(self.report) != 0
+
+    def keep_report(self):
+        """Remember what kernels have reported, before the memory goes in which they do."""
+        self.told = nv_load(self.report)
+        self.report = &self.told
 
     @property
     def over(self):
@@ -267,7 +273,7 @@ cdef class DeviceState:
         return 0
 
     def precede(self, uintptr_t stream):
-        """Let what is queued on a stream from now on begin after the rank's latest call.
+        """Let what is queued on a stream from now on begin after the latest call of any of the rank's communicators.
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """

@@ -21,8 +21,8 @@ cdef struct Call:
 ctypedef int64_t (*kernel_t)(int64_t) noexcept nogil
 
 # Why a call is refused, on hosts and on GPUs.
-OVER = "this communicator was finalized; take a new one, or call Init"
-BROKEN = "an earlier call on this communicator failed; it can only be freed: call Finalize"
+OVER = "this communicator was freed or finalized; make a new one, or call Init"
+BROKEN = "an earlier call on this communicator failed; it can only be ended: call Free or Finalize"
 TAKE_TURNS = "another thread is in a call on this communicator; calls on one communicator take turns"
 
 if not nv_little():

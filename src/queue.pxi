@@ -241,7 +241,7 @@ cdef class Queue:
     cdef object finalized(self):
         from nvcoll.errors import StateError
 
-        return StateError("the communicator was finalized before this request was done; Wait for it before Finalize")
+        return StateError("the communicator was freed or finalized before this request was done; Wait for it before")
 
     cdef int drain(self) except -1:
         """Wait for all calls, whatever becomes of them; but not those that the calling thread itself runs."""

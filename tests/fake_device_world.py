@@ -39,7 +39,7 @@ class State:
 
     def demand(self):
         if self.over:
-            raise nvcoll.StateError("this communicator was finalized")
+            raise nvcoll.StateError("this communicator was freed or finalized")
 
     def precede(self, stream):
         self.preceded.append(stream)
@@ -60,7 +60,7 @@ class Planner:
     def __init__(self):
         self.state = State()
         self.area = SimpleNamespace(boards=lambda: self.tags, token=TOKEN, history=HISTORY, fail=self.fail)
-        self.area.same_history, self.area.give_up = self.same_history, self.fail
+        self.area.same_history = self.same_history
         self.tags, self.plans, self.timeout = [], [], 2.0
         self.waited, self.same = [], True
 
@@ -98,6 +98,7 @@ def fake_world(monkeypatch):
     gpu = FakeGpu()
     world = SimpleNamespace(rank=1, size=4, of="", device=gpu, stream=0, planner=Planner(), settled=0)
     world.heap = SimpleNamespace(allocate=FakeAllocation)
+    world.give_up = world.planner.fail
     world.synchronized = []
     driver = FakeDriver(gpu)
     driver.stream_synchronize = world.synchronized.append

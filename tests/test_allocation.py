@@ -240,7 +240,7 @@ def resident():
 
 
 ALLOCATIONS = {"empty": (3,), "zeros": (3,), "full": (3, 1), "array": ([1, 2, 3],)}
-FAILED = "^an earlier call on this communicator failed; it can only be freed: call Finalize$"
+FAILED = "^an earlier call on this communicator failed; it can only be ended: call Free or Finalize$"
 
 
 class TestAfterAFailedCall:

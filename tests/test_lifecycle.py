@@ -20,7 +20,7 @@ def test_finalized_while_a_call_is_planned(monkeypatch, call):
         return made
 
     monkeypatch.setattr(planner, "plan", plan_too_late)
-    with pytest.raises(nvcoll.StateError, match="this communicator was finalized"):
+    with pytest.raises(nvcoll.StateError, match="this communicator was freed or finalized"):
         call()
     assert not COMM_SELF.alive
     call()

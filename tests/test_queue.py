@@ -264,9 +264,9 @@ class TestErrors:
             return comm, comm.Allreduce_init(np.ones(4))
 
         for comm, request in run(main):
-            with pytest.raises(StateError, match="this communicator was finalized"):
+            with pytest.raises(StateError, match="this communicator was freed or finalized"):
                 request.Start()
-            with pytest.raises(StateError, match="this communicator was finalized"):
+            with pytest.raises(StateError, match="this communicator was freed or finalized"):
                 comm.Iallreduce(np.ones(4))
 
 

@@ -1,7 +1,7 @@
 """Communicators made from others: who is in them, whose calls they match, what memory they have, and their ends."""
 
 import threading
-from itertools import pairwise
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 import nvcoll
 from nvcoll import COMM_NULL, COMM_SELF, COMM_TYPE_SHARED, UNDEFINED
 from nvcoll.errors import ArgumentError, StateError, TimeoutError
-from tests.crew import Crew
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +126,17 @@ class TestArguments:
     def test_numbers_of_numpy(self):
         assert nvcoll.emulate(2).run(lambda comm: comm.Split(np.int32(1), np.uint8(2)).size) == [2, 2]
 
+    def test_what_mpi4py_s_may_be_given(self):
+        def main(comm):
+            node = comm.Split_type(COMM_TYPE_SHARED, 0, None)
+            dup = comm.Dup(info=None)
+            same = [dup in [dup], dup != comm, dup != COMM_NULL, hash(dup) == hash(dup)]
+            if dup != COMM_NULL:
+                dup.Free()
+            return node.size, comm.Split(0, -(1 << 63)).size, all(same), dup == COMM_NULL, comm == COMM_NULL
+
+        assert nvcoll.emulate(2).run(main) == [(2, 2, True, True, False)] * 2
+
     def test_no_communicator(self):
         assert not COMM_NULL
         assert "not in use" in repr(COMM_NULL)
@@ -221,100 +231,6 @@ class TestCalls:
         assert [kind for kind, _ in told] == [StateError] * 2
 
 
-class TestMemory:
-    def test_buffers_of_all_lie_apart_and_are_symmetric_to_all(self):
-        def main(comm):
-            odd = comm.Split(comm.rank % 2)
-            pairs = comm.Split(comm.rank // 2)
-            buffers = []
-            for k in range(8):
-                comms = (comm, odd, pairs, odd)
-                buffers.append(comms[k % 4].full(5000, k))
-            places = sorted((b.__array_interface__["data"][0], b.nbytes) for b in buffers)
-            apart = all(at + nbytes <= after for (at, nbytes), (after, _) in pairwise(places))
-            start, size = comm._world.planner.state.heap
-            inside = all(start <= at and at + nbytes <= start + size for at, nbytes in places)
-            same = all(one._world.planner.state.heap == (start, size) for one in (odd, pairs))
-            sums = [one.size for one in (comm, odd, pairs)]
-            for one in (comm, odd, pairs):
-                for buffer in buffers:
-                    one.Allreduce(buffer, algorithm="two_shot")
-            right = all((b == k * np.prod(sums)).all() for k, b in enumerate(buffers))
-            return apart, inside, same, right
-
-        assert nvcoll.emulate(4).run(main) == [(True,) * 4] * 4
-
-    def test_places_are_the_same_on_the_ranks_that_have_them_whatever_else_these_have(self):
-        def main(comm):
-            start = comm._world.planner.state.heap[0]
-            parts = [comm.Split(0 if comm.rank in one else UNDEFINED) for one in ((0, 1), (1, 2), (2, 0))]
-            found = {}
-            for turn in range(4):
-                for which, part in enumerate(parts):
-                    if part:
-                        buffer = part.empty(2000 * (1 + (which + turn) % 3))
-                        found[which, turn] = buffer.__array_interface__["data"][0] - start, buffer
-            return {key: place for key, (place, _) in found.items()}
-
-        one, two, three = nvcoll.emulate(3).run(main)
-        for turn in range(4):
-            assert one[0, turn] == two[0, turn]
-            assert two[1, turn] == three[1, turn]
-            assert three[2, turn] == one[2, turn]
-
-    def test_allocations_of_two_communicators_at_the_same_time(self):
-        """From threads: who finds that another has taken the place meanwhile looks for a new one, with all ranks."""
-
-        def main(comm):
-            two, found = [comm, comm.Dup()], {}
-
-            def work(which):
-                found[which] = [two[which].full(3000, which) for _ in range(30)]
-
-            threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            start = comm._world.planner.state.heap[0]
-            places = [[b.__array_interface__["data"][0] - start for b in found[which]] for which in (0, 1)]
-            kept = all((b == which).all() for which in (0, 1) for b in found[which])
-            return kept, len({*places[0], *places[1]}), places
-
-        found = nvcoll.emulate(3).run(main)
-        assert found == [found[0]] * 3
-        assert found[0][:2] == (True, 60)
-
-    def test_no_room(self, monkeypatch):
-        def main(comm):
-            told = refusal(comm.Split, comm.rank % 2)
-            return told, total(comm, 1)[0], comm.empty(10).size
-
-        monkeypatch.setenv("NVCOLL_HEAP", "12M")
-        found = nvcoll.emulate(4).run(main)
-        (kind, text), *rest = found[0]
-        assert kind is nvcoll.AllocationError
-        assert text.startswith("Split: out of memory: rank 0: needs 8388608 bytes")
-        assert text.endswith("raise NVCOLL_HEAP or lower NVCOLL_SCRATCH")
-        assert rest == [4.0, 10]
-
-    def test_freed_memory_is_used_again(self):
-        def main(comm):
-            places = set()
-            for _ in range(20):
-                part = comm.Split(comm.rank % 2)
-                part.full(100_000, 1.0)
-                kept = part.full(10, 3.0)
-                places.add(kept.__array_interface__["data"][0])
-                assert total(part, 1)[0] == part.size
-                part.Free()
-            return len(places), refusal(comm.Allreduce, kept)
-
-        for count, told in nvcoll.emulate(4).run(main):
-            assert count == 1
-            assert "freed" in told[1]
-
-
 class TestEnd:
     def test_free(self):
         def main(comm):
@@ -337,6 +253,22 @@ class TestEnd:
         parts = nvcoll.emulate(2).run(lambda comm: comm.Dup())
         assert refusal(total, parts[0], 1)[0] is StateError
 
+    def test_a_rank_that_fails_ends_the_waiting_in_parts_of_parts(self):
+        """Also where the part between has been freed."""
+
+        def main(comm):
+            middle = comm.Dup()
+            part = middle.Split(0)
+            middle.Free()
+            if comm.rank == 1:
+                raise ValueError("mine")
+            part.empty(10)
+
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="mine"):
+            nvcoll.emulate(3).run(main)
+        assert time.monotonic() - started < 15
+
     def test_a_rank_that_fails_ends_the_waiting_in_parts(self):
         def main(comm):
             part = comm.Split(comm.rank // 2)
@@ -346,104 +278,3 @@ class TestEnd:
 
         with pytest.raises(ValueError, match="mine"):
             nvcoll.emulate(2).run(main)
-
-
-class TestProcesses:
-    def test_lives_with_parts_leave_nothing(self):
-        program = """
-def held():
-    mappings = [line for line in open("/proc/self/maps") if "nvcoll-" in line]
-    return len(os.listdir("/proc/self/fd")), len(mappings)
-
-def life(free):
-    part = comm.Split(comm.rank % 2, -comm.rank)
-    inner = part.Dup()
-    buffer = part.full(1000, 1.0)
-    inner.Allreduce(buffer)
-    found = float(buffer[0])
-    if free:
-        inner.Free()
-        part.Free()
-    nvcoll.Finalize()
-    return found, bool(inner)
-
-tell(first=life(True))
-before = held()
-tell(found=[life(k % 2) for k in range(8)], same=held() == before)
-"""
-        with Crew(program, 4) as crew:
-            for rank in range(4):
-                assert crew.told(rank) == {"first": [2.0, False]}
-                assert crew.told(rank) == {"found": [[2.0, False]] * 8, "same": True}
-
-    def test_who_is_killed_is_missed_at_once_and_named(self):
-        """Locks of ranks that a part lacks are not looked at, and those of others not taken for theirs."""
-        program = """
-part = comm.Split(0 if comm.rank else nvcoll.UNDEFINED)
-late = comm.Split(comm.rank // 2, -comm.rank)
-tell(ready=total())
-if comm.rank == 2:
-    gate()
-tell(**attempt((part or comm).Allreduce, np.ones(3)) if comm.rank else attempt(comm.Barrier))
-"""
-        with Crew(program, 4, NVCOLL_TIMEOUT="60") as crew:
-            crew.all_told()
-            crew.ranks[2].kill()
-            for rank in (1, 3):
-                told = crew.told(rank)
-                assert told["kind"] == "PeerLostError"
-                assert f"rank {rank - 1} of COMM_WORLD.Split(0)): rank 1 has ended" in told["text"]
-                assert told["seconds"] < 10
-            assert crew.told(0)["kind"] == "PeerLostError"
-
-    def test_a_fork_is_no_rank(self):
-        program = """
-part = comm.Dup()
-total()
-if os.fork() == 0:
-    tell(**attempt(part.Allreduce, np.ones(3)))
-    os._exit(0)
-os.wait()
-tell(sum=float(comm.size) if part.size == comm.size else 0.0)
-"""
-        with Crew(program, 2) as crew:
-            for rank in range(2):
-                told = crew.told(rank)
-                assert told["kind"] == "StateError"
-                assert told["text"].startswith("COMM_WORLD.Dup(): this process was forked from a rank")
-                assert crew.told(rank) == {"sum": 2.0}
-
-    @pytest.mark.mpi
-    @pytest.mark.parametrize("per_node", [1, 2, 3])
-    def test_on_several_nodes(self, run_ranks, per_node):
-        program = """
-import numpy as np, nvcoll
-from nvcoll import COMM_WORLD as comm
-parts = [comm.Split(comm.rank % 2, -comm.rank), comm.Dup(), comm.Split_type(nvcoll.COMM_TYPE_SHARED)]
-parts.append(parts[0].Split(0))
-found = []
-for _ in range(3):
-    for part in parts:
-        x = part.full(70_000, comm.rank + 1.0)
-        part.Allreduce(x)
-        found.append([part.rank, part.size, float(x[0]), bool((x == x[0]).all())])
-parts.pop(0).Free()
-x = np.full(5, comm.rank + 1.0)
-parts[-1].Allreduce(x)
-print(found[:4], found[:4] * 3 == found, x[0])
-"""
-        ranks = run_ranks(program, 6, launcher="mpiexec", env={"NVCOLL_RANKS_PER_NODE": str(per_node)})
-        for rank, told in enumerate(ranks.stdout):
-            odd, node = float(12 if rank % 2 else 9), rank // per_node * per_node
-            mine = [2 - rank // 2, 3, odd, True]
-            alike = [rank % per_node, per_node, float(sum(range(node + 1, node + per_node + 1))), True]
-            assert told.strip() == f"{[mine, [rank, 6, 21.0, True], alike, mine]} True {odd}"
-
-    @pytest.mark.mpi
-    def test_mpi4py_s_shared_type(self, run_ranks):
-        program = """
-from mpi4py import MPI
-from nvcoll import COMM_WORLD as comm
-print(comm.Split_type(MPI.COMM_TYPE_SHARED, -comm.rank).rank, bool(comm.Split(MPI.UNDEFINED)))
-"""
-        assert run_ranks(program, 2, launcher="mpiexec").stdout == ["1 False\n", "0 False\n"]

@@ -127,7 +127,7 @@ class TestParts:
                 topology = _topology.detect(rank, [b"a"] * 3 + [b"b"] * 3, gpus=[f"GPU {k}" for k in range(6)])
                 exchange = SimpleNamespace(rank=rank, size=6)
                 common = DeviceCommon(settings.read({}), {}, Device(0), 2, "nvshmem")
-                world = DeviceWorld(exchange, topology, None, heap, common, far, 0)
+                world = DeviceWorld(exchange, topology, None, heap, common, None, far, 0)
                 found[rank] = (*world.part(LocalExchange(hub, ranks.index(rank)), ranks), world)
 
             threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
@@ -186,7 +186,8 @@ class TestEnds:
             heap = SimpleNamespace(close=note("close heap"), retire=note("retire heap"), give_back=note("give back"))
             exchange = make.exchange = SimpleNamespace(rank=0, size=2, close=note("leave"), timeout=600.0)
             common = DeviceCommon(None, {}, Device(0), 1, backend)
-            return DeviceWorld(exchange, None, planner, heap, common, (), stream, whole)
+            footing = SimpleNamespace(close=note("close footing"))
+            return DeviceWorld(exchange, None, planner, heap, common, footing, (), stream, whole)
 
         make.driver = fake
         return make
@@ -194,7 +195,7 @@ class TestEnds:
     @pytest.mark.parametrize("reported", [False, True])
     def test_of_a_process(self, world, done, reported):
         world("nvshmem", 0, reported).close()
-        ends = [("close area",), ("close heap",), ("leave", reported)]
+        ends = [("close area",), ("close footing",), ("close heap",), ("leave", reported)]
         assert done == [("precede", 0), ("end",), ("wait", 0), ("end",), *ends]
         assert world.exchange.timeout == (world_cuda.PATIENCE if reported else 600)  # some ranks may not come
 
@@ -211,7 +212,7 @@ class TestEnds:
         one = world("nvshmem", 0)
         one.planner.state.precede = gone
         one.close()
-        assert done[-3:] == [("close area",), ("close heap",), ("leave", False)]
+        assert done[-4:] == [("close area",), ("close footing",), ("close heap",), ("leave", False)]
         assert "cuCtxSynchronize" in world.driver.calls
 
     def test_after_ctrl_c_no_kernel_is_waited_for(self, monkeypatch, world, done):
@@ -244,16 +245,16 @@ class TestEnds:
         assert done == [*left, ("close area",), ("retire heap",), ("leave", reported)]
         done.clear()
         whole.close()
-        assert done == [*left, ("close area",), ("close heap",), ("leave", reported)]
+        assert done == [*left, ("close area",), ("close footing",), ("close heap",), ("leave", reported)]
 
     def test_of_a_part_that_is_freed(self, world, done):
         whole = world("nvshmem", 0)
         world("nvshmem", 0, False, whole).free()
-        assert done[4:] == [("give back", "Free"), ("close area",), ("retire heap",), ("leave", False)]
+        assert done[4:] == [("give back", "Free", True), ("close area",), ("retire heap",), ("leave", False)]
         done.clear()
-        failed = world("nvshmem", 0, True, whole)  # the ranks may be out of step
-        failed.free()
-        assert done[4:] == [("close area",), ("retire heap",), ("leave", True)]
+        failed = world("nvshmem", 0, True, whole)
+        assert failed.free()
+        assert done[4:] == [("give back", "Free", False), ("close area",), ("retire heap",), ("leave", False)]
 
     def test_a_part_that_cannot_leave_keeps_the_memory(self, monkeypatch, world, done):
         def fails(stream):
@@ -276,6 +277,7 @@ class TestEnds:
         world("emulated", STREAM, False, whole)
         with on_gpu():
             whole.retire()
+        assert done[-2:] == [("close area",), ("close footing",)]
         assert done.count(("close area",)) == 2
         assert world_cuda._idle[0] == [STREAM]
         assert not whole._parts
@@ -286,7 +288,7 @@ class TestEnds:
         with on_gpu():
             one.retire()
             assert done == [("precede", STREAM), ("end",), ("wait", STREAM), ("end",), ("retire heap",)]
-        assert done[-1] == ("close area",)
+        assert done[-2:] == [("close area",), ("close footing",)]
 
     def test_streams_of_emulated_ranks_are_used_again(self, monkeypatch, world, done):
         """They are never destroyed: others may name them still, and none is given out twice."""
@@ -325,7 +327,7 @@ class TestEnds:
         install(monkeypatch, world.driver)
         heap = SimpleNamespace(allocate=lambda nbytes, verb: None, finish=None)
         planner = SimpleNamespace(state=None)
-        for name, made in {"Heap": heap, "DeviceArea": object(), "DevicePlanner": planner}.items():
+        for name, made in {"Heap": heap, "Footing": None, "DeviceArea": object(), "DevicePlanner": planner}.items():
             monkeypatch.setattr(world_cuda, name, lambda *args, made=made: made)
         exchange = SimpleNamespace(rank=0, size=1, verb="Init", allgather=lambda data: [data])
         memory, topology = SimpleNamespace(members=(0,)), SimpleNamespace(node_sizes=(1,))

@@ -28,6 +28,10 @@ SCRATCH = 128 << 20
 """Least scratch memory of a rank: some 64 KiB for each block, protocol and parity."""
 TOKEN = 256
 """Bytes of what is reduced where ranks only meet."""
+REPORT = 64
+"""Bytes of host memory for the report of an area, and for the mark that is copied to it."""
+REPORTS = 64
+"""Reports that are allocated at a time."""
 LEAST_SLOTS = 4096
 """Least bytes of a block's part of a half."""
 
@@ -93,6 +97,48 @@ class DeviceLayout:
         return self.data + 2 * self.slots_half
 
 
+class Footing:
+    """What all areas of a rank stand on: the order of its calls, and pinned host memory for what kernels report.
+
+    To allocate either may wait for all that runs on the GPU, so it is done as the first area is made.
+
+    Parameters
+    ----------
+    device
+        The GPU.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._pages: list[int] = []
+        self._free: list[tuple[int, int]] = []
+        with device:
+            self._event = driver.event_create()
+            self.order = StreamOrder(driver.current_context(), self._event)
+
+    def take_report(self) -> tuple[int, int]:
+        """Return the addresses, for the host and for the GPU, of zeroed memory for a report."""
+        if not self._free:
+            with self._device:
+                host, gpu = driver.host_allocate(REPORTS * REPORT)
+            self._pages.append(host)
+            self._free = [(host + at, gpu + at) for at in range(0, REPORTS * REPORT, REPORT)]
+        host, gpu = self._free.pop()
+        ctypes.memset(host, 0, REPORT)
+        return host, gpu
+
+    def give_report(self, host: int, gpu: int) -> None:
+        """Take back the memory of a report."""
+        self._free.append((host, gpu))
+
+    def close(self) -> None:
+        """Give everything back, after all areas."""
+        with self._device:
+            driver.event_destroy(self._event)
+            while self._pages:
+                driver.host_free(self._pages.pop())
+
+
 class DeviceArea:
     """A rank's area and what belongs to it in private memory: tables, epochs, accumulators, and a report on the host.
 
@@ -115,35 +161,41 @@ class DeviceArea:
         Ranks of the smallest node.
     device
         The GPU.
+    footing
+        What the rank's areas have in common.
     far
         Ranks that kernels are to reach through the network only, whether their memory could be stored to or not.
-    order
-        That of the rank's first communicator, for the others; None makes it.
     """
 
     def __init__(
         self, memory: Any, piece: Piece, here: Any, layout: DeviceLayout, timeout: float, slices: int, device: Any,
-        far: Collection[int] = (), order: StreamOrder | None = None,
+        footing: Footing, far: Collection[int] = (),
     ) -> None:  # fmt: skip
         self.piece = piece
         self.layout = layout
         self._device = device
         self._memory = memory
+        self._footing = footing
         with device:
             driver.memset(piece.address, 0, layout.nbytes)
             driver.memset(piece.address + layout.cells, 0xFF, 2 * layout.slots_half)
             tables = _tables(memory, piece, here, far)
-            places, total = _places([*(8 * len(table) for table in tables), EPOCHS + EPOCH * BLOCKS, TOKEN])
-            self._private = driver.allocate(total + BLOCKS * layout.slots_block)
-            driver.memset(self._private, 0, total)
-            for table, place in zip(tables, places, strict=False):
-                words = (ctypes.c_int64 * len(table))(*table)
-                driver.copy(self._private + place, ctypes.addressof(words), ctypes.sizeof(words))
-            self._host, report = driver.host_allocate(64)
-            ctypes.memset(self._host, 0, 64)
+            places, total = _places(_private_sizes(layout))
+            # A part has room for it behind its area: to allocate more may wait for all that runs on the GPU.
+            self._owned = piece.nbytes == layout.nbytes
+            self._private = driver.allocate(private_size(layout)) if self._owned else piece.address + layout.nbytes
+            try:
+                driver.memset(self._private, 0, total)
+                for table, place in zip(tables, places, strict=False):
+                    words = (ctypes.c_int64 * len(table))(*table)
+                    driver.copy(self._private + place, ctypes.addressof(words), ctypes.sizeof(words))
+                self._host, report = footing.take_report()
+            except BaseException:
+                if self._owned:
+                    driver.free(self._private)
+                raise
             ctypes.c_int64.from_address(self._host + WORD).value = FAILED
-            self._event = driver.event_create() if order is None else 0
-            order = order or StreamOrder(driver.current_context(), self._event)
+        self._report = report
         peers, members, owners, state, self.token = (self._private + place for place in places)
         self._state, self.history = state, state + HISTORY
         values = {
@@ -157,7 +209,7 @@ class DeviceArea:
             "heap": memory.address(memory.place), "heap_size": memory.extent,
         }  # fmt: skip
         values |= {f"peer{k}": address for k, address in enumerate(tables[0][:NEAR])}
-        self.state = DeviceState(values, order, self._host, self)
+        self.state = DeviceState(values, footing.order, self._host, self)
 
     def same_history(self, stream: int) -> bool:
         """Tell whether all ranks have made the same calls, once `token` is the greatest of each word of `history`.
@@ -218,11 +270,11 @@ class DeviceArea:
     def close(self) -> None:
         """Free the private memory, when no kernel uses it any more."""
         if self._private:
-            with self._device:
-                driver.free(self._private)
-                if self._event:
-                    driver.event_destroy(self._event)
-                driver.host_free(self._host)
+            self.state.keep_report()
+            self._footing.give_report(self._host, self._report)
+            if self._owned:
+                with self._device:
+                    driver.free(self._private)
             self._private = 0
             del self.state  # it refers to this area: so memory goes with the last reference to it, and at once
 
@@ -232,6 +284,16 @@ def _tables(memory: Any, piece: Piece, here: Any, far: Collection[int]) -> list[
     heaps = [0 if place in far else memory.address(place) for place in range(len(memory.members))]
     areas = [heap + piece.offset if heap else -1 - pe for heap, pe in zip(heaps, memory.origins, strict=True)]
     return [areas, list(here.members), list(here.owners)]
+
+
+def _private_sizes(layout: DeviceLayout) -> list[int]:
+    """Return the bytes of the parts of private memory, but for the accumulators: three tables, epochs, a token."""
+    return [8 * layout.ranks] * 3 + [EPOCHS + EPOCH * BLOCKS, TOKEN]
+
+
+def private_size(layout: DeviceLayout) -> int:
+    """Return the bytes of private memory that belong to an area."""
+    return _places(_private_sizes(layout))[1] + BLOCKS * layout.slots_block
 
 
 def _places(sizes: list[int]) -> tuple[list[int], int]:

@@ -25,10 +25,13 @@ class Hub:
         Number of ranks.
     timeout
         Seconds to wait for the others.
+    first
+        The hub of all ranks, if this is one of some of them.
     """
 
-    def __init__(self, size: int, timeout: float) -> None:
+    def __init__(self, size: int, timeout: float, first: "Hub | None" = None) -> None:
         self.size = size
+        self._first = first or self
         self.timeout = timeout
         self.abandoned = False
         self.barrier = threading.Barrier(size)
@@ -56,10 +59,11 @@ class Hub:
         return hub
 
     def _begin(self, size: int) -> "Hub":
-        hub = Hub(size, self.timeout)
-        self._parts.add(hub)
-        if self.abandoned:
-            hub.abandon()
+        hub = Hub(size, self.timeout, self._first)
+        for holder in (self, self._first):  # this one may be gone before what it was divided into
+            holder._parts.add(hub)
+            if holder.abandoned:
+                hub.abandon()
         return hub
 
     def abandon(self) -> None:
@@ -76,6 +80,7 @@ class LocalExchange:
     """One thread's end of a `Hub`, with the interface of the bootstrap's exchange."""
 
     kind = "emulated"
+    of = ""  # for messages: which communicator's ranks they count
     mpi_comm = None
     verb = "Init"  # what the user called, for messages; who exchanges bytes for another call sets it before
 
@@ -135,7 +140,9 @@ class LocalExchange:
         self._hub.abandon()
 
     def close(self, failed: bool = False) -> None:
-        """Nothing to close: the hub belongs to the emulation."""
+        """Let nobody wait for this rank after a failure; else nothing is to be closed."""
+        if failed:
+            self.abandon()
 
 
 class EmulatedMemory(Member):

@@ -117,22 +117,21 @@ class Part(Member):
         mine = [(member, places[rank]) for member, rank in enumerate(ranks) if rank in places]
         members = tuple(member for member, _ in mine)
         super().__init__(exchange, members, members.index(exchange.rank), memory.extent, memory.descriptor)
-        self._whole = memory
-        self._places = [place for _, place in mine]
+        self._opened: Member = memory._opened if isinstance(memory, Part) else memory
         self.room = memory.room
-        self.origins = tuple(memory.origins[place] for place in self._places)
+        self.origins = tuple(memory.origins[place] for _, place in mine)
 
     def address(self, place: int) -> int:
         """Return where the heap of a member begins."""
-        return self._whole.address(self._places[place])
+        return self._opened.address(self.origins[place])
 
     def take(self, offset: int, nbytes: int) -> None:
         """Take memory for a range of this rank's heap, or raise OSError."""
-        self._whole.take(offset, nbytes)
+        self._opened.take(offset, nbytes)
 
     def give(self, offset: int, nbytes: int) -> None:
         """Give the memory of a range back to the system."""
-        self._whole.give(offset, nbytes)
+        self._opened.give(offset, nbytes)
 
     def close(self) -> None:
         """Nothing to do: the memory belongs to the world that was opened with it."""

@@ -72,22 +72,24 @@ class Heap:
             On all ranks, if they ask for different sizes.
         """
         with self._lock:
-            self._begin(verb)
+            what = self._begin(verb)
             taken = max(1, -(-nbytes // ALIGN)) * ALIGN
             offset = None
             while offset is None:
-                offset = self._take(verb, nbytes, taken, self._agree(verb, "a", nbytes))
+                offset = self._take(what, nbytes, taken, self._agree(what, "a", nbytes), _cures(verb))
             self._count += 1
             self._pieces[self._count] = (offset, taken)
             return Piece(self, self._count, offset, nbytes)
 
-    def _take(self, verb: str, nbytes: int, taken: int, others: set[tuple[int, int]]) -> int | None:
+    def _take(
+        self, verb: str, nbytes: int, taken: int, others: set[tuple[int, int]], cures: tuple[str, str]
+    ) -> int | None:
         """Take the same range on all ranks, where what `others` have is on none; None if one of them was quicker.
 
         Raises AllocationError on all ranks if one of them has no room.
         """
         memory, offset, problem, mine = self.memory, self._place(taken, others), "", False
-        more_heap, more_memory = _cures(verb)
+        more_heap, more_memory = cures
         if offset is None:
             problem = f"needs {nbytes} bytes, the heap of {memory.extent} bytes has no such room; {more_heap}"
         elif memory.room.take(
@@ -109,22 +111,23 @@ class Heap:
     def free(self, piece: Piece) -> None:
         """Free an allocation on all ranks. Collective."""
         with self._lock:
-            self._begin("free")
-            self._agree("free", "f", piece.number)
+            self._agree(self._begin("free"), "f", piece.number)
             self._release(piece.number)
 
-    def give_back(self, verb: str) -> None:
-        """Free everything on all ranks, buffers too, and end: the memory stays with those who have it in common.
+    def give_back(self, verb: str, done: bool = True) -> None:
+        """Free everything on all ranks, and end: the memory stays with those who have it in common. Collective.
 
-        Collective.
+        Buffers are gone in any case. If a rank is not `done` with the memory, none gives it back.
         """
         with self._lock:
-            self._begin(verb)
-            self._agree(verb, "e", 0)
+            what, address = self._begin(verb), self.memory.address(self.memory.place)
             self._closed, self.finish = True, None
-            for number, (offset, taken) in [*self._pieces.items()]:
-                invalidate(self.memory.address(self.memory.place) + offset, taken)
-                self._release(number)
+            for offset, taken in self._pieces.values():
+                invalidate(address + offset, taken)
+            self._agree(what, "e", 0)
+            if set(self.memory.exchange.allgather(bytes([done]))) == {b"\1"}:
+                for number in [*self._pieces]:
+                    self._release(number)
 
     def close(self) -> None:
         """Give everything back. Buffers become freed ones.
@@ -143,10 +146,13 @@ class Heap:
         with self._lock:
             self._closed, self.finish = True, None
 
-    def _begin(self, verb: str) -> None:
+    def _begin(self, verb: str) -> str:
+        """Return what the call is, for messages: the verb, and of which communicator if that was made from another."""
         if self._closed:
-            raise StateError(f"{verb}: the heap was finalized; its buffers are gone")
-        self.memory.exchange.verb = verb
+            raise StateError(f"{verb}: the heap was given back; its buffers are gone")
+        exchange = self.memory.exchange
+        exchange.verb = verb + exchange.of
+        return str(exchange.verb)
 
     def _agree(self, verb: str, kind: str, value: int) -> set[tuple[int, int]]:
         """Check that all ranks do the same, and free what all of them have dropped.

@@ -11,7 +11,7 @@ from nvcoll import _topology
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends import device_area
-from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout
+from nvcoll.backends.device_area import BOARD, FLAGS, LINE, SCRATCH, DeviceArea, DeviceLayout, Footing, private_size
 from nvcoll.backends.driver import Device
 from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY
 from nvcoll.errors import AllocationError, ArgumentError
@@ -69,23 +69,27 @@ def made(driver, monkeypatch):
     return make(driver, monkeypatch)
 
 
-def make(driver, monkeypatch, *far):
+def make(driver, monkeypatch, *far, part=False):
     monkeypatch.setattr(device_area, "BLOCKS", 4)
     told = []
 
     def state(*args):
         told.extend(args)
-        return SimpleNamespace()
+        return SimpleNamespace(keep_report=lambda: None)
 
     monkeypatch.setattr(device_area, "DeviceState", state)
     monkeypatch.setattr(device_area, "StreamOrder", lambda *args: args)
     memory = Memory(driver)
     ctypes.memset(memory.address(1), 0x55, memory.extent)
     layout = DeviceLayout(3, 1 << 22)
-    piece = SimpleNamespace(offset=4096, address=memory.address(1) + 4096, nbytes=layout.nbytes)
+    nbytes = layout.nbytes + private_size(layout) * part
+    piece = SimpleNamespace(offset=4096, address=memory.address(1) + 4096, nbytes=nbytes)
     here = _topology.detect(1, [b"a", b"a", b"b"])
-    area = DeviceArea(memory, piece, here, layout, 2.5, 1, Device(0), *far)
-    return SimpleNamespace(area=area, memory=memory, layout=layout, values=told[0], told=told[1:])
+    footing = Footing(Device(0))
+    area = DeviceArea(memory, piece, here, layout, 2.5, 1, Device(0), footing, *far)
+    return SimpleNamespace(
+        area=area, memory=memory, layout=layout, footing=footing, piece=piece, values=told[0], told=told[1:]
+    )
 
 
 def words(address, count):
@@ -178,14 +182,49 @@ class TestArea:
         assert len(driver.taken) == 2
         made.area.close()
         made.area.close()
+        made.footing.close()
         assert driver.taken == {}
         assert driver.calls.count("cuEventDestroy") == driver.calls.count("cuEventCreate")
 
+    def test_a_part_takes_nothing_of_the_driver(self, driver, monkeypatch):
+        """What it would take, or give back, may wait for kernels that wait for this very rank."""
+        made = make(driver, monkeypatch, part=True)
+        taken = dict(driver.taken)
+        assert len(taken) == 1  # for reports
+        values, piece = made.values, made.piece
+        start, end = piece.address + made.layout.nbytes, piece.address + piece.nbytes
+        for name in ("peers", "members", "owners", "state"):
+            assert start <= values[name] < values["workspace"]
+        assert values["workspace"] + device_area.BLOCKS * values["workspace_block"] == end
+        made.area.close()
+        assert driver.taken == taken
 
-def test_a_gpu_without_room(driver):
+    def test_reports_are_apart_zero_and_used_again(self, driver, monkeypatch):
+        monkeypatch.setattr(device_area, "StreamOrder", lambda *args: args)
+        footing, found = Footing(Device(0)), []
+        for _ in range(2 * device_area.REPORTS + 1):
+            found.append(footing.take_report())
+            assert words(found[-1][0], device_area.REPORT // 8) == [0] * (device_area.REPORT // 8)
+            ctypes.memset(found[-1][0], 1, device_area.REPORT)
+        places = sorted(host for host, _ in found)
+        assert all(after - at >= device_area.REPORT for at, after in pairwise(places))
+        assert len(driver.taken) == 3
+        footing.give_report(*found[5])
+        assert footing.take_report() == found[5]
+        assert words(found[5][0], 1) == [0]
+
+    def test_what_cannot_be_told_of_takes_no_memory(self, driver, monkeypatch):
+        driver.fail["cuMemHostAlloc"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+        with pytest.raises(AllocationError, match="cuMemHostAlloc"):
+            make(driver, monkeypatch)
+        assert driver.taken == {}
+
+
+def test_a_gpu_without_room(driver, monkeypatch):
+    monkeypatch.setattr(device_area, "StreamOrder", lambda *args: args)
     driver.fail["cuMemAlloc"] = Result.CUDA_ERROR_OUT_OF_MEMORY
     memory, layout = Memory(driver), DeviceLayout(3, SCRATCH)
-    piece = SimpleNamespace(offset=0, address=memory.address(1), nbytes=0)
-    small = SimpleNamespace(cells=0, nbytes=64, slots_half=1, slots_block=layout.slots_block)
+    piece = SimpleNamespace(offset=0, address=memory.address(1), nbytes=64)
+    small = SimpleNamespace(ranks=3, cells=0, nbytes=64, slots_half=1, slots_block=layout.slots_block)
     with pytest.raises(AllocationError, match="cuMemAlloc"):
-        DeviceArea(memory, piece, _topology.detect(1, [b"a"] * 3), small, 1.0, 1, Device(0))
+        DeviceArea(memory, piece, _topology.detect(1, [b"a"] * 3), small, 1.0, 1, Device(0), Footing(Device(0)))

@@ -237,7 +237,7 @@ class TestEnd:
 
         [told] = on_ranks(act, 1)
         assert [kind for kind, _ in told] == [StateError] * 2
-        assert told[1][1] == "free: the heap was finalized; its buffers are gone"
+        assert told[1][1] == "free: the heap was given back; its buffers are gone"
 
     def test_buffers_end_and_views_keep_the_memory(self):
         def act(heap, rank):

@@ -255,7 +255,9 @@ class TestFailures:
         self.error(world, calls, [self.tag(20)] * 4)
         with pytest.raises(nvcoll.StateError) as caught:
             reduce(calls, on_gpu(values()))
-        assert str(caught.value) == ("an earlier call on this communicator failed; it can only be freed: call Finalize")
+        assert str(caught.value) == (
+            "an earlier call on this communicator failed; it can only be ended: call Free or Finalize"
+        )
 
 
 def test_arrays_are_made_on_the_heap(world, calls, monkeypatch):

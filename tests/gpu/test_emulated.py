@@ -243,4 +243,4 @@ except nvcoll.StateError as error:
     print(error)
 """
     status, output = run_command([sys.executable, "-c", program])
-    assert (status, output) == (0, "this communicator was finalized; take a new one, or call Init\n")
+    assert (status, output) == (0, "this communicator was freed or finalized; make a new one, or call Init\n")

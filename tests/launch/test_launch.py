@@ -173,7 +173,7 @@ report[0] = -(1 << 63)
 
 def test_after_the_end_nothing_is_launched(see):
     told = see("state.demand(); state.end()", "[refusal(plan.run, 1, 2, 3), refusal(state.demand), calls()]")
-    assert told == [*["this communicator was finalized; take a new one, or call Init"] * 2, []]
+    assert told == [*["this communicator was freed or finalized; make a new one, or call Init"] * 2, []]
 
 
 def test_threads_take_turns(see):
@@ -240,7 +240,7 @@ busy.join()
     done, order, ended, still = see(program, "[done, calls(), ended, still]")
     assert (done, still) == (True, True)
     assert order == ["launch(f0,50)"]
-    assert ended == ["this communicator was finalized; take a new one, or call Init"]
+    assert ended == ["this communicator was freed or finalized; make a new one, or call Init"]
 
 
 def test_a_failure_is_of_one_communicator(see):
