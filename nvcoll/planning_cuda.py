@@ -1,5 +1,6 @@
 """Plans of calls on GPUs: the shape of the launch, the geometry of slots, and the kernel."""
 
+import contextlib
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from nvcoll import _selection
 from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
-from nvcoll.backends import driver, nvshmem
+from nvcoll.backends import driver, nvshmem, siblings
 from nvcoll.backends.device_area import DeviceArea
 from nvcoll.device.cuda.layout import BLOCKS, deepens
 from nvcoll.errors import ArgumentError
@@ -52,10 +53,13 @@ class Kernels:
     def get(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
         """Return the handle of a kernel."""
         key = (algorithm, protocol, op, datatype, deep)
+        found = self._loaded.get(key)  # without the lock: who has it may wait for a launch of this very rank
+        if found is not None:
+            return found
         with self._lock:
             if key not in self._loaded:
                 cubin = self._cubins.get(*key[:4], self.device.arch, deep, self.remote)
-                with self.device:
+                with self._quiet(), self.device:
                     module = driver.load_module(cubin)
                     if self.remote:
                         nvshmem.introduce(module.handle)
@@ -64,6 +68,9 @@ class Kernels:
                         driver.share_multiprocessors(function)
                     self._loaded[key] = function
             return self._loaded[key]
+
+    def _quiet(self) -> contextlib.AbstractContextManager[None]:
+        return siblings.quiet(self.device.ordinal) if self._together else contextlib.nullcontext()
 
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""

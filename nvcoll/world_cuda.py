@@ -12,7 +12,7 @@ from typing import Any
 
 from nvcoll import _topology
 from nvcoll import settings as settings_
-from nvcoll.backends import driver
+from nvcoll.backends import driver, siblings
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout, Footing, private_size
 from nvcoll.backends.emulated import Hub, open_ranks, reserve_on, when_none_runs
 from nvcoll.backends.group import Part, agree
@@ -126,11 +126,7 @@ class DeviceWorld(Parted):
         return build_world(exchange, topology, memory, self.common, far, remote, self.whole or self)
 
     def settle(self) -> None:
-        """Wait for this rank's earlier calls, where its siblings' kernels share the context.
-
-        To load a kernel may stop the context until all that runs has ended. Once this rank's calls have ended, those
-        of its siblings have all they need.
-        """
+        """Wait for this rank's earlier calls, where a kernel may be loaded beside its siblings': see `siblings`."""
         if self.stream:
             self.finish()
 
@@ -370,4 +366,6 @@ def build_world(
     stream = whole.stream if whole is not None else _stream_on(device) if common.backend == "emulated" else 0
     world = DeviceWorld(exchange, topology, planner, heap, common, footing, far, stream, whole)
     heap.finish = world.finish
+    if common.backend == "emulated":
+        siblings.join(world)
     return world

@@ -128,6 +128,16 @@ cdef class StreamOrder:
                 raise StateError(f"the CUDA driver cannot be used: {problem.decode()}; install or update the driver")
         self.context, self.event = <void*>context, <void*>event
 
+    def hold(self):
+        """Keep all launches of the rank waiting, until `release`."""
+        while self.busy:
+            sleep(0)
+        self.busy = True
+
+    def release(self):
+        """Let launches go on."""
+        self.busy = False
+
     cdef int precede(self, uintptr_t stream) except -1:
         """Let what is queued on a stream from now on begin after the latest call; the caller has seen it not busy."""
         cdef int error, captured = 0

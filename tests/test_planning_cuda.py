@@ -1,5 +1,6 @@
 """Plans on GPUs: launches whose blocks all run at the same time, and pieces that fit the slots of a block."""
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -292,7 +293,7 @@ class TestPlan:
 
 class TestKernels:
     class Gpu:
-        arch = "sm_90"
+        arch, ordinal = "sm_90", 3
         inside = 0
 
         def __enter__(self):
@@ -320,15 +321,30 @@ class TestKernels:
         assert gpu.inside == 0
 
     def test_those_of_ranks_side_by_side_leave_room_for_other_work(self, monkeypatch, tmp_path):
-        gpu, roomy = self.Gpu(), []
-        module = SimpleNamespace(function=lambda name: 5)
-        monkeypatch.setattr(planning_cuda.driver, "load_module", lambda cubin: module)
+        """And are loaded when no rank waits for a launch; once there, they are found without a look at the others."""
+        gpu, roomy, quiet = self.Gpu(), [], []
+
+        @contextlib.contextmanager
+        def moment(ordinal):
+            quiet.append(ordinal)
+            yield
+            quiet.append(None)
+
+        def load_module(cubin):
+            assert quiet == [gpu.ordinal] * kernels._together
+            return SimpleNamespace(function=lambda name: 5)
+
+        monkeypatch.setattr(planning_cuda.siblings, "quiet", moment)
+        monkeypatch.setattr(planning_cuda.driver, "load_module", load_module)
         monkeypatch.setattr(planning_cuda.driver, "share_multiprocessors", lambda one: roomy.append((one, gpu.inside)))
         for together in (False, True):
             kernels = planning_cuda.Kernels(gpu, tmp_path, together=together)
             monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
             assert kernels.get("ring", "simple", "SUM", "int8", True) == 5
             assert roomy == [(5, 1)] * together
+            with kernels._lock:  # which a rank holds that waits for such a moment
+                assert kernels.get("ring", "simple", "SUM", "int8", True) == 5
+        assert quiet == [gpu.ordinal, None]
 
     def test_those_that_reach_far_ranks_are_introduced_to_nvshmem(self, monkeypatch, tmp_path):
         gpu, met = self.Gpu(), []

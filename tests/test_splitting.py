@@ -130,7 +130,7 @@ class TestArguments:
         def main(comm):
             node = comm.Split_type(COMM_TYPE_SHARED, 0, None)
             dup = comm.Dup(info=None)
-            same = [dup in [dup], dup != comm, dup != COMM_NULL, hash(dup) == hash(dup)]
+            same = [dup != comm, dup != COMM_NULL, hash(dup) == hash(dup)]
             if dup != COMM_NULL:
                 dup.Free()
             return node.size, comm.Split(0, -(1 << 63)).size, all(same), dup == COMM_NULL, comm == COMM_NULL

@@ -89,6 +89,11 @@ class LocalExchange:
         self.rank = rank
         self.size = hub.size
 
+    @property
+    def group(self) -> int:
+        """A number that its ranks have in common, and no others."""
+        return id(self._hub)
+
     def allgather(self, data: bytes) -> list[bytes]:
         """Exchange bytes with all ranks."""
         hub = self._hub

@@ -1,10 +1,12 @@
 """Start ranks on this host, without MPI: they find each other through a rendezvous on the loopback interface."""
 
 import argparse
+import contextlib
 import os
+import resource
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +131,31 @@ def _internal() -> set[str]:
     return {variable.name for variable in settings.TABLE if variable.internal}
 
 
+@contextlib.contextmanager
+def _many_descriptors() -> Iterator[tuple[int, int]]:
+    """Let this process have as many as it may: each rank is connected once for each of its communicators.
+
+    Gives the limits there were, which are those of the ranks.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    try:
+        yield limits
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def main(args: argparse.Namespace) -> int:
     """Start the ranks, wait for them, and return their exit status."""
     from nvcoll._bootstrap import RendezvousServer
 
     size, words, environ = int(args.n), command(args), variables(args, os.environ)
     key = secrets.token_hex(32)
-    with RendezvousServer(size, key) as server, Launcher(args.prefix, server.tell_ended) as launcher:
+    with (
+        _many_descriptors() as limits,
+        RendezvousServer(size, key) as server,
+        Launcher(args.prefix, server.tell_ended) as launcher,
+    ):
         for rank in range(size):
             mine = {
                 "NVCOLL_RANK": str(rank),
@@ -145,6 +165,8 @@ def main(args: argparse.Namespace) -> int:
             }
             try:
                 launcher.start(words, environ | mine)
+                with contextlib.suppress(OSError):  # it has ended
+                    resource.prlimit(launcher.ranks[-1].pid, resource.RLIMIT_NOFILE, limits)
             except OSError as error:
                 print(f"nvcoll run: cannot start {words[0]}: {error.strerror}", file=sys.stderr)
                 return 127 if isinstance(error, FileNotFoundError) else 126

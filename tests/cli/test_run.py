@@ -294,6 +294,20 @@ class TestNothingRemains:
         assert not running(pids)
 
 
+def test_many_communicators_under_a_low_limit_of_descriptors():
+    """The launcher has a connection for each rank of each; the limit of the ranks stays."""
+    program = """
+import resource
+from nvcoll import COMM_WORLD as comm
+kept = [comm.Dup() for _ in range(30)]
+comm.Barrier()
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    shell = f'ulimit -Sn 72; exec "{sys.executable}" -m nvcoll run -n 4 -c "$0"'
+    done = subprocess.run(["bash", "-c", shell, program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["72"] * 4), done.stderr
+
+
 class TestOutput:
     def test_lines_carry_their_rank_and_stay_whole(self, nvcoll):
         code = (
