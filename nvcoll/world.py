@@ -87,7 +87,7 @@ class World(Parted):
         self.size: int = exchange.size
         self.origins = tuple(range(self.size)) if origins is None else tuple(origins)
         self.queue = Queue(planner.state)  # has no thread before the first nonblocking call
-        super().__init__(whole)
+        super().__init__(whole)  # from here on, the whole ends it
 
     def finish(self) -> None:
         """Do nothing: calls have ended when they return, and those of the queue need not have."""

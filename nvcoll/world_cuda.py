@@ -93,7 +93,6 @@ class DeviceWorld(Parted):
         self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, common: DeviceCommon,
         footing: Footing, far: Collection[int], stream: int, whole: "DeviceWorld | None" = None,
     ) -> None:  # fmt: skip
-        super().__init__(whole)
         self.exchange = exchange
         self.topology = topology
         self.planner = planner
@@ -108,6 +107,7 @@ class DeviceWorld(Parted):
         self.size: int = exchange.size
         self._leaving = threading.Lock()
         self._left: bool | None = None
+        super().__init__(whole)  # from here on, the whole ends it
 
     def part(self, exchange: Any, ranks: Sequence[int]) -> "DeviceWorld":
         """Set up a world of some of the ranks, on the same memory. Collective over them.
@@ -158,6 +158,7 @@ class DeviceWorld(Parted):
                 if not stream:
                     driver.synchronize()  # other libraries' work, too, for it may use memory that goes
         except Error:  # the context is lost, and all that ran in it
+            self._leave_parts()
             return False
         finally:
             state.end()
@@ -196,6 +197,8 @@ class DeviceWorld(Parted):
             left = self.leave()
             # After a failure, what others have sent may still be on its way: the memory goes with that of the whole.
             reported = self.planner.state.reported
+            if reported:  # some may not come
+                self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
             self.heap.give_back("Free", left and not reported)
             agreed = True
         finally:

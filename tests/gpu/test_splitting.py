@@ -1,9 +1,12 @@
 """Communicators made from others on GPUs: side by side, in graphs, of ranks near and far, and their ends."""
 
+import time
+
 import numpy as np
 import pytest
 
 import nvcoll
+from nvcoll import world_cuda
 from nvcoll.backends import driver
 from nvcoll.planning import candidates
 from tests.gpu.test_graphs import Graph
@@ -86,6 +89,67 @@ class TestEmulated:
             return len(places)
 
         assert nvcoll.emulate(4, device=0).run(main) == [1] * 4
+
+    def test_parts_come_and_go_beside_a_call_that_waits(self, monkeypatch):
+        """What waits for all that runs on the GPU would wait for a kernel that waits for these very ranks."""
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "8")
+
+        def main(comm):
+            x, part = comm.array(np.ones(1000, np.int32)), comm.Split(comm.rank // 2)
+            for one in (comm, part):
+                one.Allreduce(x)
+            comm.Barrier()
+            if comm.rank == 2:
+                comm.Allreduce(x)
+            for _ in range(5 * (comm.rank < 2)):
+                dup = part.Dup()
+                dup.Allreduce(y := dup.array(np.ones(10, np.int32)))
+                assert y.copy_to().tolist() == [2] * 10
+                dup.Free()
+            if comm.rank < 2:
+                comm.Allreduce(x)
+            return x.copy_to()[0]
+
+        assert nvcoll.emulate(3, device=0).run(main) == [6 + 6 + 3] * 3
+
+    def test_kernels_are_loaded_beside_a_part_that_waits(self, monkeypatch):
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "8")
+        world_cuda._shared_kernels.cache_clear()
+        types = ["int32", "float32", "uint8", "float16", "int64"]
+
+        def main(comm):
+            part, random = comm.Split(comm.rank // 2), np.random.default_rng(comm.rank)
+            data = [part.array(np.ones(100, kind)) for kind in types]
+            found = []
+            for turn in range(60):
+                if comm.rank == 3:
+                    time.sleep(random.uniform(0, 0.005))
+                x = data[turn // 12 if comm.rank < 2 else 0]
+                part.Allreduce(x, op=nvcoll.MAX if turn % 2 else nvcoll.MIN)
+                found.append(int(x.copy_to()[-1]))
+            return set(found)
+
+        assert nvcoll.emulate(4, device=0).run(main) == [{1}] * 4
+
+    def test_parts_with_different_kernels_side_by_side(self, monkeypatch):
+        monkeypatch.setenv("NVCOLL_TIMEOUT", "8")
+
+        def main(comm):
+            part, random = comm.Split(comm.rank % 2), np.random.default_rng(comm.rank)
+            small = comm.rank % 2
+            x = part.array(np.ones(1 << 16, np.float32) if small else np.ones(8 << 20, np.int8))
+            for _ in range(100):
+                time.sleep(random.uniform(0, 0.001))
+                part.Allreduce(x, op=nvcoll.MAX, algorithm="one_shot" if small else None)
+            return int(x.copy_to().max())
+
+        assert nvcoll.emulate(8, device=0).run(main) == [1] * 8
+
+    def test_after_a_run_a_part_is_of_no_use(self):
+        part = nvcoll.emulate(2, device=0).run(lambda comm: comm.Dup())[0]
+        for call in (part.Free, part.Barrier, part.Dup):
+            with pytest.raises(nvcoll.StateError):
+                call()
 
     def test_a_rank_that_does_not_come(self, monkeypatch):
         monkeypatch.setenv("NVCOLL_TIMEOUT", "2")
@@ -177,6 +241,79 @@ class TestProcesses:
         """
         told = run_ranks(program, 2, timeout=60, env=ENV | {"NVCOLL_HEAP": "1G"})
         assert told.stdout == ["3\n"] * 2
+
+    @pytest.mark.parametrize("each", [None, "1"], ids=["near", "far"])
+    def test_memory_passes_from_one_to_another(self, run_ranks, request, each):
+        """As soon as a communicator is freed, or a buffer dropped in the middle of a call of another one."""
+        if each:
+            request.getfixturevalue("compiled_far")
+        program = """
+        import numpy as np, nvcoll
+        from nvcoll import COMM_WORLD as comm
+        marks = comm.full(1 << 20, 77, "int32")
+        for turn in range(30):
+            part = comm.Split(0, -comm.rank)
+            for name in ("nvrar/low_latency", "nvrar/simple", None):
+                x = comm.full(1 << 20, 1, "int32")
+                part.Allreduce(x, algorithm=name)
+            del x
+            y = part.full(1 << 20, 5, "int32")
+            z = comm.full(1 << 20, 6, "int32")
+            part.Allreduce(y)
+            part.Free()
+            w = comm.full(32 << 20, 9, "int32")
+            comm.Allreduce(z)
+            assert set(np.unique(w.copy_to())) == {9} and set(np.unique(z.copy_to())) == {6 * comm.size}
+            w.free()
+        print(*np.unique(marks.copy_to()))
+        """
+        env = ENV | {"NVCOLL_HEAP": "1G"} | ({"NVCOLL_RANKS_PER_NODE": each} if each else {})
+        assert run_ranks(program, 2, timeout=100, env=env).stdout == ["77\n"] * 2
+
+    def test_a_part_that_failed_is_freed(self, run_ranks):
+        program = """
+        import numpy as np, nvcoll
+        from nvcoll import COMM_WORLD as comm
+        part = comm.Dup()
+        x = comm.full(1000, 1, "int32")
+        part.Allreduce(x)
+        comm.Barrier()
+        if comm.rank == 0:
+            part.Allreduce(x)
+        try:
+            part.Free()
+        except nvcoll.TimeoutError as error:
+            print("Free" in str(error), "of COMM_WORLD.Dup()" in str(error))
+        y = comm.full(1000, 1, "int32")
+        comm.Allreduce(y)
+        print(*np.unique(y.copy_to()))
+        """
+        ranks = run_ranks(program, 2, timeout=60, env=ENV | {"NVCOLL_HEAP": "1G", "NVCOLL_TIMEOUT": "4"})
+        assert ranks.stdout == ["True True\n2\n", "2\n"]
+
+    def test_none_are_made_while_a_graph_is_captured(self, run_ranks):
+        pytest.importorskip("torch")
+        program = """
+        import torch, nvcoll
+        from nvcoll import COMM_WORLD as comm
+        dup, x = comm.Dup(), torch.ones(1000, device="cuda")
+        dup.Allreduce(x.clone())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in (comm.Dup, comm.Split, dup.Free):
+                try:
+                    call()
+                except nvcoll.StateError as error:
+                    print("captures a graph" in str(error))
+            dup.Allreduce(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        print(int(x[0]))
+        del graph
+        dup.Free()
+        """
+        ranks = run_ranks(program, 2, timeout=60, env=ENV | {"NVCOLL_HEAP": "1G"})
+        assert ranks.stdout == ["True\nTrue\nTrue\n2\n"] * 2
 
     @pytest.mark.parametrize("free", [True, False])
     def test_several_lives(self, run_ranks, free):
