@@ -62,7 +62,10 @@ def test_an_extension_that_does_not_load_tells_why():
     assert error.path == "/somewhere/_bootstrap.so"
 
 
-VERBS = "; nvcoll's verbs are Allreduce, Allreduce_init, Barrier, Iallreduce, for arrays: take mpi4py for all else"
+VERBS = (
+    "; nvcoll's verbs are Allreduce, Allreduce_init, Barrier, Dup, Free, Iallreduce, Split, Split_type, for arrays: take "
+    "mpi4py for all else"
+)
 
 
 @pytest.mark.parametrize(

@@ -304,8 +304,11 @@ comm.Barrier()
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
     shell = f'ulimit -Sn 72; exec "{sys.executable}" -m nvcoll run -n 4 -c "$0"'
-    done = subprocess.run(["bash", "-c", shell, program], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout.split()) == (0, ["72"] * 4), done.stderr
+    env = os.environ | {"NVCOLL_SCRATCH": "256K"}
+    done = subprocess.run(
+        ["bash", "-c", shell, program], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, "".join(done.stdout.split())) == (0, "72" * 4), done.stderr
 
 
 class TestOutput:
