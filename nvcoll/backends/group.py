@@ -46,9 +46,14 @@ class Room:
             del self._taken[offset]
 
     def beside(self, who: object) -> list[tuple[int, int]]:
-        """Return (offset, bytes) of what all others have taken."""
+        """Return (offset, bytes) of what all others have taken, in as few ranges as there can be."""
         with self._lock:
-            return sorted((at, size) for at, (size, its) in self._taken.items() if its is not who)
+            taken = sorted((at, size) for at, (size, its) in self._taken.items() if its is not who)
+        found: list[tuple[int, int]] = []
+        for at, size in taken:
+            first, before = found.pop() if found and sum(found[-1]) == at else (at, 0)
+            found.append((first, before + size))
+        return found
 
 
 class Member:

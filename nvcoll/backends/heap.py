@@ -92,9 +92,7 @@ class Heap:
         more_heap, more_memory = cures
         if offset is None:
             problem = f"needs {nbytes} bytes, the heap of {memory.extent} bytes has no such room; {more_heap}"
-        elif memory.room.take(
-            offset, taken, self._mark
-        ):  # else a call of another communicator has it, on another thread
+        elif memory.room.take(offset, taken, self._mark):  # else another thread has, for another communicator
             mine = True
             try:
                 memory.take(offset, taken)
