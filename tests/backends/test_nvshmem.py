@@ -303,6 +303,9 @@ class TestProblems:
         with pytest.raises(BootstrapError, match=r"rank 0: NVSHMEM: expected an answer within 0\.1 s, none came"):
             open_memory(timeout=0.1)
         hangs.set()
+        for thread in threading.enumerate():
+            if thread.name == "nvcoll: NVSHMEM":  # else it might look for modules when the fake ones are gone
+                thread.join(10)
 
     def test_no_memory_here(self, fake):
         fake.room = False
