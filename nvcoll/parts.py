@@ -6,9 +6,11 @@ part belong to the whole, too.
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from nvcoll import _topology
+from nvcoll.backends.group import Part
 from nvcoll.errors import StateError
 
 
@@ -21,6 +23,9 @@ class Parted:
         The world that was opened, if this is a part of it.
     """
 
+    heap: Any
+    topology: Any
+
     def __init__(self, whole: Any) -> None:
         self.whole = whole
         self.of = ""  # for messages: by which name ranks are counted, if not those of the whole
@@ -31,6 +36,24 @@ class Parted:
         self._lock = threading.Lock()  # for the two
         if whole is not None:
             whole._parts.append(self)
+
+    def part(self, exchange: Any, ranks: Sequence[int]) -> Any:
+        """Set up a world of some of the ranks, on the same memory. Collective over them.
+
+        Parameters
+        ----------
+        exchange
+            Byte exchange among them.
+        ranks
+            Of each of them, its rank here.
+        """
+        memory = Part(self.heap.memory, exchange, ranks)
+        topology = _topology.part(self.topology, exchange.rank, ranks)
+        return self._part(exchange, topology, memory, ranks)
+
+    def _part(self, exchange: Any, topology: Any, memory: Part, ranks: Sequence[int]) -> Any:
+        """Build what `part` returns."""
+        raise NotImplementedError
 
     def leave(self) -> bool:
         """Take no more part, here and in parts. Returns whether no call is under way any more."""

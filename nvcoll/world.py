@@ -92,18 +92,7 @@ class World(Parted):
     def finish(self) -> None:
         """Do nothing: calls have ended when they return, and those of the queue need not have."""
 
-    def part(self, exchange: Any, ranks: Sequence[int]) -> "World":
-        """Set up a world of some of the ranks, on the same memory. Collective over them.
-
-        Parameters
-        ----------
-        exchange
-            Byte exchange among them.
-        ranks
-            Of each of them, its rank here.
-        """
-        memory = Part(self.heap.memory, exchange, ranks)
-        topology = _topology.part(self.topology, exchange.rank, ranks)
+    def _part(self, exchange: Any, topology: Any, memory: Part, ranks: Sequence[int]) -> "World":
         origins = [self.origins[rank] for rank in ranks]
         return _build(exchange, topology, memory, self.common, self.whole or self, origins)
 

@@ -109,18 +109,7 @@ class DeviceWorld(Parted):
         self._left: bool | None = None
         super().__init__(whole)  # from here on, the whole ends it
 
-    def part(self, exchange: Any, ranks: Sequence[int]) -> "DeviceWorld":
-        """Set up a world of some of the ranks, on the same memory. Collective over them.
-
-        Parameters
-        ----------
-        exchange
-            Byte exchange among them.
-        ranks
-            Of each of them, its rank here.
-        """
-        memory = Part(self.heap.memory, exchange, ranks)
-        topology = _topology.part(self.topology, exchange.rank, ranks)
+    def _part(self, exchange: Any, topology: Any, memory: Part, ranks: Sequence[int]) -> "DeviceWorld":
         far = frozenset(number for number, rank in enumerate(ranks) if rank in self.far)
         remote = _anywhere(exchange, bool(far))
         return build_world(exchange, topology, memory, self.common, far, remote, self.whole or self)

@@ -206,6 +206,15 @@ class Ranks:
 
 
 @pytest.fixture
+def ranks():
+    """What starts processes that meet, as `tests.meeting.starting` gives it; they end with the test."""
+    from tests.meeting import starting
+
+    with starting() as start:
+        yield start
+
+
+@pytest.fixture
 def run_ranks(tmp_path):
     """Run a program on several real processes.
 

@@ -11,19 +11,13 @@ import pytest
 from nvcoll import settings
 from nvcoll._bootstrap import RendezvousServer, choose, connect
 from nvcoll.errors import BootstrapError, StateError
-from tests.meeting import PROGRAM, as_run, as_torchrun, as_torchrun_with_a_store, starting
+from tests.meeting import PROGRAM, as_run, as_torchrun, as_torchrun_with_a_store
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}
 MPICH = {"PMI_RANK": "0", "PMI_SIZE": "4"}
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5"}
 RUN = {"NVCOLL_RANK": "0", "NVCOLL_SIZE": "2", "NVCOLL_RENDEZVOUS": "127.0.0.1:1", "NVCOLL_KEY": "00"}
-
-
-@pytest.fixture
-def ranks():
-    with starting() as start:
-        yield start
 
 
 @pytest.fixture

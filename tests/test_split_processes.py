@@ -3,7 +3,7 @@
 import pytest
 
 from nvcoll._bootstrap import RendezvousServer
-from tests.meeting import as_run, as_torchrun, as_torchrun_with_a_store, starting
+from tests.meeting import as_run, as_torchrun, as_torchrun_with_a_store
 
 # Ranks 0 and 1, and 3 and 2 in this order, are parts.
 SPLIT = """
@@ -11,12 +11,6 @@ exchange.verb = "Split"
 part, members = exchange.split(rank // 2, -rank if rank > 1 else rank)
 """
 MEMBERS = [(0, 1), (0, 1), (3, 2), (3, 2)]
-
-
-@pytest.fixture
-def ranks():
-    with starting() as start:
-        yield start
 
 
 @pytest.fixture
