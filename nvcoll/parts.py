@@ -28,6 +28,7 @@ class Parted:
 
     def __init__(self, whole: Any) -> None:
         self.whole = whole
+        self.opened = whole is None  # false for a part that has ended with its whole, too, and refers to it no more
         self.of = ""  # for messages: by which name ranks are counted, if not those of the whole
         self._parts: list[Any] = []
         self._failed = self._stuck = False  # whether a part that has ended had failed, or still had a call under way

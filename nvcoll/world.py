@@ -111,7 +111,7 @@ class World(Parted):
         failed = self.planner.state.failure is not None or self._failed or making
         left = self.leave() and not making
         self._end(failed, left)
-        if left and self.whole is None:
+        if left and self.opened:
             self.heap.close()
         else:  # perhaps a thread is in a call that does not end: then the memory goes with it
             self.heap.retire()

@@ -153,7 +153,7 @@ class DeviceWorld(Parted):
             state.end()
             self.stream = 0
         ended = self._leave_parts()  # whose calls have ended, too
-        if stream and self.whole is None:
+        if stream and self.opened:
             _idle[self.device.ordinal].append(stream)
         return ended
 
@@ -173,7 +173,7 @@ class DeviceWorld(Parted):
                 self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
             if left:
                 self._close_area()
-            if left and self.whole is None:
+            if left and self.opened:
                 self.heap.close()
             else:
                 self.heap.retire()
@@ -202,7 +202,7 @@ class DeviceWorld(Parted):
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
         self._retire_parts()
         if self.leave():
-            if self.whole is None:
+            if self.opened:
                 when_none_runs(self._close_area)
             else:
                 self._close_area()
@@ -211,7 +211,7 @@ class DeviceWorld(Parted):
     def _close_area(self) -> None:
         """Give back what belongs to the area, and what areas stand on with that of the whole, which is the last."""
         self.planner.area.close()
-        if self.whole is None:
+        if self.opened:
             self.footing.close()
 
     def finish(self) -> None:

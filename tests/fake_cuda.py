@@ -53,6 +53,8 @@ class FakeDriver(types.ModuleType):
         Address -> memory allocated and not freed.
     contexts
         Retained primary contexts, one entry a retain.
+    events
+        How many were created and not destroyed.
     recorded
         Events recorded, with their streams.
     looks
@@ -87,7 +89,7 @@ class FakeDriver(types.ModuleType):
     def __init__(self, gpus=2, version=13000):
         super().__init__("cuda.bindings.driver")
         self.gpus, self.version = gpus, version
-        self.calls, self.fail, self.taken, self.contexts = [], {}, {}, []
+        self.calls, self.fail, self.taken, self.contexts, self.events = [], {}, {}, [], 0
         self.recorded, self.looks, self.capturing, self.pointers, self.attributes = [], 0, set(), {}, {}
         self.mode = Mode.CU_STREAM_CAPTURE_MODE_GLOBAL
         self._threads = threading.local()
@@ -166,9 +168,12 @@ class FakeDriver(types.ModuleType):
         return Result(0) if self.stack else Result.CUDA_ERROR_INVALID_CONTEXT
 
     def cuEventCreate(self, flags):
+        self.events += flags == 2
         return (Result(0), EVENT) if flags == 2 else (Result.CUDA_ERROR_INVALID_VALUE, None)
 
     def cuEventDestroy(self, event):
+        assert self.events > 0, "an event is destroyed twice, in which the driver crashes"
+        self.events -= event == EVENT
         return Result(0) if event == EVENT else Result.CUDA_ERROR_INVALID_VALUE
 
     def cuEventRecord(self, event, stream):

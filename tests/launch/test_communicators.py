@@ -45,7 +45,7 @@ import gc
 gc.collect()
 with nvcoll.backends.emulated.on_gpu():
     pass
-assert not fake.taken, fake.taken.keys()
+assert not fake.taken and not fake.events, (fake.taken.keys(), fake.events)
 print("right")
 """
 
