@@ -296,6 +296,7 @@ class TestProcesses:
         program = """
         import torch, nvcoll
         from nvcoll import COMM_WORLD as comm
+        torch.cuda.set_device(comm._world.device.ordinal)
         dup, x = comm.Dup(), torch.ones(1000, device="cuda")
         dup.Allreduce(x.clone())
         graph = torch.cuda.CUDAGraph()
