@@ -51,6 +51,10 @@ OPEN_MPI = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kernel-cache", metavar="FOLDER", help="keep compiled kernels there, for further runs (nowhere)")
+
+
 def pytest_configure(config):
     """Give the run an environment without launchers, the usual signals, and a kernel cache of its own."""
     # Background jobs of a shell, and nohup, ignore these, and every process of the run would inherit that.
@@ -65,12 +69,14 @@ def pytest_configure(config):
         os.environ["NVCOLL_BACKEND"] = "shm"
     hypothesis.settings.register_profile("nvcoll", deadline=None)  # its 200 ms for an example are few on a busy machine
     hypothesis.settings.load_profile("nvcoll")
-    config.nvcoll_cache = tempfile.mkdtemp(prefix="nvcoll-cache-")
-    os.environ["NVCOLL_CACHE_DIR"] = config.nvcoll_cache
+    kept = config.getoption("kernel_cache")
+    config.nvcoll_cache = None if kept else tempfile.mkdtemp(prefix="nvcoll-cache-")
+    os.environ["NVCOLL_CACHE_DIR"] = str(Path(kept).expanduser().absolute()) if kept else config.nvcoll_cache
 
 
 def pytest_unconfigure(config):
-    shutil.rmtree(config.nvcoll_cache, ignore_errors=True)
+    if config.nvcoll_cache is not None:
+        shutil.rmtree(config.nvcoll_cache, ignore_errors=True)
 
 
 def clean_names(environ):
