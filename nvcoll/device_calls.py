@@ -127,10 +127,12 @@ class DeviceCalls:
                         f"{verb}: the stream is being captured, and a request tells nothing of the calls of a graph; "
                         "call Allreduce"
                     )
+            owners = (send.owner, recv.owner)
+            pending = OnStream(self._world.device, lambda: self.check(verb), lambda: self._world.left, owners)
             if not plan.run(from_, to, queue, owner):
                 raise self._failure(verb)
-            owners = (send.owner, recv.owner)
-            return OnStream(self._world.device, queue, lambda: self.check(verb), lambda: state.over, owners)
+            pending.record(queue)
+            return pending
 
         return start
 

@@ -11,14 +11,14 @@ from nvcoll.errors import DeviceError, Error
 
 
 class OnStream:
-    """What was queued on a stream until now, as a `nvcoll.requests.Pending`.
+    """What was queued on a stream until `record`, as a `nvcoll.requests.Pending`.
+
+    It is made before the call is queued: if that cannot be, nothing is under way on the arrays, which may go.
 
     Parameters
     ----------
     device
         The GPU.
-    stream
-        Where it was queued.
     check
         Raises what went wrong on the GPU, if anything did, and that the communicator has ended, if it has.
     over
@@ -28,7 +28,7 @@ class OnStream:
     """
 
     def __init__(
-        self, device: Any, stream: int, check: Callable[[], None], over: Callable[[], bool], owners: tuple[Any, ...]
+        self, device: Any, check: Callable[[], None], over: Callable[[], bool], owners: tuple[Any, ...]
     ) -> None:
         sweep()
         self._device = device
@@ -40,6 +40,10 @@ class OnStream:
             self._event = driver.event_create()
             finalizer = weakref.finalize(self, _let_go, device, self._event, self._owners)
             finalizer.atexit = False  # the driver may have ended before
+
+    def record(self, stream: int) -> None:
+        """Stand for all that was queued on a stream until now."""
+        with self._device:
             driver.event_record(self._event, stream)
 
     def done(self) -> bool:
@@ -47,7 +51,7 @@ class OnStream:
         if not self._lost and not self._over():
             try:
                 return _done(self._device, self._event)
-            except DeviceError as exc:  # the context is lost, and no later look would tell more
+            except Error as exc:  # the context is lost, and no later look would tell more
                 self._lost = str(exc)
         return True
 

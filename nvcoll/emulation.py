@@ -3,7 +3,7 @@
 import contextlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from nvcoll.backends.emulated import on_gpu
@@ -52,8 +52,18 @@ class Emulation:
             What `fn` raised on the first rank that failed by itself, with a note that names the rank. Ranks that
             failed only because that one did are not reported.
         """
-        with contextlib.nullcontext() if self.device is None else on_gpu():
+        with self._on_gpu():
             return self._run(fn, args)
+
+    @contextlib.contextmanager
+    def _on_gpu(self) -> Iterator[None]:
+        """Be among what runs on a GPU, if there is one."""
+        if self.device is None:
+            yield
+            return
+        sweep()  # what requests of earlier runs have left
+        with on_gpu():
+            yield
 
     def _run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
         """Run all ranks. No reference to the worlds outlives it, but those of the user's own objects."""
@@ -64,23 +74,30 @@ class Emulation:
             threading.Thread(target=_rank, args=(k, world, fn, args, outcomes, failures), daemon=True, name=f"rank {k}")
             for k, world in enumerate(worlds)
         ]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             for thread in threads:
                 thread.join()
         except BaseException:  # Ctrl-C: ranks end at their next collective call, or with the process
             for world in worlds:
                 world.exchange.abandon()
                 world.leave()
+            begun = [thread for thread in threads if thread.ident is not None]
+            threading.Thread(target=self._retire, args=(worlds, begun), daemon=True, name="end of a run").start()
             raise
-        for world in worlds:
-            world.retire()
-        if self.device is not None:
-            sweep()  # what the ranks' requests have left is done
+        self._retire(worlds)
         if failures:
             raise _first(failures)
         return outcomes
+
+    def _retire(self, worlds: list[Any], threads: Sequence[threading.Thread] = ()) -> None:
+        """Give back what the ranks have, once these threads of theirs have ended."""
+        for thread in threads:
+            thread.join()
+        with self._on_gpu():
+            for world in worlds:
+                world.retire()
 
     def _open(self) -> list[Any]:
         """Open the worlds of all ranks."""

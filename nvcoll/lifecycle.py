@@ -94,8 +94,8 @@ class Living:
     def _close(self) -> None:
         """Give back what `_open` took; a later use opens anew, but for those that were made from others."""
         try:
-            while self._derived:
-                self._derived[-1]._close()
+            for derived in self._derived[::-1]:
+                derived._close()
         finally:
             world, between = self._part_from_world()
             if between is not None:
@@ -106,10 +106,13 @@ class Living:
 
     def _part_from_world(self) -> tuple[Any, Between | None]:
         """Be alive no more; return the world, and what joins its nodes, for their end. None, if it was not alive."""
+        world = self.__dict__.pop("_world", None)  # one thread gets it, if several end this
+        if world is None:
+            return None, None
         first = None if self._first is None else self._first()
-        if first is not None and self in first._derived:
+        if first is not None:
             first._derived.remove(self)
-        world, between = self.__dict__.get("_world"), self.__dict__.get("_between")
+        between = self.__dict__.pop("_between")
         for name in LIVING:
             self.__dict__.pop(name, None)
         return world, between

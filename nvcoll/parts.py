@@ -33,7 +33,7 @@ class Parted:
         self._parts: list[Any] = []
         self._failed = self._stuck = False  # whether a part that has ended had failed, or still had a call under way
         self._over = False
-        self._making = 0  # parts that threads are about to make
+        self._making = 0  # parts that threads are about to make or free
         self._lock = threading.Lock()  # for the two
         if whole is not None:
             whole._parts.append(self)
@@ -66,7 +66,7 @@ class Parted:
 
     @contextlib.contextmanager
     def making(self, verb: str) -> Iterator[None]:
-        """Let a part be made in here, whose memory stays meanwhile, even if another thread ends the whole."""
+        """Let a part be made or freed in here; memory stays meanwhile, even if another thread ends the whole."""
         whole = self.whole or self
         with whole._lock:
             whole._demand_whole(verb)
@@ -80,10 +80,10 @@ class Parted:
 
     def _demand_whole(self, verb: str) -> None:
         if self._over:
-            raise StateError(f"{verb}: another thread finalized the communicator meanwhile")
+            raise StateError(f"{verb}: the communicator has ended, with its run or by another thread; make a new one")
 
     def _begin_end(self) -> bool:
-        """Make no more parts; tell whether any thread is about to, which may use memory yet."""
+        """Make and free no more parts; tell whether a thread is about to, which may use memory yet."""
         with self._lock:
             self._over = True
             return self._making > 0
@@ -93,11 +93,14 @@ class Parted:
         left = [part.leave() for part in self._parts]
         return all(left) and not self._stuck
 
-    def _retire_parts(self) -> None:
+    def _retire_parts(self) -> bool:
+        """Retire all parts; tell what `_begin_end` does."""
+        making = self._begin_end()
         while self._parts:
             part = self._parts.pop()
             part.retire()
             part.whole = None  # now neither refers to the other
+        return making
 
     def _end(self, failed: bool, left: bool) -> None:
         """Let the whole know how this part has ended."""

@@ -142,14 +142,17 @@ class Splitting(Allocating):
         calls, exchange = self._calls, self._world.exchange
         if calls is not None:
             calls.refuse_capture("Free")
-        exchange.verb = "Free"
-        world, between = self._part_from_world()
-        failed = True
-        try:
-            failed = world.free()
-        finally:
-            if between is not None:
-                between.close(agreed=not failed)
+        with self._world.making("Free"):
+            exchange.verb = "Free"
+            world, between = self._part_from_world()
+            if world is None:
+                raise StateError(f"Free: {gone(self.name)}")
+            failed = True
+            try:
+                failed = world.free()
+            finally:
+                if between is not None:
+                    between.close(agreed=not failed)
         if calls is not None:
             calls.freed(failed)
 

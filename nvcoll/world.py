@@ -134,8 +134,8 @@ class World(Parted):
 
     def retire(self) -> None:
         """Leave, but keep the memory of Buffers, which goes with the last reference to them."""
-        self._retire_parts()
-        if self.leave():
+        making = self._retire_parts()
+        if self.leave() and not making:
             self.heap.memory.give(self.area.offset, self.area.nbytes)
         self.heap.retire()
 

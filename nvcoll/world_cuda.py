@@ -126,6 +126,11 @@ class DeviceWorld(Parted):
                 self._left = self._leave()
         return self._left
 
+    @property
+    def left(self) -> bool:
+        """Whether it takes no more part, and nothing of it is under way any more."""
+        return bool(self._left)
+
     def give_up(self) -> None:
         """Let all kernels of this rank end that wait: those of one communicator may keep those of another waiting."""
         whole = self.whole or self
@@ -137,8 +142,7 @@ class DeviceWorld(Parted):
         try:
             with self.device:
                 with contextlib.nullcontext() if stream else contextlib.suppress(Error):  # of a stream that is gone
-                    state.precede(stream)  # calls on other streams are waited for, too
-                state.end()
+                    state.end(stream)  # calls on other streams are waited for, too
                 try:
                     driver.stream_wait(stream)  # kernels end by their deadline at the latest
                 except KeyboardInterrupt:
@@ -172,6 +176,8 @@ class DeviceWorld(Parted):
             if failed or hasattr(sys, "last_value"):
                 self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
             if left:
+                for part in [*self._parts]:  # of which `Finalize` did not know: another thread has just made them
+                    part.planner.area.close()
                 self._close_area()
             if left and self.opened:
                 self.heap.close()
@@ -200,8 +206,8 @@ class DeviceWorld(Parted):
 
     def retire(self) -> None:
         """Leave, but keep the memory of buffers, which goes with the last reference to them."""
-        self._retire_parts()
-        if self.leave():
+        making = self._retire_parts()
+        if self.leave() and not making:
             if self.opened:
                 when_none_runs(self._close_area)
             else:
@@ -334,9 +340,14 @@ def build_world(
     verb = exchange.verb
     piece = heap.allocate(layout.nbytes + (0 if whole is None else private_size(layout)), verb)
     slices = min(topology.node_sizes)
-    area, problem = None, ""
+    area, stream, problem = None, 0, ""
+    footing: Any = None
     try:
-        footing = Footing(device) if whole is None else whole.footing
+        if whole is not None:
+            footing, stream = whole.footing, whole.stream
+        else:
+            footing = Footing(device)
+            stream = _stream_on(device) if common.backend == "emulated" else 0
         area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, footing, far)
     except Error as exc:
         problem = str(exc)
@@ -347,7 +358,12 @@ def build_world(
     except BaseException as exc:
         if area is not None:
             area.close()
-        if whole is not None and type(exc) is kind:  # all ranks know
+        if whole is None:
+            if footing is not None:
+                footing.close()
+            if stream:
+                _idle[device.ordinal].append(stream)
+        elif type(exc) is kind:  # all ranks know
             heap.give_back(verb)
         raise
     assert area is not None
@@ -355,7 +371,6 @@ def build_world(
     planner = DevicePlanner(
         area, topology, slices, common.rules, kernels, common.sharers, smallest, settings.timeout, remote
     )
-    stream = whole.stream if whole is not None else _stream_on(device) if common.backend == "emulated" else 0
     world = DeviceWorld(exchange, topology, planner, heap, common, footing, far, stream, whole)
     heap.finish = world.finish
     if common.backend == "emulated":

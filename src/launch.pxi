@@ -252,9 +252,16 @@ cdef class DeviceState:
         """Whether all further calls are refused."""
         return self.ended != 0
 
-    def end(self):
-        """Refuse all further calls."""
+    def end(self, stream=None):
+        """Refuse all further calls, and wait until none is being launched.
+
+        What is queued on a stream, if one is given, begins after the latest of the rank's calls from then on.
+        """
         self.ended = 1
+        while self.busy:
+            sleep(0)
+        if stream is not None:
+            self.follow(stream)
 
     def demand(self):
         """Raise StateError once the communicator has ended: before anything is planned for it."""
@@ -287,10 +294,14 @@ cdef class DeviceState:
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """
+        if not self.ended:
+            self.follow(stream)
+
+    cdef int follow(self, uintptr_t stream) except -1:
         while self.order.busy:
             sleep(0)
-        if not self.ended:
-            self.order.precede(stream)
+        self.order.precede(stream)
+        return 0
 
 
 cdef extern from *:

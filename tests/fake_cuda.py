@@ -1,11 +1,16 @@
-"""A `cuda.bindings.driver` without a GPU: contexts by thread, memory of the host, and errors on demand."""
+"""A `cuda.bindings.driver` without a GPU: contexts by thread, memory of the host, and errors on demand.
+
+What was given back is not given out again: to use it raises AssertionError here, and a signal elsewhere.
+"""
 
 import ctypes
 import enum
+import mmap
 import sys
 import threading
 import types
 from enum import IntEnum
+from itertools import count
 
 import pytest
 
@@ -24,7 +29,10 @@ Result = IntEnum(
 )
 Mode = IntEnum("Mode", {"CU_STREAM_CAPTURE_MODE_GLOBAL": 0, "CU_STREAM_CAPTURE_MODE_RELAXED": 2})
 MEMORY = 64 << 20
-FUNCTION, MODULE, STREAM, EVENT, CONTEXT = 0x8888, 0x7777, 0xABCD, 0x9999, 0xC000
+FUNCTION, MODULE, STREAM, EVENT, CONTEXT = 0x8888, 0x7777, 0xABCD0000, 0x99990000, 0xC000
+"""Handles; of streams and events those of the first."""
+HIDE = ctypes.CDLL(None, use_errno=True).mprotect
+HIDE.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class DynamicLibNotFoundError(RuntimeError):
@@ -49,12 +57,16 @@ class FakeDriver(types.ModuleType):
         Names of the functions called.
     fail
         Function -> what it returns or raises instead.
+    fail_once
+        Function, and which of its calls from now on, from 1, fails; and how.
     taken
         Address -> memory allocated and not freed.
     contexts
         Retained primary contexts, one entry a retain.
-    events
-        How many were created and not destroyed.
+    events, streams
+        Those created and not destroyed.
+    wrong
+        What was done to what is no more.
     recorded
         Events recorded, with their streams.
     looks
@@ -89,7 +101,9 @@ class FakeDriver(types.ModuleType):
     def __init__(self, gpus=2, version=13000):
         super().__init__("cuda.bindings.driver")
         self.gpus, self.version = gpus, version
-        self.calls, self.fail, self.taken, self.contexts, self.events = [], {}, {}, [], 0
+        self.calls, self.fail, self.fail_once, self.wrong = [], {}, ["", 0, Result.CUDA_ERROR_STRANGE], []
+        self.taken, self.contexts, self.events, self.streams = {}, [], set(), set()
+        self._gone, self._freed, self._handles = set(), {}, count()
         self.recorded, self.looks, self.capturing, self.pointers, self.attributes = [], 0, set(), {}, {}
         self.mode = Mode.CU_STREAM_CAPTURE_MODE_GLOBAL
         self._threads = threading.local()
@@ -109,6 +123,10 @@ class FakeDriver(types.ModuleType):
 
         def call(*args):
             self.calls.append(name)
+            if self.fail_once[0] == name:
+                self.fail_once[1] -= 1
+                if not self.fail_once[1]:
+                    return (self.fail_once[2], *([None] * 2))
             if fail is not None:
                 return (fail, *([None] * 2))
             answer = function(*args)
@@ -167,16 +185,34 @@ class FakeDriver(types.ModuleType):
     def cuCtxSynchronize(self):
         return Result(0) if self.stack else Result.CUDA_ERROR_INVALID_CONTEXT
 
+    def _demand(self, fact, what):
+        """Take notes, too: what raises in a finalizer, or on some threads, is not heard of."""
+        if not fact:
+            self.wrong.append(what)
+            raise AssertionError(what)
+
+    def _alive(self, *handles):
+        for handle in handles:
+            self._demand(handle not in self._gone, f"{handle:#x} was destroyed")
+
+    def _make(self, kind, first):
+        kind.add(handle := first + next(self._handles))
+        return Result(0), handle
+
+    def _destroy(self, kind, handle):
+        self._demand(handle in kind, f"{handle:#x} is destroyed twice, in which the driver crashes")
+        kind.remove(handle)
+        self._gone.add(handle)
+        return Result(0)
+
     def cuEventCreate(self, flags):
-        self.events += flags == 2
-        return (Result(0), EVENT) if flags == 2 else (Result.CUDA_ERROR_INVALID_VALUE, None)
+        return self._make(self.events, EVENT) if flags == 2 else (Result.CUDA_ERROR_INVALID_VALUE, None)
 
     def cuEventDestroy(self, event):
-        assert self.events > 0, "an event is destroyed twice, in which the driver crashes"
-        self.events -= event == EVENT
-        return Result(0) if event == EVENT else Result.CUDA_ERROR_INVALID_VALUE
+        return self._destroy(self.events, event)
 
     def cuEventRecord(self, event, stream):
+        self._alive(event, stream)
         self.recorded.append((event, stream))
         return Result(0) if self.stack else Result.CUDA_ERROR_INVALID_CONTEXT
 
@@ -185,6 +221,7 @@ class FakeDriver(types.ModuleType):
         return Result(0), before
 
     def cuEventQuery(self, event):
+        self._alive(event)
         assert self.mode == Mode.CU_STREAM_CAPTURE_MODE_RELAXED, "a graph that another thread captures is spoiled"
         self.looks -= 1
         return Result.CUDA_ERROR_NOT_READY if self.looks >= 0 else Result(0)
@@ -194,16 +231,33 @@ class FakeDriver(types.ModuleType):
             return Result.CUDA_ERROR_INVALID_CONTEXT, None
         if nbytes > MEMORY:
             return Result.CUDA_ERROR_OUT_OF_MEMORY, None
-        memory = ctypes.create_string_buffer(nbytes)
-        self.taken[ctypes.addressof(memory)] = memory
-        return Result(0), ctypes.addressof(memory)
+        memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.taken[address] = memory
+        return Result(0), address
+
+    def _give(self, address):
+        self._demand(address in self.taken, f"{address:#x} is freed, and is not the beginning of anything that lives")
+        self._freed[address] = memory = self.taken.pop(address)
+        memory.madvise(mmap.MADV_DONTNEED)
+        HIDE(address, len(memory), 0)
+        return Result(0)
+
+    def _touch(self, address, nbytes):
+        """Refuse bytes that lie in what was freed, or partly in what was not."""
+        end = address + nbytes
+        for start, memory in list(self._freed.items()):
+            self._demand(end <= start or start + len(memory) <= address, f"{nbytes} bytes at {address:#x} were freed")
+        for start, memory in list(self.taken.items()):
+            apart = end <= start or start + len(memory) <= address
+            inside = start <= address and end <= start + len(memory)
+            self._demand(apart or inside, f"{nbytes} bytes at {address:#x} leave {len(memory)} at {start:#x}")
 
     def cuMemAlloc(self, nbytes):
         return self._take(nbytes)
 
     def cuMemFree(self, address):
-        del self.taken[address]
-        return Result(0)
+        return self._give(address)
 
     def cuMemHostAlloc(self, nbytes, flags):
         return self._take(nbytes) if flags == 3 else (Result.CUDA_ERROR_INVALID_VALUE, None)
@@ -212,8 +266,7 @@ class FakeDriver(types.ModuleType):
         return Result(0), host + (1 << 40)
 
     def cuMemFreeHost(self, host):
-        del self.taken[host]
-        return Result(0)
+        return self._give(host)
 
     def cuMemGetInfo(self):
         return Result(0), MEMORY - sum(map(len, self.taken.values())), MEMORY
@@ -225,21 +278,27 @@ class FakeDriver(types.ModuleType):
         return Result(0), 0 if attribute == 9 else told[attribute]  # as in versions of cuda-python
 
     def cuMemsetD8Async(self, address, byte, nbytes, stream):
+        self._alive(stream)
+        self._touch(address, nbytes)
         ctypes.memset(address, byte, nbytes)
         return Result(0)
 
     def cuMemcpyAsync(self, to, source, nbytes, stream):
+        self._alive(stream)
+        self._touch(to, nbytes)
+        self._touch(source, nbytes)
         ctypes.memmove(to, source, nbytes)
         return Result(0)
 
     def cuStreamCreate(self, flags):
-        return (Result(0), STREAM) if flags == 1 else (Result.CUDA_ERROR_INVALID_VALUE, None)
+        return self._make(self.streams, STREAM) if flags == 1 else (Result.CUDA_ERROR_INVALID_VALUE, None)
 
     def cuStreamDestroy(self, stream):
-        return Result(0)
+        return self._destroy(self.streams, stream)
 
     def cuStreamSynchronize(self, stream):
-        return Result(0) if stream in {0, STREAM} else Result.CUDA_ERROR_INVALID_VALUE
+        self._alive(stream)
+        return Result(0) if stream in {0, STREAM} | self.streams else Result.CUDA_ERROR_INVALID_VALUE
 
     def cuStreamIsCapturing(self, stream):
         return Result(0), self.CUstreamCaptureStatus(stream in self.capturing)

@@ -96,7 +96,7 @@ def fake_world(monkeypatch):
     """Return a world of rank 1 of 4; what it is told of is in its `synchronized`, `capturing`, `places`, `settled`."""
     monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
     gpu = FakeGpu()
-    world = SimpleNamespace(rank=1, size=4, of="", device=gpu, stream=0, planner=Planner(), settled=0)
+    world = SimpleNamespace(rank=1, size=4, of="", device=gpu, stream=0, planner=Planner(), settled=0, left=False)
     world.heap = SimpleNamespace(allocate=FakeAllocation)
     world.give_up = world.planner.fail
     world.synchronized = []

@@ -21,7 +21,9 @@ def begun(monkeypatch):
     install(monkeypatch, fake_driver)
 
     def begin(owner=None, check=lambda: checks.append(1)):
-        return Request(OnStream(device, 7, check, lambda: begin.over, (owner,)))
+        pending = OnStream(device, check, lambda: begin.over, (owner,))
+        pending.record(7)
+        return Request(pending)
 
     device = begin.device = Device(0)
     begin.checks, begin.driver, begin.over = checks, fake_driver, False

@@ -196,7 +196,7 @@ class TestEnds:
     def test_of_a_process(self, world, done, reported):
         world("nvshmem", 0, reported).close()
         ends = [("close area",), ("close footing",), ("close heap",), ("leave", reported)]
-        assert done == [("precede", 0), ("end",), ("wait", 0), ("end",), *ends]
+        assert done == [("end", 0), ("wait", 0), ("end",), *ends]
         assert world.exchange.timeout == (world_cuda.PATIENCE if reported else 600)  # some ranks may not come
 
     def test_after_an_exception_that_nobody_caught(self, world, done, monkeypatch):
@@ -206,11 +206,12 @@ class TestEnds:
         assert done[-1] == ("leave", False)
 
     def test_of_a_process_whose_last_stream_is_gone(self, world, done):
-        def gone(stream):
-            raise DeviceError("cuEventRecord: CUDA_ERROR_INVALID_HANDLE")
+        def gone(*stream):
+            if stream:
+                raise DeviceError("cuEventRecord: CUDA_ERROR_INVALID_HANDLE")
 
         one = world("nvshmem", 0)
-        one.planner.state.precede = gone
+        one.planner.state.end = gone
         one.close()
         assert done[-4:] == [("close area",), ("close footing",), ("close heap",), ("leave", False)]
         assert "cuCtxSynchronize" in world.driver.calls
@@ -241,7 +242,7 @@ class TestEnds:
         whole = world("nvshmem", 0)
         part = world("nvshmem", 0, reported, whole)
         part.close()
-        left = [("precede", 0), ("end",), ("wait", 0), ("end",)]
+        left = [("end", 0), ("wait", 0), ("end",)]
         assert done == [*left, ("close area",), ("retire heap",), ("leave", reported)]
         done.clear()
         whole.close()
@@ -250,11 +251,11 @@ class TestEnds:
     def test_of_a_part_that_is_freed(self, world, done):
         whole = world("nvshmem", 0)
         world("nvshmem", 0, False, whole).free()
-        assert done[4:] == [("give back", "Free", True), ("close area",), ("retire heap",), ("leave", False)]
+        assert done[3:] == [("give back", "Free", True), ("close area",), ("retire heap",), ("leave", False)]
         done.clear()
         failed = world("nvshmem", 0, True, whole)
         assert failed.free()
-        assert done[4:] == [("give back", "Free", False), ("close area",), ("retire heap",), ("leave", False)]
+        assert done[3:] == [("give back", "Free", False), ("close area",), ("retire heap",), ("leave", False)]
 
     def test_a_part_that_cannot_leave_keeps_the_memory(self, monkeypatch, world, done):
         def fails(stream):
@@ -287,7 +288,7 @@ class TestEnds:
         one = world("emulated", STREAM)
         with on_gpu():
             one.retire()
-            assert done == [("precede", STREAM), ("end",), ("wait", STREAM), ("end",), ("retire heap",)]
+            assert done == [("end", STREAM), ("wait", STREAM), ("end",), ("retire heap",)]
         assert done[-2:] == [("close area",), ("close footing",)]
 
     def test_streams_of_emulated_ranks_are_used_again(self, monkeypatch, world, done):

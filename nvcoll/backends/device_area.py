@@ -112,18 +112,21 @@ class Footing:
         self._device = device
         self._pages: list[int] = []
         self._free: list[tuple[int, int]] = []
+        self._lock = threading.Lock()  # communicators may be made on several threads
         with device:
+            context = driver.current_context()
             self._event = driver.event_create()
-            self.order = StreamOrder(driver.current_context(), self._event)
+        self.order = StreamOrder(context, self._event)
 
     def take_report(self) -> tuple[int, int]:
         """Return the addresses, for the host and for the GPU, of zeroed memory for a report."""
-        if not self._free:
-            with self._device:
-                host, gpu = driver.host_allocate(REPORTS * REPORT)
-            self._pages.append(host)
-            self._free = [(host + at, gpu + at) for at in range(0, REPORTS * REPORT, REPORT)]
-        host, gpu = self._free.pop()
+        with self._lock:
+            if not self._free:
+                with self._device:
+                    host, gpu = driver.host_allocate(REPORTS * REPORT)
+                self._pages.append(host)
+                self._free += [(host + at, gpu + at) for at in range(0, REPORTS * REPORT, REPORT)]
+            host, gpu = self._free.pop()
         ctypes.memset(host, 0, REPORT)
         return host, gpu
 
@@ -133,6 +136,7 @@ class Footing:
 
     def close(self) -> None:
         """Give everything back, after all areas."""
+        self._free.clear()
         with self._device:
             driver.event_destroy(self._event)
             while self._pages:
@@ -269,13 +273,13 @@ class DeviceArea:
 
     def close(self) -> None:
         """Free the private memory, when no kernel uses it any more."""
-        if self._private:
+        private, self._private = self._private, 0
+        if private:
             self.state.keep_report()
             self._footing.give_report(self._host, self._report)
             if self._owned:
                 with self._device:
-                    driver.free(self._private)
-            self._private = 0
+                    driver.free(private)
             del self.state  # it refers to this area: so memory goes with the last reference to it, and at once
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Self
 
 from nvcoll.backends.looking import look_until
-from nvcoll.errors import AllocationError, ArgumentError, DeviceError
+from nvcoll.errors import AllocationError, ArgumentError, DeviceError, Error
 
 OLDEST = (13, 0)
 """Oldest CUDA version that the driver must support: that of the packages of the extra ``cuda``."""
@@ -206,7 +206,7 @@ def host_allocate(nbytes: int) -> tuple[int, int]:
     host = int(_call("cuMemHostAlloc", nbytes, driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP))
     try:
         return host, int(_call("cuMemHostGetDevicePointer", host, 0))
-    except DeviceError:
+    except Error:
         host_free(host)
         raise
 

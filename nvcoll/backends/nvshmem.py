@@ -17,7 +17,7 @@ from typing import Any
 from nvcoll import _topology
 from nvcoll import settings as settings_
 from nvcoll.backends import driver
-from nvcoll.backends.agreement import Facts, plan, size_of
+from nvcoll.backends.agreement import Facts, Start, plan, size_of
 from nvcoll.backends.group import Member, agree
 from nvcoll.errors import AllocationError, BootstrapError, Error, TimeoutError
 
@@ -133,15 +133,7 @@ class SymmetricMemory(Member):
         self._ours = False
         self.exchange = exchange
         self.device: driver.Device | None = None
-
-        def look() -> bytes:
-            self.device = _device(settings.device, topology.host_rank)
-            return json.dumps(asdict(_look(self.device))).encode()
-
-        answers = self._together("NVSHMEM cannot be used", look)
-        everyone = [Facts(**json.loads(answer)) for answer in answers]
-        self.gpus = tuple(facts.gpu for facts in everyone)
-        start = plan(everyone, topology.host_sizes, settings.heap)
+        start = self._agree(topology, settings)
         super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, start.extent, -1)
         with settings_.lend(start.variables):
             if start.stage < 2:
@@ -187,6 +179,23 @@ class SymmetricMemory(Member):
             with self.device:
                 _end(base, ours)
             self.device.close()
+
+    def _agree(self, topology: Any, settings: Any) -> Start:
+        """Let every rank take its GPU and tell what it finds; return how NVSHMEM starts."""
+
+        def look() -> bytes:
+            self.device = _device(settings.device, topology.host_rank)
+            return json.dumps(asdict(_look(self.device))).encode()
+
+        try:
+            answers = self._together("NVSHMEM cannot be used", look)
+            everyone = [Facts(**json.loads(answer)) for answer in answers]
+            self.gpus = tuple(facts.gpu for facts in everyone)
+            return plan(everyone, topology.host_sizes, settings.heap)
+        except Error:
+            if self.device is not None:
+                self.device.close()  # `look` took the context
+            raise
 
     def _together(self, what: str, act: Callable[[], bytes], kind: type[Error] = BootstrapError) -> list[bytes]:
         """Let every rank act, and return what they gave; raise on all if one failed."""

@@ -6,6 +6,7 @@ then. But ranks of other parts may be in the middle of a call: some kernels wait
 """
 
 import contextlib
+import threading
 import time
 import weakref
 from collections import defaultdict
@@ -16,11 +17,13 @@ GRACE = 1.0
 """Seconds to wait for such a moment. It may never come: a call may be begun whose other ranks have to load first."""
 
 _worlds: defaultdict[int, "weakref.WeakSet[Any]"] = defaultdict(weakref.WeakSet)
+_lock = threading.Lock()  # a set must not grow while another thread looks through it
 
 
 def join(world: Any) -> None:
     """Let a rank's part of a communicator be looked at, by the others on its GPU."""
-    _worlds[world.device.ordinal].add(world)
+    with _lock:
+        _worlds[world.device.ordinal].add(world)
 
 
 @contextlib.contextmanager
@@ -31,7 +34,8 @@ def quiet(ordinal: int) -> Iterator[None]:
     """
     deadline = time.monotonic() + GRACE
     while True:
-        worlds = list(_worlds[ordinal])
+        with _lock:
+            worlds = list(_worlds[ordinal])
         orders = {id(world.footing): world.footing.order for world in worlds}.values()
         for order in orders:
             order.hold()

@@ -106,14 +106,24 @@ class TestJudgement:
         assert len(calls._kept) == 2
 
 
+class Recorded(list):
+    """Stands for an OnStream: what it was made of, and the stream."""
+
+    def __init__(self, *args):
+        super().__init__(args)
+
+    def record(self, stream):
+        self.append(stream)
+
+
 class TestNonblocking:
     def test_it_is_judged_at_once_and_launched_by_what_is_returned(self, world, calls, monkeypatch):
-        monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
+        monkeypatch.setattr(device_calls, "OnStream", Recorded)
         x = on_gpu(values())
         start = calls.begin("Iallreduce", x, None, SUM, 55, None)
         [plan] = world.planner.plans
         assert plan.launched == []
-        device, stream, check, _, owners = start()
+        device, check, _, owners, stream = start()
         assert plan.launched == [(x.address, x.address, 55)]
         assert (device, stream, owners) == (world.device, 55, (x, x))
         check()
@@ -123,14 +133,16 @@ class TestNonblocking:
             check()
 
     def test_after_the_end_of_the_communicator(self, world, calls, monkeypatch):
-        monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
-        *_, check, over, _ = calls.begin("Iallreduce", on_gpu(values()), None, SUM, 55, None)()
+        monkeypatch.setattr(device_calls, "OnStream", Recorded)
+        _, check, over, *_ = calls.begin("Iallreduce", on_gpu(values()), None, SUM, 55, None)()
         assert not over()
         start = calls.begin("Allreduce_init", on_gpu(values()), None, SUM, 55, None)
         world.planner.state.over = True
         world.capturing.add(55)  # which is not looked at any more
         with pytest.raises(nvcoll.StateError, match="finalized"):
             start()
+        assert not over()  # the kernel may run yet
+        world.left = True
         assert over()
         with pytest.raises(nvcoll.StateError, match="finalized"):
             check()
@@ -143,7 +155,7 @@ class TestNonblocking:
         assert world.planner.plans[0].launched == []
 
     def test_without_elements_the_ranks_meet(self, world, calls, monkeypatch):
-        monkeypatch.setattr(device_calls, "OnStream", lambda *args: args)
+        monkeypatch.setattr(device_calls, "OnStream", Recorded)
         calls.begin("Iallreduce", on_gpu(values(0)), None, SUM, 55, None)()
         assert world.planner.plans[0].launched == [(TOKEN, TOKEN, 55)]
 

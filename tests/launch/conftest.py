@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,43 @@ call = {"count": 7, "capacity": 8, "stride": 9, "stamp": 10, "ranks": 11}
 plan = DevicePlan(state, 0xF0, call, 3, 64, "also kept", "told")
 """
 
+EMULATED = """
+import gc, threading, time
+import numpy as np, pytest
+import nvcoll
+from nvcoll import planning_cuda, world_cuda
+from nvcoll.backends.emulated import on_gpu
+from nvcoll.comm import Comm
+from tests import fake_cuda
+
+fake_cuda.MEMORY = 1 << 29
+world_cuda.SCRATCH = 16 << 20
+patch, fake = pytest.MonkeyPatch(), fake_cuda.FakeDriver(gpus=1)
+fake_cuda.install(patch, fake)
+patch.setattr(planning_cuda.Kernels, "get", lambda self, *key: 0x77)
+patch.setattr(planning_cuda.Kernels, "occupancy", lambda self, function, threads: 4)
+
+def left():
+    gc.collect()
+    with on_gpu():
+        pass
+    idle = {stream for streams in world_cuda._idle.values() for stream in streams}
+    return [*fake.taken, *fake.events, *(fake.streams - idle), *fake.wrong]
+
+def told(call):
+    try:
+        return call()
+    except nvcoll.Error as error:
+        return type(error).__name__
+
+def at_once(*calls):
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
@@ -114,5 +152,19 @@ def see(folder, run_command):
         status, output = run_command(command, env={"LD_LIBRARY_PATH": str(folder)})
         assert status == 0, output
         return json.loads(output)
+
+    return run
+
+
+@pytest.fixture
+def emulated(folder, run_command):
+    """Run a program with emulated ranks on a GPU that is none; what it prints in the end says whether it was right."""
+
+    def run(program):
+        root = str(Path(__file__).parents[2])
+        env = {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": root, "NVCOLL_HEAP": "96M", "NVCOLL_TIMEOUT": "20"}
+        command = [sys.executable, "-X", "faulthandler", "-c", f"{EMULATED}{program}\nprint('right')"]
+        status, output = run_command(command, env=env)
+        assert (status, output) == (0, "right\n"), output
 
     return run
