@@ -47,22 +47,22 @@ def judge(verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[
     return judge_buffers(verb, *in_place(verb, sendbuf, recvbuf), op, parse)
 
 
-def in_place(verb: str, sendbuf: Any, recvbuf: Any) -> tuple[Any, Any]:
-    """Return both buffers of a call, the same one twice if it is in place."""
+def in_place(verb: str, sendbuf: Any, recvbuf: Any) -> tuple[Any, Any, str]:
+    """Return both buffers of a call, in place the same one twice, and the name under which the second was given."""
     if is_in_place(sendbuf):
         if recvbuf is None:
             raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
-        return recvbuf, recvbuf
+        return recvbuf, recvbuf, "recvbuf"
     if recvbuf is None or is_in_place(recvbuf):
-        return sendbuf, sendbuf
-    return sendbuf, recvbuf
+        return sendbuf, sendbuf, "sendbuf"
+    return sendbuf, recvbuf, "recvbuf"
 
 
 def judge_buffers(
-    verb: str, sendbuf: Any, recvbuf: Any, op: Any, parse: Callable[[str, str, Any, bool], Spec]
+    verb: str, sendbuf: Any, recvbuf: Any, name: str, op: Any, parse: Callable[[str, str, Any, bool], Spec]
 ) -> tuple[Spec, Spec, Op]:
-    """Check buffers, which `parse` finds, and operator of an all-reduce; in place, both specs are the same."""
-    recv = parse(verb, "recvbuf" if recvbuf is not sendbuf else "sendbuf", recvbuf, True)
+    """Check buffers, as of `in_place`, which `parse` finds, and operator; in place, both specs are the same."""
+    recv = parse(verb, name, recvbuf, True)
     send = recv
     if recvbuf is not sendbuf:
         send = parse(verb, "sendbuf", sendbuf, False)

@@ -22,6 +22,7 @@ from nvcoll.buffers import (
     keep_for,
     parse_device,
 )
+from nvcoll.buffers.refusals import BACK
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream, sweep
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
@@ -163,7 +164,7 @@ class DeviceCalls:
         """
         world = self._world
         world.planner.state.demand()
-        sendbuf, recvbuf = in_place(verb, sendbuf, recvbuf)
+        sendbuf, recvbuf, result = in_place(verb, sendbuf, recvbuf)
         owner = stream
         if stream is None:
             arrays = (recvbuf,) if sendbuf is recvbuf else (recvbuf, sendbuf)
@@ -171,8 +172,9 @@ class DeviceCalls:
         queue = as_stream(owner, None, verb)
         if stream is None:
             _refuse_to_miss_a_graph(verb, queue)
-        send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, op, partial(parse_device, stream=queue))
-        for name, spec in (("sendbuf", send), ("recvbuf", recv)):
+        send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, result, op, partial(parse_device, stream=queue))
+        for name, spec in ((result, recv),) if send is recv else (("sendbuf", send), ("recvbuf", recv)):
+            back = BACK if spec is recv else ""
             gpu = spec.device
             if gpu is None and spec.count:
                 with world.device:
@@ -180,13 +182,13 @@ class DeviceCalls:
             if gpu not in (None, world.device.ordinal):
                 raise ArgumentError(
                     f"{verb}: {name} is on GPU {gpu}, rank {world.rank}{world.of} works on GPU {world.device.ordinal}; "
-                    "copy it there, or set NVCOLL_DEVICE"
+                    f"copy it there{back}, or set NVCOLL_DEVICE"
                 )
             unit = min(spec.datatype.itemsize, WORD)
             if spec.count and spec.address % unit:
                 raise ArgumentError(
                     f"{verb}: {name} begins at {spec.address:#x}, expected a multiple of {unit} bytes, for GPUs load "
-                    f"{spec.datatype.name} whole; pass a copy"
+                    f"{spec.datatype.name} whole; pass a copy{back}"
                 )
         return send, recv, handle, queue, owner
 

@@ -114,7 +114,7 @@ class Op:
         """
         needed, cure = _refused(self.kind, datatype.kind)
         if self.name == "PROD" and (datatype.kind, datatype.itemsize) == ("float", 1):
-            needed, cure = "floats of 16 bits or more", "convert with .astype('float32')"
+            needed, cure = "floats of 16 bits or more", "convert to float32 first"
         if not needed:
             return None
         return f"{self.name} is defined for {needed}, the buffers hold {datatype.name}; {cure}"
@@ -142,7 +142,7 @@ def _refused(op_kind: str, datatype_kind: str) -> tuple[str, str]:
     if op_kind == "order" and datatype_kind == "complex":
         return "types with an order", "reduce the absolute values or the real parts"
     if op_kind in ("logical", "bitwise") and datatype_kind in ("float", "complex"):
-        view = "convert with .astype(bool)" if op_kind == "logical" else "reduce a .view() of an unsigned integer type"
+        view = "convert to bool first" if op_kind == "logical" else "reduce a .view() of an unsigned integer type"
         return "integers and bool", view
     return "", ""
 
@@ -333,7 +333,8 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
     if mpi is not None and isinstance(datatype, mpi.Datatype):
         return _from_mpi(mpi, datatype, where)
     if type(datatype).__module__ == "torch":
-        return _named(str(datatype).removeprefix("torch."), str(datatype), where)
+        name = str(datatype).removeprefix("torch.")
+        return _named(name, str(datatype), where, "x.dequantize()" if name.startswith("q") else "x.to(...)")
     try:
         if datatype is None:
             raise TypeError("NumPy would take None for float64")
@@ -358,15 +359,15 @@ def _from_dtype(dtype: np.dtype[Any], where: str) -> Datatype:
     if not dtype.isnative:
         native = dtype.newbyteorder("=").name
         raise DatatypeError(
-            f"{where} is {dtype.str}, expected this machine's byte order; convert with .astype({native!r})"
+            f"{where} is {dtype.str}, expected this machine's byte order; convert: x = x.astype({native!r})"
         )
     return _named("", str(dtype), where)
 
 
-def _named(name: str, given: str, where: str) -> Datatype:
+def _named(name: str, given: str, where: str, converted: str = "x.astype(...)") -> Datatype:
     """Return the datatype of that name, or raise with the list of those there are."""
     if name not in DATATYPES:
-        raise DatatypeError(f"{where} is {given}, expected one of {', '.join(DATATYPES)}; convert with .astype()")
+        raise DatatypeError(f"{where} is {given}, expected one of {', '.join(DATATYPES)}; convert: x = {converted}")
     return DATATYPES[name]
 
 

@@ -166,14 +166,25 @@ def test_c_types_have_their_width(name, c_type):
     ],
 )
 def test_unknown_types_are_refused(given, fact):
-    pattern = rf"Allreduce: recvbuf is {re.escape(fact)}, expected .+; (pass|convert) .+"
+    pattern = rf"Allreduce: recvbuf is {re.escape(fact)}, expected .+; (pass|convert:) .+"
     with pytest.raises(DatatypeError, match=pattern):
         as_datatype(given, "Allreduce", "recvbuf")
 
 
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [("float8_e4m3fnuz", "x.to(...)"), ("complex32", "x.to(...)"), ("qint8", "x.dequantize()")],
+)
+def test_types_of_torch_are_refused_with_its_own_conversion(name, cure):
+    dtype = type("dtype", (), {"__module__": "torch", "__repr__": lambda self: f"torch.{name}"})()
+    pattern = rf"^Allreduce: recvbuf is torch\.{name}, expected one of .+; convert: x = {re.escape(cure)}$"
+    with pytest.raises(DatatypeError, match=pattern):
+        as_datatype(dtype, "Allreduce", "recvbuf")
+
+
 def test_foreign_byte_order_is_refused_with_the_conversion():
     foreign = np.dtype("f4").newbyteorder("S")
-    with pytest.raises(DatatypeError, match=r"byte order; convert with \.astype\('float32'\)"):
+    with pytest.raises(DatatypeError, match=r"byte order; convert: x = x\.astype\('float32'\)"):
         as_datatype(foreign)
 
 

@@ -13,13 +13,12 @@ from nvcoll.errors import ArgumentError, DatatypeError, StateError
 
 from .device import DeviceBuffer
 from .dlpack import CUDA, CUDA_HOST, GPU_DEVICES, datatype_of
-from .specs import Memory, Spec, refuse_sentinels, refuse_uncomputed, unpack
+from .refusals import BACK, gaps, read_only, refuse_uncomputed
+from .specs import Memory, Spec, order_of, refuse_sentinels, unpack
 from .streams import LEGACY_BY_NAME, interface_of
 
 TELLS_STREAM = 3
 """The first version of ``__cuda_array_interface__`` that has a stream."""
-CONTIGUOUS = {"torch": ".contiguous()", "cupy": "cupy.ascontiguousarray()"}
-"""Library -> its way to an array without gaps."""
 
 
 def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int = LEGACY_BY_NAME) -> Spec:
@@ -53,20 +52,23 @@ def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int
         A `DeviceBuffer` that was freed, or a view of one.
     """
     where = f"{verb}: {name}"
-    buf, count, displ, datatype = unpack(where, spec)
-    memory = _memory(where if buf is spec else f"{where}[0]", buf, stream)
+    buf, count, displ, datatype = unpack(where, spec, writable)
+    where = where if buf is spec else f"{where}[0]"
+    memory = _memory(where, buf, stream, writable)
     if writable and memory.readonly:
-        raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass a copy of it")
+        raise read_only(where, buf)
+    if not memory.order:
+        raise gaps(where, buf, writable, "a contiguous copy")
     return memory.select(verb, name, count, displ, datatype)
 
 
-def _memory(where: str, buf: Any, stream: int) -> Memory:
+def _memory(where: str, buf: Any, stream: int, writable: bool) -> Memory:
     """Find the memory of any object."""
     if isinstance(buf, DeviceBuffer):
         return _from_buffer(where, buf)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(buf, torch.Tensor):
-        return _from_tensor(where, buf, torch.strided)
+        return _from_tensor(where, buf, torch.strided, writable)
     refuse_sentinels(where, buf)
     interface = interface_of(buf)
     exports = hasattr(buf, "__dlpack__") and hasattr(buf, "__dlpack_device__")
@@ -75,8 +77,8 @@ def _memory(where: str, buf: Any, stream: int) -> Memory:
     if interface is not None and not (exports and (interface.get("version", 0) < TELLS_STREAM or _nameless(interface))):
         return _from_interface(where, buf, interface)
     if exports:
-        return _from_dlpack(where, buf, stream)
-    raise _on_host(where, buf) if _is_of_host(buf) else _no_memory(where, buf)
+        return _from_dlpack(where, buf, stream, writable)
+    raise _on_host(where, buf, writable) if _is_of_host(buf) else _no_memory(where, buf)
 
 
 def _from_buffer(where: str, buf: DeviceBuffer) -> Memory:
@@ -88,13 +90,15 @@ def _from_buffer(where: str, buf: DeviceBuffer) -> Memory:
     return Memory(buf.address, buf.nbytes, buf.datatype, False, buf, "C" if len(buf.shape) > 1 else "A", buf.device)
 
 
-def _from_tensor(where: str, tensor: Any, strided: object) -> Memory:
+def _from_tensor(where: str, tensor: Any, strided: object, writable: bool) -> Memory:
     """Find the memory of a torch tensor: faster than through its exports, and CUDA's has no bfloat16."""
+    refuse_uncomputed(where, tensor, strided, writable)
+    if tensor.device.type == "cpu":
+        raise _on_host(where, tensor, writable)
     if tensor.device.type != "cuda":
-        raise _on_host(where, tensor) if tensor.device.type == "cpu" else _elsewhere(where, str(tensor.device))
-    refuse_uncomputed(where, tensor, strided)
+        raise _elsewhere(where, str(tensor.device), writable)
     strides = None if tensor.is_contiguous() else tensor.stride()
-    order = _order(where, tensor, tensor.shape, strides, 1)
+    order = _order(tensor.shape, strides, 1)
     nbytes = tensor.numel() * tensor.element_size()
     return Memory(tensor.data_ptr(), nbytes, tensor.dtype, False, tensor, order, tensor.device.index)
 
@@ -121,16 +125,18 @@ def _from_interface(where: str, buf: Any, interface: dict[str, Any]) -> Memory:
         raise DatatypeError(
             f"{where} has elements of type {typestr!r}, expected a type of NumPy's own; pass an array with DLPack"
         ) from None
-    order = _order(where, buf, shape, strides, dtype.itemsize)
+    order = _order(shape, strides, dtype.itemsize)
     readonly = readonly or _is_constant(buf)
     return Memory(address, math.prod(shape) * dtype.itemsize, dtype, readonly, buf, order)
 
 
-def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
+def _from_dlpack(where: str, buf: Any, stream: int, writable: bool) -> Memory:
     """Take the tensor of an exporter of DLPack, which is the owner from here on."""
     kind = buf.__dlpack_device__()[0]
     if kind not in GPU_DEVICES:
-        raise _on_host(where, buf) if kind == 1 else _elsewhere(where, f"DLPack's device {int(kind)}")
+        if kind == 1:
+            raise _on_host(where, buf, writable)
+        raise _elsewhere(where, f"DLPack's device {int(kind)}", writable)
     options = {} if kind == CUDA_HOST else {"stream": stream or LEGACY_BY_NAME}
     try:
         try:
@@ -140,7 +146,7 @@ def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
     except (BufferError, RuntimeError, TypeError, ValueError) as exc:
         raise DatatypeError(
             f"{where} cannot be read through DLPack ({exc}), expected memory of a GPU without a gradient; pass "
-            ".detach() of it, or a copy in an array of comm.empty()"
+            f".detach() of it, or a copy in an array of comm.empty(){BACK if writable else ''}"
         ) from exc
     code, bits, lanes = tensor.dtype
     if bits % 8 or lanes != 1:
@@ -148,7 +154,7 @@ def _from_dlpack(where: str, buf: Any, stream: int) -> Memory:
             f"{where} has {lanes} numbers of {bits} bits in an element, expected one of whole bytes; convert it"
         )
     shape, strides, itemsize = tensor.shape, tensor.strides, bits // 8
-    order = _order(where, buf, shape, strides, 1)
+    order = _order(shape, strides, 1)
     dtype = datatype_of(tensor.dtype) or f"DLPack's type {code} of {bits} bits"
     device = tensor.device[1] if tensor.device[0] == CUDA else None
     readonly = tensor.readonly or _is_constant(buf)
@@ -168,19 +174,15 @@ def _nameless(interface: dict[str, Any]) -> bool:
         return True
 
 
-def _order(where: str, buf: Any, shape: tuple[int, ...], strides: Sequence[int] | None, element: int) -> str:
-    """Return the order of memory without gaps, as in `Spec`; strides are in units of which elements take some.
+def _order(shape: tuple[int, ...], strides: Sequence[int] | None, element: int) -> str:
+    """Return the order of memory, as in `Memory`; strides are in units of which elements take some.
 
     Without strides it is C order.
     """
     if strides is None:
         return "C" if len(shape) > 1 else "A"
     axes = tuple(zip(shape, strides, strict=True))
-    in_c, in_f = _dense(axes[::-1], element), _dense(axes, element)
-    if not (in_c or in_f):
-        cure = CONTIGUOUS.get(type(buf).__module__.partition(".")[0], "a contiguous copy")
-        raise ArgumentError(f"{where} has gaps between its elements, expected contiguous memory; pass {cure} of it")
-    return "A" if in_c and in_f else "C" if in_c else "F"
+    return order_of(_dense(axes[::-1], element), _dense(axes, element))
 
 
 def _dense(axes: tuple[tuple[int, int], ...], reach: int) -> bool:
@@ -207,16 +209,19 @@ def _is_of_host(buf: Any) -> bool:
     return True
 
 
-def _on_host(where: str, buf: Any) -> DatatypeError:
+def _on_host(where: str, buf: Any, writable: bool) -> DatatypeError:
     module, kind = type(buf).__module__.partition(".")[0], type(buf).__name__
     return DatatypeError(
         f"{where} is in memory of the host ({module}.{kind}), expected memory of a GPU, for the communicator is on "
         "GPUs; copy it there (torch: .cuda(), CuPy: cupy.asarray()), or to an array of comm.empty() with .copy_from()"
+        f"{BACK if writable else ''}"
     )
 
 
-def _elsewhere(where: str, device: str) -> DatatypeError:
-    return DatatypeError(f"{where} is in memory of {device}, expected memory of a GPU of CUDA; copy it there")
+def _elsewhere(where: str, device: str, writable: bool) -> DatatypeError:
+    return DatatypeError(
+        f"{where} is in memory of {device}, expected memory of a GPU of CUDA; copy it there{BACK if writable else ''}"
+    )
 
 
 def _no_memory(where: str, buf: Any) -> DatatypeError:

@@ -16,6 +16,7 @@ from nvcoll.ops import Datatype, as_datatype, mpi_module
 
 from .array import Buffer, Owner
 from .dlpack import HOST_DEVICES
+from .refusals import BACK, MAKE, gaps, read_only, refuse_uncomputed
 
 T = TypeVar("T")
 DATA = (bool, int, float, complex, list, tuple)
@@ -94,7 +95,7 @@ class Memory:
     dtype: object  # what the object says it holds; counts only if the caller gives no datatype
     readonly: bool
     owner: object
-    order: str
+    order: str  # as in Spec, or empty where there are gaps
     device: int | None = None
 
     def select(self, verb: str, name: str, count: Any, displ: Any, datatype: object) -> Spec:
@@ -141,22 +142,24 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
         A `Buffer` that was freed, or a view of one.
     """
     where = f"{verb}: {name}"
-    buf, count, displ, datatype = unpack(where, spec)
-    memory = _memory(where if buf is spec else f"{where}[0]", buf, typed=datatype is not None)
+    buf, count, displ, datatype = unpack(where, spec, writable)
+    where = where if buf is spec else f"{where}[0]"
+    memory = _memory(where, buf, datatype is not None, writable)
     if writable and memory.readonly:
-        cure = "a bytearray" if isinstance(buf, bytes) else "numpy.array() of it"  # a scalar's .copy() is read-only too
-        raise ArgumentError(f"{where} is read-only, expected memory to write the result to; pass {cure}")
+        raise read_only(where, buf)
+    if not memory.order:
+        raise gaps(where, buf, writable, "numpy.ascontiguousarray()")
     return memory.select(verb, name, count, displ, datatype)
 
 
-def unpack(where: str, spec: object) -> tuple[object, Any, Any, object]:
+def unpack(where: str, spec: object, writable: bool) -> tuple[object, Any, Any, object]:
     """Split a spec in buffer, count, displacement and datatype, None where not given."""
     if not isinstance(spec, list | tuple):
         return spec, None, None, None
     if not 2 <= len(spec) <= 4 or type(spec[0]) in DATA:
         raise ArgumentError(
             f"{where} is a {type(spec).__name__} of {len(spec)} items, expected an array or [buf, count, datatype]; "
-            "pass numpy.array() of it"
+            f"{MAKE if writable else 'pass numpy.array() of it'}"
         )
     buf, count, *rest = spec
     if not rest and not _may_be_count(count):
@@ -210,18 +213,18 @@ def extent(where: str, nbytes: int, datatype: Datatype, count: Any, displ: Any) 
     return first, length
 
 
-def _memory(where: str, buf: Any, typed: bool) -> Memory:
+def _memory(where: str, buf: Any, typed: bool, writable: bool) -> Memory:
     """Find the memory of any object; `typed` where the caller gave a datatype."""
     if isinstance(buf, np.ndarray):
         return _from_array(where, buf)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(buf, torch.Tensor):
-        return _from_tensor(where, buf, torch.strided)
+        return _from_tensor(where, buf, torch.strided, writable)
     refuse_sentinels(where, buf)
     try:
         view = memoryview(buf)
     except (TypeError, ValueError, BufferError):
-        return _from_protocol(where, buf)
+        return _from_protocol(where, buf, writable)
     return _from_array(where, _array_of(where, view, typed))
 
 
@@ -248,65 +251,55 @@ def _array_of(where: str, view: memoryview, typed: bool) -> np.ndarray[Any, Any]
         ) from None
 
 
-def _from_protocol(where: str, buf: Any) -> Memory:
+def _from_protocol(where: str, buf: Any, writable: bool) -> Memory:
     """Find memory through DLPack or ``__array_interface__``, and refuse what is on a GPU."""
     if hasattr(buf, "__dlpack_device__"):
         on_gpu = buf.__dlpack_device__()[0] not in HOST_DEVICES
     else:
         on_gpu = hasattr(buf, "__cuda_array_interface__")
     if on_gpu:
-        raise _not_on_host(where, f"a GPU ({type(buf).__name__})")
+        raise _not_on_host(where, f"a GPU ({type(buf).__name__})", writable)
     if hasattr(buf, "__array_interface__"):
         return _from_array(where, np.asarray(buf))
+    cure = MAKE if writable else "pass numpy.asarray() of it"
     if hasattr(buf, "__dlpack__"):
         try:
             return _from_array(where, np.from_dlpack(buf))
         except (BufferError, RuntimeError, TypeError) as exc:
             raise DatatypeError(
-                f"{where} cannot be read through DLPack ({exc}), expected host memory of numbers; "
-                "pass numpy.asarray() of it"
+                f"{where} cannot be read through DLPack ({exc}), expected host memory of numbers; {cure}"
             ) from exc
     raise DatatypeError(
         f"{where} is of type {type(buf).__name__}, expected memory (buffer protocol, __array_interface__ or DLPack); "
-        "pass numpy.asarray() of it"
+        f"{cure}"
     )
 
 
-def _not_on_host(where: str, device: str) -> DatatypeError:
+def _not_on_host(where: str, device: str, writable: bool) -> DatatypeError:
     return DatatypeError(
         f"{where} is in memory of {device}, which needs the nvshmem backend, expected host memory; copy it to the host"
+        f"{BACK if writable else ''}"
     )
 
 
-def _from_tensor(where: str, tensor: Any, strided: object) -> Memory:
+def _from_tensor(where: str, tensor: Any, strided: object, writable: bool) -> Memory:
     """Find the memory of a torch tensor. Not through DLPack, which NumPy does not take bfloat16 from."""
+    refuse_uncomputed(where, tensor, strided, writable)
     if tensor.device.type != "cpu":
-        raise _not_on_host(where, str(tensor.device))
-    refuse_uncomputed(where, tensor, strided)
+        raise _not_on_host(where, str(tensor.device), writable)
     reverse = tuple(reversed(range(tensor.dim())))
-    order = _order(where, tensor.is_contiguous(), tensor.permute(reverse).is_contiguous(), ".contiguous()")
+    order = order_of(tensor.is_contiguous(), tensor.permute(reverse).is_contiguous())
     return Memory(tensor.data_ptr(), tensor.numel() * tensor.element_size(), tensor.dtype, False, tensor, order)
-
-
-def refuse_uncomputed(where: str, tensor: Any, strided: object) -> None:
-    """Refuse torch tensors that belong to autograd, or whose values do not lie in memory one by one."""
-    if tensor.requires_grad:
-        raise ArgumentError(f"{where} requires grad, expected a tensor outside of autograd; pass .detach() of it")
-    if tensor.layout != strided:
-        raise ArgumentError(f"{where} is a sparse tensor, expected a dense one; pass .to_dense() of it")
-    if tensor.is_conj() or tensor.is_neg():
-        raise ArgumentError(
-            f"{where} is a conjugate or negative that torch has not computed yet, expected values in memory; "
-            "pass .resolve_conj().resolve_neg() of it"
-        )
 
 
 def _from_array(where: str, array: np.ndarray[Any, Any]) -> Memory:
     """Find the memory of an array."""
     _refuse_freed(where, array)
     if array.dtype.hasobject:
-        raise DatatypeError(f"{where} holds Python objects ({array.dtype}), expected numbers; convert with .astype()")
-    order = _order(where, array.flags.c_contiguous, array.flags.f_contiguous, "numpy.ascontiguousarray()")
+        raise DatatypeError(
+            f"{where} holds Python objects ({array.dtype}), expected numbers; convert: x = x.astype(...)"
+        )
+    order = order_of(array.flags.c_contiguous, array.flags.f_contiguous)
     address = array.__array_interface__["data"][0]
     return Memory(address, array.nbytes, array.dtype, not array.flags.writeable, array, order)
 
@@ -343,11 +336,9 @@ def while_alive(verb: str, owners: Iterable[object], call: Callable[[], T]) -> C
     return guarded
 
 
-def _order(where: str, c_order: bool, f_order: bool, cure: str) -> str:
-    """Return the order of memory without gaps."""
-    if not (c_order or f_order):
-        raise ArgumentError(f"{where} has gaps between its elements, expected contiguous memory; pass {cure} of it")
-    return "A" if c_order and f_order else "C" if c_order else "F"
+def order_of(c_order: bool, f_order: bool) -> str:
+    """Return the order of memory, as in `Memory`."""
+    return "A" if c_order and f_order else "C" if c_order else "F" if f_order else ""
 
 
 def check_pair(verb: str, send: Spec, recv: Spec) -> None:

@@ -176,7 +176,9 @@ class Incomplete:
 
 
 SIX = np.zeros((2, 3), np.float32)
-HOST = r"is in memory of the host \({}\), expected memory of a GPU, .+; copy it there .+copy_from"
+HOST = (
+    r"is in memory of the host \({}\), expected memory of a GPU, .+; copy it there .+copy_from\(\), and copy .+ back$"
+)
 
 # Name: (spec, exception, what the message says)
 REFUSALS = {
@@ -193,16 +195,20 @@ REFUSALS = {
     "DLPack of another GPU": (
         CudaCapsule(SIX, (10, 0)),
         DatatypeError,
-        "memory of DLPack's device 10, expected .+; copy",
+        "memory of DLPack's device 10, expected .+; copy it there, and copy the result back$",
     ),
     "freed": (freed(), StateError, "is a DeviceBuffer that was freed, .+, expected living memory; allocate another"),
     "view of freed": (freed(lambda b: b[1:]), StateError, "or a view of one"),
     "freed in a spec": ([freed(), 3], StateError, r"recvbuf\[0\] is a DeviceBuffer that was freed"),
-    "read-only": (CudaInterface(read_only()), ArgumentError, "is read-only, expected memory to write .+; pass a copy"),
-    "JAX": (JaxArray(SIX), ArgumentError, "is read-only"),
+    "read-only": (
+        CudaInterface(read_only()),
+        ArgumentError,
+        "is read-only, expected memory to write .+; give a writable",
+    ),
+    "JAX": (JaxArray(SIX), ArgumentError, "is read-only, .+ as recvbuf, and take the result from there$"),
     "JAX, DLPack": (JaxCapsule(SIX), ArgumentError, "is read-only"),
     "mask": (CudaInterface(SIX, mask=SIX), ArgumentError, "has a mask, expected an array without; pass its values"),
-    "gaps": (CudaInterface(SIX[:, ::2]), ArgumentError, "has gaps .+, expected .+; pass a contiguous copy"),
+    "gaps": (CudaInterface(SIX[:, ::2]), ArgumentError, "has gaps .+, expected .+; pass a .+ result back$"),
     "neither order": (CudaInterface(np.zeros((2, 3, 2)).transpose(1, 0, 2)), ArgumentError, "has gaps"),
     "no type": (Incomplete(CudaInterface(SIX), "typestr"), DatatypeError, "cannot be read, .+; pass .+ DLPack"),
     "no data": (CudaInterface(SIX, data=None), DatatypeError, "cannot be read, expected shape, typestr, data"),
@@ -210,7 +216,7 @@ REFUSALS = {
     "strides of another shape": (CudaInterface(SIX, strides=(4,)), DatatypeError, "cannot be read, expected shape"),
     "nowhere": (CudaInterface(SIX, data=(None, False)), DatatypeError, "cannot be read, expected shape, typestr, data"),
     "reversed": (CudaInterface(SIX[::-1]), ArgumentError, "has gaps"),
-    "broadcast": (CudaInterface(np.broadcast_to(np.zeros(1), (3, 2))), ArgumentError, "has gaps"),
+    "broadcast": (CudaInterface(np.broadcast_to(np.zeros(1), (3, 2))), ArgumentError, "is read-only"),
     "byte order": (
         CudaInterface(np.zeros(3, np.dtype("f4").newbyteorder("S"))),
         DatatypeError,
@@ -226,7 +232,11 @@ REFUSALS = {
     "parts of bytes": (CudaCapsule(SIX, numbers=(17, 4)), DatatypeError, "has 1 numbers of 4 bits .+; convert"),
     "count": ([CudaCapsule(SIX), 7], ArgumentError, "recvbuf holds 6 float32, expected 7; give"),
     "displacement": ([on_gpu(SIX), (5, 2)], ArgumentError, "expected 5 from element 2 on"),
-    "gradient": (Proxy(RuntimeError("requires gradient")), DatatypeError, r"\(requires gradient\), .+; pass \.detach"),
+    "gradient": (
+        Proxy(RuntimeError("requires gradient")),
+        DatatypeError,
+        r"\(requires gradient\), .+; pass \.detach.+ back$",
+    ),
     "refusing exporter": (Proxy(BufferError("no")), DatatypeError, r"cannot be read through DLPack \(no\), expected"),
     "broken exporter": (Proxy(TypeError("no")), DatatypeError, r"cannot be read through DLPack \(no\), expected"),
 }
@@ -333,12 +343,12 @@ def test_tensors(torch):
     ("changes", "exception", "message"),
     [
         ({"requires_grad": True}, ArgumentError, r"requires grad, expected .+; pass \.detach\(\)"),
-        ({"layout": "sparse"}, ArgumentError, r"is a sparse tensor, expected .+; pass \.to_dense\(\)"),
+        ({"layout": "sparse"}, ArgumentError, r"is a sparse tensor, expected .+; .+ back: t = x\.to_dense\(\)"),
         ({"is_conj": lambda: True}, ArgumentError, "has not computed yet, expected .+; pass"),
         (
             {"is_contiguous": lambda: False, "stride": lambda: (6, 2)},
             ArgumentError,
-            r"has gaps .+; pass \.contiguous\(\) of it",
+            r"has gaps .+ back: t = x\.contiguous\(\); \.\.\.; x\.copy_\(t\)$",
         ),
         ({"device": types.SimpleNamespace(type="cpu")}, DatatypeError, HOST.format(r"torch\.Tensor")),
         (
@@ -346,8 +356,13 @@ def test_tensors(torch):
             DatatypeError,
             "is in memory of .+, expected .+; copy it there",
         ),
+        (
+            {"device": types.SimpleNamespace(type="meta")},
+            DatatypeError,
+            "is a meta tensor, which has no memory, .+; make",
+        ),
     ],
-    ids=["grad", "sparse", "conjugate", "gaps", "host", "elsewhere"],
+    ids=["grad", "sparse", "conjugate", "gaps", "host", "elsewhere", "meta"],
 )
 def test_refusals_of_tensors(torch, changes, exception, message):
     with pytest.raises(exception, match=rf"^Allreduce: recvbuf .*{message}"):

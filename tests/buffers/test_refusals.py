@@ -1,4 +1,4 @@
-"""Every message of `parse`: it begins with the verb and the argument, says what is and was expected, and the cure."""
+"""Refusals of memory: a message begins with the verb and the argument, says what is and was expected, and the cure."""
 
 import ctypes
 import re
@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from nvcoll.buffers import IN_PLACE, is_in_place, parse
+from nvcoll.buffers import IN_PLACE, is_in_place, parse, parse_device
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import FLOAT
+from tests.buffers.gpu import CudaCapsule, CudaInterface
 from tests.buffers.memory import Capsule, on_heap
 
 
@@ -60,28 +61,32 @@ REFUSALS = {
     "None": (None, ArgumentError, "recvbuf is None, expected an array; pass"),
     "None in a spec": ([None, 3, FLOAT], ArgumentError, r"recvbuf\[0\] is None, expected an array"),
     "IN_PLACE": (IN_PLACE, ArgumentError, "recvbuf is IN_PLACE, .+; pass IN_PLACE alone, for one of the two buffers"),
-    "number": (3.0, DatatypeError, r"recvbuf is of type float, expected memory .+; pass numpy\.asarray\(\)"),
+    "number": (3.0, DatatypeError, "recvbuf is of type float, expected memory .+; make an array first, pass that"),
     "string": ("abc", DatatypeError, "recvbuf is of type str, expected memory"),
     "list of numbers": (
         [1.0, 2.0],
         ArgumentError,
-        r"recvbuf is a list of 2 items, expected an array or \[buf, count, datatype\]; pass numpy\.array\(\) of it",
+        r"recvbuf is a list of 2 items, expected an array or \[buf, count, datatype\]; make an array first, pass that",
     ),
-    "tuple of integers": ((1, 2, 3), ArgumentError, r"recvbuf is a tuple of 3 items, expected .+; pass numpy\.array"),
-    "list of lists": ([[1, 2], [3, 4]], ArgumentError, r"recvbuf is a list of 2 items, expected .+; pass numpy\.array"),
+    "tuple of integers": ((1, 2, 3), ArgumentError, "recvbuf is a tuple of 3 items, expected .+; make an array"),
+    "list of lists": ([[1, 2], [3, 4]], ArgumentError, "recvbuf is a list of 2 items, expected .+; make an array"),
     "long list": (
         [1.0] * 9,
         ArgumentError,
-        r"is a list of 9 items, expected an array or \[buf, count, datatype\]; pass",
+        r"is a list of 9 items, expected an array or \[buf, count, datatype\]; make",
     ),
     "short tuple": ((SIX,), ArgumentError, "is a tuple of 1 items"),
-    "GPU": (OnGPU(), DatatypeError, r"is in memory of a GPU \(OnGPU\), which needs the nvshmem backend, .+; copy"),
+    "GPU": (
+        OnGPU(),
+        DatatypeError,
+        r"is in memory of a GPU \(OnGPU\), which needs the nvshmem backend, .+; copy it .+ back$",
+    ),
     "GPU in a spec": ([OnGPU(), 2, FLOAT], DatatypeError, "needs the nvshmem backend"),
     "GPU by DLPack": (OnGPUByDLPack(), DatatypeError, "needs the nvshmem backend"),
     "DLPack fails": (
         Unreadable(SIX),
         DatatypeError,
-        r"read through DLPack \(no bfloat16 here\), expected .+; pass numpy",
+        r"read through DLPack \(no bfloat16 here\), expected .+; make an array first, pass that, and take the result",
     ),
     "count too large": (
         [SIX, 8],
@@ -109,25 +114,35 @@ REFUSALS = {
     "unknown name": ([SIX, "x17"], DatatypeError, "datatype of recvbuf is 'x17', expected a datatype; pass"),
     "float as datatype": ([SIX, 2.5], DatatypeError, "datatype of recvbuf is of type float, expected a datatype"),
     "unsupported type": (np.zeros(3, np.longdouble), DatatypeError, "datatype of recvbuf is .+, expected one of bool,"),
-    "text": (np.zeros(3, "S4"), DatatypeError, r"datatype of recvbuf is \|S4, expected one of bool, .+; convert"),
-    "objects": (np.array([None]), DatatypeError, "recvbuf holds Python objects .+, expected numbers; convert"),
+    "text": (np.zeros(3, "S4"), DatatypeError, r"datatype of recvbuf is \|S4, .+ bool, .+; convert: x = x\.astype\("),
+    "objects": (
+        np.array([None]),
+        DatatypeError,
+        r"recvbuf holds Python objects .+, expected numbers; convert: x = x\.astype",
+    ),
     "objects with a type": ([np.array([None]), FLOAT], DatatypeError, r"recvbuf\[0\] holds Python objects"),
-    "byte order": (FOREIGN, DatatypeError, r"recvbuf is .f4, expected this machine's byte order; convert .+'float32'"),
+    "byte order": (FOREIGN, DatatypeError, r"recvbuf is .f4, expected this machine's byte order; .+'float32'"),
     "byte order with a type": ([FOREIGN, FLOAT], DatatypeError, "expected this machine's byte order"),
     "gaps": (
         SIX[::2],
         ArgumentError,
-        r"recvbuf has gaps .+, expected contiguous .+; pass numpy\.ascontiguousarray\(\)",
+        r"recvbuf has gaps .+, expected contiguous .+; pass a .+ back: t = numpy\.ascontiguousarray\(x\); .+; x\[\.",
     ),
     "reversed": (SIX[::-1], ArgumentError, "recvbuf has gaps"),
-    "gaps in a memoryview": (memoryview(bytearray(8))[::2], ArgumentError, "recvbuf has gaps"),
+    "gaps in a memoryview": (memoryview(bytearray(8))[::2], ArgumentError, "has gaps .+, and copy the result back$"),
+    "gaps in a spec": ([SIX[::2], 3], ArgumentError, r"recvbuf\[0\] has gaps"),
     "read-only": (
         read_only(np.zeros(3)),
         ArgumentError,
-        r"recvbuf is read-only, expected memory .+; pass numpy\.array\(\) of it",
+        "recvbuf is read-only, expected memory .+; give a writable array as recvbuf, and take the result from there",
     ),
-    "scalar": (np.float64(3), ArgumentError, r"recvbuf is read-only, expected memory .+; pass numpy\.array\(\) of it"),
-    "bytes": ([bytes(8), FLOAT], ArgumentError, "recvbuf is read-only, .+; pass a bytearray"),
+    "read-only, with gaps": (
+        np.broadcast_to(SIX[:1], (3, 2)),
+        ArgumentError,
+        "recvbuf is read-only, .+; give a writable",
+    ),
+    "scalar": (np.float64(3), ArgumentError, "recvbuf is read-only, expected memory .+; give a writable array"),
+    "bytes": ([bytes(8), FLOAT], ArgumentError, r"recvbuf\[0\] is read-only, .+; give a bytearray as recvbuf"),
     "freed": (freed(), StateError, "recvbuf is a Buffer that was freed, .+, expected .+; allocate"),
     "freed, in a spec": ([freed(), 0], StateError, "is a Buffer that was freed"),
     "slice of freed": (view_of_freed(lambda b: b[1:]), StateError, "or a view of one"),
@@ -146,6 +161,77 @@ def test_refusals(case):
     assert re.match(r"Allreduce: (datatype of )?recvbuf.*, expected .+; .+", str(caught.value))
 
 
+# Name: (spec, the cure for memory that is only sent)
+SENT = {
+    "number": (3.0, "pass numpy.asarray() of it"),
+    "list of numbers": ([1.0, 2.0], "pass numpy.array() of it"),
+    "DLPack fails": (Unreadable(SIX), "pass numpy.asarray() of it"),
+    "GPU": (OnGPU(), "copy it to the host"),
+    "gaps": (SIX[::2], "pass numpy.ascontiguousarray() of it"),
+    "gaps in a memoryview": (memoryview(bytearray(8))[::2], "pass numpy.ascontiguousarray() of it"),
+}
+
+
+@pytest.mark.parametrize("case", SENT)
+def test_what_is_only_sent_may_be_sent_from_a_copy(case):
+    spec, cure = SENT[case]
+    with pytest.raises(
+        (ArgumentError, DatatypeError), match=rf"^Allreduce: sendbuf .+, expected .+; {re.escape(cure)}$"
+    ):
+        parse("Allreduce", "sendbuf", spec, writable=False)
+
+
+class InCupy(CudaInterface):
+    """As CuPy shows its arrays."""
+
+
+InCupy.__module__ = "cupy._core.core"
+SQUARE = np.zeros((4, 4), np.float32)
+
+# Name: (spec on a GPU, the cure where a result goes there, the cure where it is only sent)
+GAPS = {
+    "CuPy": (
+        InCupy(SQUARE[::2]),
+        "a contiguous copy, and copy the result back: t = cupy.ascontiguousarray(x); ...; x[...] = t",
+        "cupy.ascontiguousarray() of it",
+    ),
+    "any": (
+        CudaInterface(SQUARE[::2]),
+        "a contiguous copy, and copy the result back",
+        "a contiguous copy of it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GAPS)
+def test_gaps_on_gpus(case):
+    spec, *cures = GAPS[case]
+    for writable, cure in zip((True, False), cures, strict=True):
+        with pytest.raises(ArgumentError, match=rf"has gaps .+, expected contiguous memory; pass {re.escape(cure)}$"):
+            parse_device("Allreduce", "sendbuf", spec, writable)
+
+
+@pytest.mark.parametrize("spec", [SQUARE, CudaCapsule(SQUARE, (10, 0))], ids=["host", "another GPU"])
+def test_what_lies_elsewhere_than_on_gpus(spec):
+    for writable, back in ((True, ", and copy the result back"), (False, "")):
+        with pytest.raises(DatatypeError, match=r"expected memory of a GPU.+; copy it there") as caught:
+            parse_device("Allreduce", "sendbuf", spec, writable)
+        assert str(caught.value).endswith(("copy it there" + back, "with .copy_from()" + back))
+
+
+def test_the_cure_for_gaps_keeps_the_result():
+    x = np.zeros((4, 3))
+    column = x[:, 0]
+    with pytest.raises(ArgumentError) as caught:
+        parse("Allreduce", "recvbuf", column, writable=True)
+    before, after = str(caught.value).partition("back: ")[2].split("; ...; ")
+    names = {"numpy": np, "x": column}
+    exec(before, names)
+    names["t"] += 1
+    exec(after, names)
+    assert x.tolist() == [[1, 0, 0]] * 4
+
+
 def test_a_format_without_a_name_in_numpy_needs_a_datatype():
     view = memoryview((ctypes.CFUNCTYPE(None) * 2)())
     message = r"recvbuf has elements of format 'X{}', expected numbers; name their type: \[buf, datatype"
@@ -158,27 +244,54 @@ def test_a_format_without_a_name_in_numpy_needs_a_datatype():
     ("make", "exception", "message"),
     [
         (lambda t: t.zeros(3, requires_grad=True), ArgumentError, r"requires grad, expected .+; pass \.detach\(\)"),
-        (lambda t: t.zeros(3, device="meta"), DatatypeError, "is in memory of meta, which needs .+, expected .+; copy"),
-        (lambda t: t.eye(3).to_sparse(), ArgumentError, r"is a sparse tensor, expected .+; pass \.to_dense\(\)"),
+        (
+            lambda t: t.zeros(3, device="meta"),
+            DatatypeError,
+            r"is a meta tensor, which has no memory, expected .+; make one with torch\.empty_like",
+        ),
+        (
+            lambda t: t.eye(3).to_sparse(),
+            ArgumentError,
+            r"is a sparse tensor, expected .+; pass a dense copy, .+ back: t = x\.to_dense\(\); .+ = t\.to_sparse\(\)",
+        ),
         (
             lambda t: t.zeros(3, dtype=t.complex64).conj(),
             ArgumentError,
-            r"has not computed yet, expected .+; pass .+conj",
+            r"has not computed yet, expected .+; pass a copy, .+ back: t = x\.resolve_conj\(\).+; x\.copy_\(t\)",
         ),
         (lambda t: t.zeros(3, dtype=t.complex64).conj().imag, ArgumentError, "has not computed yet"),
-        (lambda t: t.zeros(6)[::2], ArgumentError, r"has gaps .+, expected .+; pass \.contiguous\(\)"),
+        (
+            lambda t: t.zeros(6)[::2],
+            ArgumentError,
+            r"has gaps .+, expected .+; .+ back: t = x\.contiguous\(\); \.\.\.; x\.copy_\(t\)",
+        ),
         (
             lambda t: t.zeros(3, dtype=t.float8_e5m2fnuz),
             DatatypeError,
-            r"is torch\.float8_e5m2fnuz, expected one of .+; convert",
+            r"is torch\.float8_e5m2fnuz, expected one of .+; convert: x = x\.to\(",
         ),
     ],
-    ids=["grad", "device", "sparse", "conjugate", "negative", "gaps", "datatype"],
+    ids=["grad", "meta", "sparse", "conjugate", "negative", "gaps", "datatype"],
 )
 def test_refusals_of_tensors(make, exception, message):
     tensor = make(pytest.importorskip("torch"))
     with pytest.raises(exception, match=rf"^Allreduce: (datatype of )?recvbuf .*{message}"):
         parse("Allreduce", "recvbuf", tensor, writable=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "cure"),
+    [
+        (lambda t: t.eye(3).to_sparse(), ".to_dense() of it"),
+        (lambda t: t.zeros(3, dtype=t.complex64).conj(), ".resolve_conj().resolve_neg() of it"),
+        (lambda t: t.zeros(6)[::2], ".contiguous() of it"),
+    ],
+    ids=["sparse", "conjugate", "gaps"],
+)
+def test_tensors_that_are_only_sent_may_be_sent_from_a_copy(make, cure):
+    tensor = make(pytest.importorskip("torch"))
+    with pytest.raises(ArgumentError, match=rf"^Allreduce: sendbuf .+, expected .+; pass {re.escape(cure)}$"):
+        parse("Allreduce", "sendbuf", tensor, writable=False)
 
 
 def test_orders_of_tensors():

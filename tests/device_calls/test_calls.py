@@ -55,6 +55,8 @@ class TestJudgement:
         [
             ((IN_PLACE,), "ArgumentError", r"sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf"),
             ((np.ones(3),), "DatatypeError", r"sendbuf"),
+            ((IN_PLACE, np.ones(3)), "DatatypeError", r"recvbuf is in memory of the host"),
+            ((np.ones(3), IN_PLACE), "DatatypeError", r"sendbuf is in memory of the host"),
             ((on_gpu(values()), on_gpu(values(7))), "ArgumentError", r"7.*8|8.*7"),
             ((on_gpu(values()), on_gpu(values(8, np.float64))), "DatatypeError", r"float32|float64"),
             ((on_gpu(values()), None, nvcoll.BAND), "DatatypeError", r"BAND"),
@@ -72,8 +74,13 @@ class TestJudgement:
         with pytest.raises(nvcoll.ArgumentError) as caught:
             reduce(calls, on_gpu(values()))
         assert str(caught.value) == (
-            "Allreduce: sendbuf is on GPU 3, rank 1 works on GPU 5; copy it there, or set NVCOLL_DEVICE"
+            "Allreduce: sendbuf is on GPU 3, rank 1 works on GPU 5; copy it there, and copy the result back, or set "
+            "NVCOLL_DEVICE"
         )
+        with pytest.raises(nvcoll.ArgumentError, match=r"^Allreduce: recvbuf is on GPU 3, "):
+            reduce(calls, IN_PLACE, on_gpu(values()))
+        with pytest.raises(nvcoll.ArgumentError, match=r"^Allreduce: sendbuf is on GPU 3, .+; copy it there, or set"):
+            reduce(calls, on_gpu(values()), on_gpu(values()))
 
     def test_an_array_that_does_not_tell_its_gpu(self, world, calls):
         x = CudaInterface(values())
@@ -91,8 +98,10 @@ class TestJudgement:
             reduce(calls, [memory[shift : shift + 160], DATATYPES[name]])
         assert str(caught.value) == (
             f"Allreduce: sendbuf begins at {memory.address + shift:#x}, expected a multiple of {unit} bytes, "
-            f"for GPUs load {name} whole; pass a copy"
+            f"for GPUs load {name} whole; pass a copy, and copy the result back"
         )
+        with pytest.raises(nvcoll.ArgumentError, match=r"^Allreduce: sendbuf begins at .+; pass a copy$"):
+            reduce(calls, [memory[shift:], 1, DATATYPES[name]], on_gpu(np.zeros(1, name)))
         reduce(calls, [memory[8:168], DATATYPES[name]])
         reduce(calls, [memory[3:13], DATATYPES["int8"]])
         assert len(world.planner.plans) == 2
