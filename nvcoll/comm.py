@@ -8,10 +8,10 @@ import numpy as np
 
 from nvcoll._plan import Plan, Plans
 from nvcoll.arguments import judge, judge_explain
-from nvcoll.buffers import IN_PLACE, Spec, while_alive
+from nvcoll.buffers import IN_PLACES, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
-from nvcoll.ops import SUM, Op
+from nvcoll.ops import CODES, SUM, Op
 from nvcoll.planning import EMPTY, Explanation, plan_meeting, verb_of
 from nvcoll.requests import Pending, Prequest, Request
 from nvcoll.splitting import Splitting
@@ -208,7 +208,7 @@ class Comm(Splitting):
             if len(kept) >= MOST_KEPT:
                 kept.clear()
             kept[key] = plan
-        plans.setdefault(algorithm, Plans(IN_PLACE)).add(recv.datatype.code, recv.nbytes, op, plan)
+        plans.setdefault(algorithm, Plans(IN_PLACES, CODES)).add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 
     def Iallreduce(

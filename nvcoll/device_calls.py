@@ -13,7 +13,7 @@ from nvcoll._plan import BROKEN, DevicePlan, DevicePlans
 from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
 from nvcoll.buffers import (
-    IN_PLACE,
+    IN_PLACES,
     DeviceBuffer,
     Spec,
     as_stream,
@@ -26,7 +26,7 @@ from nvcoll.buffers.refusals import BACK
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream, sweep
 from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
-from nvcoll.ops import DATATYPES, MAX, Datatype, Op
+from nvcoll.ops import CODES, DATATYPES, MAX, Datatype, Op
 from nvcoll.planning import EMPTY, plan_meeting
 from nvcoll.requests import Pending
 from nvcoll.world_cuda import DeviceWorld
@@ -215,7 +215,7 @@ class DeviceCalls:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACE, self._world.stream, captured_stream))
+        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACES, CODES, self._world.stream, captured_stream))
         fast.add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 

@@ -251,6 +251,9 @@ AINT = OFFSET = COUNT = _c_type("p")
 #: Every datatype by the names MPI gives it, ``"FLOAT"`` and the like.
 MPI_NAMES: dict[str, Datatype] = {name: value for name, value in globals().items() if isinstance(value, Datatype)}
 
+CODES: dict[int, tuple[int, object]] = {id(value): (value.code, value) for value in DATATYPES.values()}
+"""`Datatype.code` by the identity of datatypes, and these: ours, and what was seen of mpi4py's constants and dtypes."""
+
 
 def mpi_module() -> Any:
     """Return ``mpi4py.MPI`` if somebody has imported it, else None."""
@@ -296,9 +299,18 @@ def _op_from_mpi(mpi: Any, handle: Any, verb: str) -> Op:
     raise DatatypeError(f"{verb}: op is {given}, expected one of {', '.join(OPS)}; reduce with mpi4py")
 
 
+_in_mpi: dict[int, tuple[Any, list[str]]] = {}
+"""Constants of mpi4py by identity, for they cannot be hashed, and their names: to look for them takes microseconds."""
+
+
 def _names_in_mpi(mpi: Any, kind: type, handle: Any) -> list[str]:
     """Return mpi4py's names of a predefined handle: by comparing, for asking takes an initialised MPI."""
-    return [name for name, value in vars(mpi).items() if isinstance(value, kind) and value == handle]
+    constant, names = _in_mpi.get(id(handle), (None, []))
+    if constant is not handle:
+        names = [name for name, value in vars(mpi).items() if isinstance(value, kind) and value == handle]
+        if any(getattr(mpi, name) is handle for name in names):
+            _in_mpi[id(handle)] = handle, names
+    return names
 
 
 def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "datatype") -> Datatype:
@@ -348,7 +360,10 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
 @cache
 def _native(dtype: np.dtype[Any]) -> Datatype | None:
     """Return the datatype of a NumPy dtype, or None; cached, for NumPy takes microseconds to name a dtype."""
-    return DATATYPES.get(dtype.name) if dtype.isnative else None
+    found = DATATYPES.get(dtype.name) if dtype.isnative else None
+    if found is not None:
+        CODES[id(dtype)] = found.code, dtype
+    return found
 
 
 def _from_dtype(dtype: np.dtype[Any], where: str) -> Datatype:
@@ -377,6 +392,8 @@ def _from_mpi(mpi: Any, handle: Any, where: str) -> Datatype:
     names = ["DATATYPE_NULL"] if handle == mpi.DATATYPE_NULL else _names_in_mpi(mpi, mpi.Datatype, handle)
     for name in names:
         if name in MPI_NAMES:
+            if id(handle) in _in_mpi:
+                CODES[id(handle)] = MPI_NAMES[name].code, handle
             return MPI_NAMES[name]
     if names:
         return _named("", f"MPI.{names[0]}", where)

@@ -95,26 +95,30 @@ cdef class DevicePlan:
 cdef class DevicePlans:
     """The plans of one communicator on a GPU for an algorithm, found by datatype, size and operator.
 
-    `run` serves arrays of the symmetric heap, and streams that are numbers or tell theirs; everything else takes the
-    long way, in nvcoll.device_calls.
+    `run` serves arrays of the symmetric heap, also in a spec that names their datatype, and streams that are numbers or
+    tell theirs; everything else takes the long way, in nvcoll.device_calls.
 
     Parameters
     ----------
     in_place
-        What stands for the receive buffer in place of a send buffer.
+        Objects that stand for the receive buffer in place of a send buffer.
+    types
+        Codes of datatypes, as `nvcoll.ops.CODES`.
     stream
         Where calls go that name no stream.
     captured
         Returns the stream that a library captures into a graph, or None.
     """
     cdef dict table
-    cdef object in_place
+    cdef list in_place
+    cdef dict types
     cdef uintptr_t stream
     cdef object captured
 
-    def __init__(self, in_place, uintptr_t stream, captured):
+    def __init__(self, list in_place, dict types, uintptr_t stream, captured):
         self.table = {}
         self.in_place = in_place
+        self.types = types
         self.stream = stream
         self.captured = captured
 
@@ -135,12 +139,13 @@ cdef class DevicePlans:
         """
         cdef DeviceSpan send, recv
         cdef uintptr_t from_, to, queue = self.stream
-        if recvbuf is None or sendbuf is self.in_place:
+        if recvbuf is None or among(sendbuf, self.in_place):
             recvbuf = sendbuf if recvbuf is None else recvbuf
             sendbuf = recvbuf
-        if not isinstance(recvbuf, DeviceSpan) or not isinstance(sendbuf, DeviceSpan):
+        recv = span_of(recvbuf, self.types)
+        send = recv if sendbuf is recvbuf else span_of(sendbuf, self.types)
+        if recv is None or send is None:
             return None
-        send, recv = <DeviceSpan>sendbuf, <DeviceSpan>recvbuf
         from_, to = send.at(), recv.at()
         if send is not recv and (send.count != recv.count or send.code != recv.code
                                  or (from_ < to + recv.count * recv.itemsize

@@ -19,6 +19,7 @@ from time import sleep
 
 include "waiting.pxi"
 include "dlpack.pxi"
+include "views.pxi"
 include "spans.pxi"
 include "plans.pxi"
 include "launch.pxi"

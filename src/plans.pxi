@@ -224,38 +224,6 @@ cdef class State:
         fail(&self.world, ERRORS.index(error), -1)
 
 
-# Buffer formats of the struct module that the fast route knows, as datatype numbers; the itemsize tells their width.
-cdef inline int64_t code_of(const char* form, Py_ssize_t itemsize) noexcept:
-    """Number a datatype by kind and size, or 0 if the fast route does not know the format."""
-    cdef char c
-    if form == NULL:
-        return ord(b"u") << 8 | itemsize
-    c = form[0]
-    if c == 90 and (form[1] == 102 or form[1] == 100) and form[2] == 0:       # Zf, Zd
-        return ord(b"c") << 8 | itemsize
-    if form[1] != 0:
-        return 0
-    if c == 102 or c == 100 or c == 101:                                        # f d e
-        return ord(b"f") << 8 | itemsize
-    if c == 98 or c == 104 or c == 105 or c == 108 or c == 113:                 # b h i l q
-        return ord(b"i") << 8 | itemsize
-    if c == 66 or c == 72 or c == 73 or c == 76 or c == 81:                     # B H I L Q
-        return ord(b"u") << 8 | itemsize
-    if c == 63:                                                                 # ?
-        return ord(b"b") << 8 | itemsize
-    return 0
-
-
-cdef extern from "Python.h":
-    ctypedef struct Py_buffer:
-        void* buf
-        Py_ssize_t len
-        Py_ssize_t itemsize
-        char* format
-    int PyObject_GetBuffer(object, Py_buffer*, int) except -1
-    void PyBuffer_Release(Py_buffer*) noexcept
-    const int PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE
-
 cdef enum:
     MOST = 16384            # plans kept
     ENTRIES = 256           # of the direct-mapped front of the table: the plans of a program's inner loop
@@ -271,16 +239,26 @@ cdef struct Entry:
 cdef class Plans:
     """The plans of one communicator, found by datatype, size and operator.
 
-    `run` serves buffers with the buffer protocol in C order; everything else takes the long way, in nvcoll.comm.
+    `run` serves what has the buffer protocol, in C order, also in a spec that names its datatype; everything else takes
+    the long way, in nvcoll.comm.
+
+    Parameters
+    ----------
+    in_place
+        Objects that stand for the receive buffer in place of a send buffer.
+    types
+        Codes of datatypes, as `nvcoll.ops.CODES`.
     """
     cdef Entry entries[ENTRIES]
     cdef dict table
-    cdef object in_place
+    cdef list in_place
+    cdef dict types
 
-    def __init__(self, in_place):
+    def __init__(self, list in_place, dict types):
         memset(self.entries, 0, sizeof(self.entries))
         self.table = {}
         self.in_place = in_place
+        self.types = types
 
     def add(self, int64_t code, int64_t nbytes, op, Plan plan):
         """Keep a plan for `run`, where `op` is known by identity: mpi4py's handles cannot be hashed."""
@@ -311,31 +289,27 @@ cdef class Plans:
         """
         cdef Py_buffer send
         cdef Py_buffer recv
-        cdef bint both = False
-        if recvbuf is None or sendbuf is recvbuf:
+        cdef int64_t code, its
+        if recvbuf is None:
             recvbuf = sendbuf
-        elif sendbuf is not self.in_place:
-            both = True
-        try:
-            PyObject_GetBuffer(recvbuf, &recv, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE)
-        except Exception:  # judged, with a good message, on the long way
+        code = hold(recvbuf, &recv, PyBUF_WRITABLE, self.types)
+        if not code:
             return None
         try:
-            if not both:
-                return self.go(&recv, <uintptr_t>recv.buf, op)
-            try:
-                PyObject_GetBuffer(sendbuf, &send, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
-            except Exception:
+            if sendbuf is recvbuf or among(sendbuf, self.in_place):
+                return self.go(code, &recv, <uintptr_t>recv.buf, op)
+            its = hold(sendbuf, &send, 0, self.types)
+            if not its:
                 return None
             try:
-                return self.go(&recv, <uintptr_t>send.buf, op) if fit(&send, &recv) else None
+                return self.go(code, &recv, <uintptr_t>send.buf, op) if its == code and apart(&send, &recv) else None
             finally:
                 PyBuffer_Release(&send)
         finally:
             PyBuffer_Release(&recv)
 
-    cdef object go(self, Py_buffer* recv, uintptr_t send, op):
-        cdef void* found = self.find(recv, op)
+    cdef object go(self, int64_t code, Py_buffer* recv, uintptr_t send, op):
+        cdef void* found = self.find(code, recv.len, op)
         cdef Plan plan
         cdef State state
         cdef int failed
@@ -352,16 +326,15 @@ cdef class Plans:
         state.world.busy = 0  # not RESERVED either: the queue takes no calls meanwhile
         return plan if failed else True
 
-    cdef inline void* find(self, Py_buffer* recv, op) except? NULL:
-        """Return the plan for a buffer, which the table keeps alive, or NULL."""
-        cdef int64_t code = code_of(recv.format, recv.itemsize)
-        cdef Entry* e = &self.entries[self.slot(code, recv.len, <void*>op)]
-        if e.code == code and e.nbytes == recv.len and e.op == <void*>op and code != 0:
+    cdef inline void* find(self, int64_t code, int64_t nbytes, op) except? NULL:
+        """Return the plan for a type and a size, which the table keeps alive, or NULL."""
+        cdef Entry* e = &self.entries[self.slot(code, nbytes, <void*>op)]
+        if e.code == code and e.nbytes == nbytes and e.op == <void*>op:
             return e.plan
-        kept = self.table.get((code, recv.len, <uintptr_t><void*>op))
-        if kept is None or code == 0:
+        kept = self.table.get((code, nbytes, <uintptr_t><void*>op))
+        if kept is None:
             return NULL
-        self.front(code, recv.len, op, kept[0])
+        self.front(code, nbytes, op, kept[0])
         return <void*>kept[0]
 
     def begin(self, Queue queue, sendbuf, recvbuf, op, blame):
@@ -374,15 +347,9 @@ cdef class Plans:
         """
         cdef Held held = Held.__new__(Held)
         cdef void* plan
-        if not held.take(sendbuf, sendbuf if recvbuf is None else recvbuf, self.in_place):
+        if not held.take(sendbuf, sendbuf if recvbuf is None else recvbuf, self.in_place, self.types):
             return None
-        plan = self.find(&held.recv, op)
+        plan = self.find(held.code, held.recv.len, op)
         if not plan:
             return None
         return queue.begin(<Plan>plan, <uintptr_t>held.send.buf, <uintptr_t>held.recv.buf, held, blame)
-
-
-cdef inline bint fit(Py_buffer* send, Py_buffer* recv) noexcept:
-    """Tell whether this is the common case of two equal, disjoint buffers; all others are judged on the long way."""
-    return (send.len == recv.len and code_of(send.format, send.itemsize) == code_of(recv.format, recv.itemsize)
-            and (<char*>send.buf + send.len <= <char*>recv.buf or <char*>recv.buf + recv.len <= <char*>send.buf))

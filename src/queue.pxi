@@ -288,20 +288,20 @@ cdef class Held:
     cdef Py_buffer send         # as `recv` for a call in place
     cdef Py_buffer recv
     cdef bint both, taken
+    cdef int64_t code           # of their type
 
-    cdef bint take(self, sendbuf, recvbuf, in_place):
+    cdef bint take(self, sendbuf, recvbuf, list in_place, dict types):
         """Get hold of them; False if they need the long way."""
-        try:
-            PyObject_GetBuffer(recvbuf, &self.recv, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE)
-            self.taken = True
-            if sendbuf is recvbuf or sendbuf is in_place:
-                self.send.buf = self.recv.buf
-                return True
-            PyObject_GetBuffer(sendbuf, &self.send, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
-            self.both = True
-            return fit(&self.send, &self.recv)
-        except Exception:
+        self.code = hold(recvbuf, &self.recv, PyBUF_WRITABLE, types)
+        self.taken = self.code != 0
+        if not self.taken:
             return False
+        if sendbuf is recvbuf or among(sendbuf, in_place):
+            self.send.buf = self.recv.buf
+            return True
+        cdef int64_t its = hold(sendbuf, &self.send, 0, types)
+        self.both = its != 0
+        return its == self.code and apart(&self.send, &self.recv)
 
     def __dealloc__(self):
         if self.both:

@@ -74,3 +74,17 @@ cdef class DeviceSpan:
     def nbytes(self):
         """Size in bytes."""
         return self.count * self.itemsize
+
+
+cdef inline DeviceSpan span_of(object buf, dict types):
+    """Return elements, given as they are or in a spec that says of them what is so; None for what needs the long way.
+    """
+    cdef int64_t code = 0
+    cdef Py_ssize_t count = -1
+    if isinstance(buf, DeviceSpan):
+        return <DeviceSpan>buf
+    if type(buf) is list or type(buf) is tuple:
+        buf = bare(buf, types, &code, &count)
+        if isinstance(buf, DeviceSpan) and (<DeviceSpan>buf).code == code and count in (-1, (<DeviceSpan>buf).count):
+            return <DeviceSpan>buf
+    return None

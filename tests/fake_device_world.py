@@ -82,7 +82,7 @@ class Planner:
 class NeverFast:
     """A fast route that knows no plan."""
 
-    def __init__(self, in_place, stream, captured):
+    def __init__(self, in_place, types, stream, captured):
         self.stream = stream
 
     def add(self, *args):

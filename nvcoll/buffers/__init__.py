@@ -3,11 +3,12 @@
 from .array import Allocation, Buffer, invalidate
 from .device import DeviceBuffer
 from .device_specs import parse_device
-from .specs import IN_PLACE, InPlace, Spec, check_pair, is_in_place, parse, while_alive
+from .specs import IN_PLACE, IN_PLACES, InPlace, Spec, check_pair, is_in_place, parse, while_alive
 from .streams import as_stream, captured_stream, current_stream, keep_for
 
 __all__ = [
     "IN_PLACE",
+    "IN_PLACES",
     "Allocation",
     "Buffer",
     "DeviceBuffer",

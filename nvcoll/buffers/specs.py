@@ -39,10 +39,19 @@ class InPlace:
 IN_PLACE = InPlace()
 
 
+IN_PLACES: list[object] = [IN_PLACE]
+"""What stands for it: ours, and mpi4py's once it was seen."""
+
+
 def is_in_place(value: object) -> bool:
     """Tell whether `value` is `IN_PLACE`, ours or mpi4py's."""
+    if any(value is one for one in IN_PLACES):
+        return True
     mpi = mpi_module()
-    return value is IN_PLACE or (mpi is not None and value is mpi.IN_PLACE)
+    if mpi is None or value is not mpi.IN_PLACE:
+        return False
+    IN_PLACES.append(value)
+    return True
 
 
 @dataclass(frozen=True, slots=True)

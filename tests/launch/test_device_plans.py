@@ -8,9 +8,9 @@ from nvcoll._plan import DeviceMemory, DevicePlans, DeviceSpan
 pointer("current").value = 0xC0
 memory = DeviceMemory(0x10000, 4096, 0)
 x, y = DeviceSpan(memory, 0, 7, 4, 11), DeviceSpan(memory, 1024, 7, 4, 11)
-in_place, op = "in place", object()
+in_place, op, kind = "in place", object(), "its type"
 captured = []
-plans = DevicePlans(in_place, 0x99, lambda: captured[-1] if captured else None)
+plans = DevicePlans([None, in_place], {id(kind): (11, kind)}, 0x99, lambda: captured[-1] if captured else None)
 plans.add(11, 28, op, plan)
 
 def tried(*args):
@@ -30,6 +30,11 @@ def test_the_fast_route(see):
     assert told[2] == [True, 0x10400, 0x10400, "launch(f0,50)"]
 
 
+def test_specs_that_say_what_is_so(see):
+    told = see(FAST, "[tried([x, kind], (y, 7, kind), op, None), tried(in_place, [y, None, kind], op, None)]")
+    assert told == [[True, 0x10000, 0x10400, "launch(f0,99)"], [True, 0x10400, 0x10400, "launch(f0,99)"]]
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -41,6 +46,10 @@ def test_the_fast_route(see):
         "x, y, op, -1",
         "x, y, op, 'stream'",
         "[x, 7], y, op, None",
+        "[x, 6, kind], y, op, None",
+        "[x, object()], y, op, None",
+        "[DeviceSpan(memory, 0, 7, 4, 12), kind], None, op, None",
+        "[[x, kind], kind], None, op, None",
         "in_place, None, op, None",
     ],
 )
