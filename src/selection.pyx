@@ -95,8 +95,9 @@ def _each_rule(where, listed, needed, known):
         place = f"{where}, rule {number + 1}"
         if not isinstance(rule, dict) or not set(needed) <= set(rule):
             raise ValueError(f"{place}: needs {' and '.join(needed)}")
-        if set(rule) - known:
-            raise ValueError(f"{place}: {sorted(set(rule) - known)} not known; known are {sorted(known)}")
+        unknown = sorted(set(rule) - known)
+        if unknown:
+            raise ValueError(f"{place}: key {unknown[0]} is not known; known are {', '.join(sorted(known))}")
         yield place, rule
 
 
@@ -126,7 +127,8 @@ def check_launch(rules):
     known = {"threads", "blocks", "deep", "upto", "far", "note"}
     for where, rule in _each_rule("launch", rules, ("threads",), known):
         if not _is_number(rule["threads"], 1) or rule["threads"] not in BLOCK_SIZES:
-            raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {BLOCK_SIZES}")
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {sizes}")
         if not all(_is_number(rule.get(key, 1), 1) for key in ("upto", "blocks")):
             raise ValueError(f"{where}: upto is a number of bytes, blocks a number, above 0")
         if not all(isinstance(rule.get(key, True), bool) for key in ("deep", "far")):
