@@ -203,7 +203,7 @@ def connect(settings):
     if kind == "single":
         return Exchange("single", 0, 1, _Alone(), settings.timeout)
     if _first is not None and _first[0] != os.getpid():
-        raise StateError(_forked("connect", _first[1]))
+        raise StateError(_forked("Init", _first[1]))
     rank, size, channel = {"run": _from_run, "torchrun": _from_torchrun, "mpi": _from_mpi}[kind](settings)
     _first = os.getpid(), rank
     return Exchange(kind, rank, size, channel, settings.timeout)

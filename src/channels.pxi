@@ -55,7 +55,7 @@ class _Alone:
 class _Client:
     """A connection to a `RendezvousServer`, for one group; it may start up to `patience` seconds later."""
 
-    def __init__(self, address, rank, size, key, patience, group=LAUNCH, verb="connect"):
+    def __init__(self, address, rank, size, key, patience, group=LAUNCH, verb="Init"):
         self.address, self.rank, self.size = address, rank, size
         self.key, self.group, self.verb = _as_key(key), group, verb
         deadline, pause = time.monotonic() + patience, 0.005

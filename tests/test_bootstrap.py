@@ -53,21 +53,21 @@ class TestChoice:
         assert reason in why
 
     def test_a_number_that_is_none(self):
-        with pytest.raises(BootstrapError, match="PMI_SIZE should be a whole number, got 'many'"):
+        with pytest.raises(BootstrapError, match="Init: PMI_SIZE should be a whole number, got 'many'"):
             choose(settings.read({}), {"PMI_RANK": "0", "PMI_SIZE": "many"})
 
     @pytest.mark.parametrize("missing", RUN)
     def test_an_incomplete_set_of_variables(self, missing):
         environ = {name: value for name, value in RUN.items() if name != missing} | {"NVCOLL_BOOTSTRAP": "run"}
-        with pytest.raises(BootstrapError, match=f"{missing} is not set, as `nvcoll run` does"):
+        with pytest.raises(BootstrapError, match=f"Init: {missing} is not set, which `nvcoll run` does"):
             connect(settings.read(environ))
 
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
-            ("MASTER_PORT", "", "MASTER_PORT is not set, as torchrun does"),
-            ("WORLD_SIZE", "two", "WORLD_SIZE should be a whole number, got 'two'"),
-            ("RANK", "2", "RANK=2 is not below WORLD_SIZE=2"),
+            ("MASTER_PORT", "", "Init: MASTER_PORT is not set, which torchrun does"),
+            ("WORLD_SIZE", "two", "Init: WORLD_SIZE should be a whole number, got 'two'"),
+            ("RANK", "2", "Init: RANK=2 is not below WORLD_SIZE=2"),
         ],
     )
     def test_wrong_variables_of_torchrun(self, monkeypatch, name, value, message):
@@ -170,10 +170,10 @@ tell([part.decode() for part in exchange.allgather(b"r%d" % rank)])
 
     def test_a_child_is_told_that_it_is_no_rank_and_harms_none(self, ranks, server):
         for rank, (_, told) in enumerate(ranks(self.CODE, as_run(server))):
-            for verb in ("Init", "connect"):
+            for _ in ("allgather", "connect"):
                 [(kind, text, _)] = told()
                 assert kind == "StateError"
-                assert f"{verb}: this process was forked from rank {rank} and is no rank itself" in text
+                assert f"Init: this process was forked from rank {rank} and is no rank itself" in text
                 assert "NVCOLL_BOOTSTRAP=single" in text
             assert told() == [["alone"]]
             assert told() == [["r0", "r1", "r2"]]

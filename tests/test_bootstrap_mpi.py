@@ -258,7 +258,7 @@ def test_a_launcher_of_another_library(run_command):
         [sys.executable, "-c", code], env={"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "3"}
     )
     assert status == 1
-    assert "BootstrapError: connect: Open MPI's launcher started 3 ranks, but mpi4py's library (" in output
+    assert "BootstrapError: Init: Open MPI's launcher started 3 ranks, but mpi4py's library (" in output
     assert "sees 1; use the launcher of that library" in output
 
 
@@ -270,7 +270,7 @@ def test_finalized(run_command):
     )
     status, output = run_command([sys.executable, "-c", code], env={"NVCOLL_BOOTSTRAP": "mpi"})
     assert status == 1
-    assert "StateError: connect: MPI is finalized and cannot be started again" in output
+    assert "StateError: Init: MPI is finalized and cannot be started again" in output
 
 
 @mpi

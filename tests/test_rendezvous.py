@@ -196,7 +196,7 @@ class TestRefusals:
             join(server, rank, size)
 
     def test_wrong_rank(self, server):
-        with pytest.raises(BootstrapError, match="NVCOLL_RANK=3 is not below NVCOLL_SIZE=3"):
+        with pytest.raises(BootstrapError, match="Init: NVCOLL_RANK=3 is not below NVCOLL_SIZE=3"):
             join(server, 3)
 
     def test_wrong_key_is_seen_by_the_client(self, server):
