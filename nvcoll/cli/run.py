@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvcoll import settings
+from nvcoll.cli._kinds import of_kind
 from nvcoll.cli._launcher import Launcher
 from nvcoll.errors import ArgumentError
 
@@ -34,20 +35,6 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _checked(kind: str) -> Any:
-    """Return a parser of arguments that accepts what a variable of that kind does, and keeps the text."""
-    accepted, parse = settings.KINDS[kind]
-
-    def check(text: str) -> str:
-        try:
-            parse(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}") from None
-        return text
-
-    return check
-
-
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand `run`."""
     parser = subparsers.add_parser(
@@ -63,13 +50,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "-n",
         "-np",  # what users of mpiexec type
-        type=_checked("count"),
-        default=str(cpus),
+        type=of_kind("count"),
+        default=cpus,
         metavar="N",
         help=f"how many ranks (default: {cpus}, one a CPU)",
     )
     parser.add_argument(
-        "--timeout", type=_checked("seconds"), metavar="S", help="seconds a call waits for other ranks (NVCOLL_TIMEOUT)"
+        "--timeout", type=of_kind("seconds"), metavar="S", help="seconds a call waits for other ranks (NVCOLL_TIMEOUT)"
     )
     parser.add_argument(
         "--env", type=_variable, action="append", default=[], metavar="NAME=VALUE", help="set a variable for the ranks"
@@ -115,13 +102,12 @@ def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str,
     ArgumentError
         A setting in it has a value that is not accepted.
     """
-    size = int(args.n)
     result = {name: value for name, value in environ.items() if name not in _internal()}
-    result.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size)))
+    result.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.n)))
     if args.prefix:
         result.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would hold lines back until the rank ends
     if args.timeout is not None:
-        result["NVCOLL_TIMEOUT"] = args.timeout
+        result["NVCOLL_TIMEOUT"] = str(args.timeout)
     result.update(args.env)
     settings.read(result)  # a mistake is told once, not by every rank
     return result
@@ -149,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
     """Start the ranks, wait for them, and return their exit status."""
     from nvcoll._bootstrap import RendezvousServer
 
-    size, words, environ = int(args.n), command(args), variables(args, os.environ)
+    size, words, environ = args.n, command(args), variables(args, os.environ)
     key = secrets.token_hex(32)
     with (
         _many_descriptors() as limits,

@@ -114,6 +114,15 @@ def test_sizes_that_are_none(text):
         options.size(text)
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "x"])
+def test_numbers_of_ranks_that_are_none(capsys, text):
+    with pytest.raises(SystemExit, match="2"):
+        parsed("-n", text)
+    told = capsys.readouterr().err
+    assert f"argument -n: expected a whole number of 1 or more, got '{text}'" in told
+    assert "usage: nvcoll run" not in told
+
+
 def test_counts():
     assert run.counts(8, 64, 2, 4) == [2, 4, 8, 16]
     assert run.counts(8, 100, 10, 4) == [2, 20]

@@ -94,12 +94,12 @@ class TestPrograms:
     def test_have_their_own_options(self, words, command):
         args = parse("-n", "3", *words)
         assert run.command(args) == command
-        assert args.n == "3"
+        assert args.n == 3
 
     @pytest.mark.parametrize("words", [("-n", "3"), ("-n3",), ("-np", "3")])
     def test_how_many(self, words):
         args = parse(*words, __file__, "-np", "5")
-        assert (args.n, run.command(args)) == ("3", [sys.executable, __file__, "-np", "5"])
+        assert (args.n, run.command(args)) == (3, [sys.executable, __file__, "-np", "5"])
 
     def test_ranks_find_each_other(self, nvcoll):
         code = (

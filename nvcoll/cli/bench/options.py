@@ -3,28 +3,15 @@
 import argparse
 from typing import Any
 
-from nvcoll import settings
+from nvcoll.cli._kinds import of_kind
 from nvcoll.cli.bench import run
 from nvcoll.cli.bench.measure import Budget
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, OPS
 
 VERBS = ("allreduce",)
-
-
-def size(text: str) -> int:
-    """Return ``64K`` as 65536.
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        `text` is no size.
-    """
-    accepted, parse = settings.KINDS["bytes"]
-    try:
-        return int(parse(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected {accepted}, got {text!r}") from None
+size = of_kind("bytes")
+"""Returns ``64K`` as 65536."""
 
 
 def add_workload(parser: Any, most: str = "64M") -> None:
@@ -38,7 +25,9 @@ def add_workload(parser: Any, most: str = "64M") -> None:
         Default of ``--max``.
     """
     parser.add_argument("verb", choices=VERBS, help="the collective")
-    parser.add_argument("-n", type=int, metavar="RANKS", help="start so many ranks on this host, as `nvcoll run` does")
+    parser.add_argument(
+        "-n", type=of_kind("count"), metavar="RANKS", help="start so many ranks on this host, as `nvcoll run` does"
+    )
     parser.add_argument("--min", type=size, default=8, metavar="BYTES", help="smallest size (default 8)")
     parser.add_argument("--max", type=size, default=size(most), metavar="BYTES", help=f"largest size (default {most})")
     parser.add_argument("--factor", type=float, default=2, help="from one size to the next (default 2)")
