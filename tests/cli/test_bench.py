@@ -145,7 +145,9 @@ def test_counts():
             ["--algorithm", "rign"],
             "--algorithm rign is unknown; take all or one of ring, tree, or one as in tree/simple",
         ),
-        (["--json", "/no/such/folder/x.json"], "no folder /no/such/folder for x.json"),
+        (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder for x.json; make it first"),
+        (["--json", "/"], "--json: / is a folder; name a file in it"),
+        (["--plot", "."], "--plot: . is a folder; name a file in it"),
     ],
 )
 def test_options_that_cannot_be_used(options, words):
@@ -292,6 +294,15 @@ def test_plot(monkeypatch, tmp_path):
     assert plot.size_text(65536) == "64 KiB"
 
 
+def test_a_file_that_cannot_be_written_after_all_leaves_the_table():
+    lines = []
+    with pytest.raises(
+        ArgumentError, match=r"--json: cannot write /dev/full \(No space left on device\); the table is"
+    ):
+        bench.bench(Alone(), parsed(*QUICK, "--json", "/dev/full"), lines.append)
+    assert len(table(lines)) == 3
+
+
 def test_plot_without_matplotlib_is_refused_before_the_measurement(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r'--plot needs matplotlib; pip install "nvcoll\[bench\]"'):
@@ -316,6 +327,14 @@ def test_ranks_started_by_itself(run_command):
     status, text = run_command([NVCOLL, "bench", "allreduce", "-n", "2", "--dtype", "bfloat16", "--max", "8"])
     assert status == 0, text
     assert "allreduce, SUM: 2 ranks, bootstrap run" in text
+
+
+def test_a_file_that_cannot_be_written_is_told_once_and_by_no_traceback(run_command):
+    command = [NVCOLL, "bench", "allreduce", "-n", "2", "--max", "8", "--time", "0.01", "--json", "/dev/full"]
+    status, text = run_command(command)
+    assert status == 2, text
+    assert text.count("nvcoll bench: --json: cannot write /dev/full (No space left on device); the table is above") == 1
+    assert "Traceback" not in text
 
 
 def test_an_answer_that_is_wrong_on_one_rank_is_wrong(run_ranks, tmp_path):

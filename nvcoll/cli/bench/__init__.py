@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nvcoll.cli import _files
 from nvcoll.cli._ranks import nothing, on_ranks, say
 from nvcoll.cli.bench import gpu, options, report, run
 from nvcoll.cli.bench.contestants import BUFFERS, PEERS, Arrays, Nvcoll
@@ -125,12 +126,12 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = sa
     Raises
     ------
     ArgumentError
-        The options cannot be used; the message says what to type.
+        The options cannot be used, or a file cannot be written; the message says what to do.
     """
     workload = options.workload(comm, args, args.iters)
     algorithms = named(comm, args.verb, args.algorithm)
     tell = say if comm.rank == 0 else nothing
-    _check_files(ranks_of(comm), args)
+    ranks_of(comm).on_first(lambda: _check_files(args))
     field = enter(comm, args, workload, algorithms)
     document = {**report.document(args.verb, args.op, comm, _settings(args), field.versions), **field.facts}
     for text in (*report.header(document), *field.lines):
@@ -144,8 +145,7 @@ def bench(comm: Any, args: argparse.Namespace, say: Callable[[str], object] = sa
     field.free()
     for text in report.notes(rows):
         tell(f"# {text}")
-    if comm.rank == 0:
-        _write(args, document, rows)
+    field.ranks.on_first(lambda: _write(args, document, rows))
     wrong = any(row.wrong for row in rows)
     if wrong and comm.rank > 0:
         print(f"nvcoll bench: rank {comm.rank}: some answers were wrong", file=sys.stderr, flush=True)
@@ -222,18 +222,16 @@ def _on_hosts(comm: Any, args: argparse.Namespace, workload: run.Workload, algor
     return Field(Ranks(comm), own, others, versions, arrays.free)
 
 
-def _check_files(ranks: Ranks, args: argparse.Namespace) -> None:
-    """Refuse files that rank 0 will not be able to write: before the measurement, not after it."""
-    reason = ""
-    if ranks.comm.rank == 0:
-        if args.plot and args.plot.suffix not in PICTURES:
-            reason = f"--plot {args.plot.name} has no suffix of a picture; end it in {', '.join(PICTURES)}"
-        elif args.plot and importlib.util.find_spec("matplotlib") is None:
-            reason = '--plot needs matplotlib; pip install "nvcoll[bench]"'
-        for path in filter(None, (args.json, args.plot)):
-            if not path.parent.is_dir():
-                reason = f"there is no folder {path.parent} for {path.name}; make it first"
-    ranks.refuse(reason)
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be written: before the measurement, not after it."""
+    if args.json:
+        _files.check("--json", args.json)
+    if args.plot:
+        _files.check("--plot", args.plot)
+        if args.plot.suffix not in PICTURES:
+            raise ArgumentError(f"--plot {args.plot.name} has no suffix of a picture; end it in {', '.join(PICTURES)}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ArgumentError('--plot needs matplotlib; pip install "nvcoll[bench]"')
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -247,7 +245,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report.Row]) -> None:
     if args.json:
         whole = {**document, "rows": [row.fields() for row in rows], "geometric_means": report.means(rows)}
-        args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        with _files.refusing("--json", args.json, "the table is above"):
+            args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.plot:
         from nvcoll.cli.bench import plot
 
@@ -256,4 +255,5 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report
         if "gpu" in document:
             place = f"{', '.join(document['gpu']['names'])} ({document['gpu']['mode']})"
         title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {place}"
-        plot.save(args.plot, rows, title)
+        with _files.refusing("--plot", args.plot, "the table is above"):
+            plot.save(args.plot, rows, title)

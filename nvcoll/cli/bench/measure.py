@@ -115,6 +115,17 @@ class Ranks:
         if any(self.largest([bool(reason)])):
             raise ArgumentError(reason or "another rank cannot do what was asked for; it says why")
 
+    def on_first(self, act: Callable[[], Any]) -> Any:
+        """Let rank 0 do something, and return there what comes of it, else None; what it refuses, all ranks raise."""
+        found, reason = None, ""
+        if self.comm.rank == 0:
+            try:
+                found = act()
+            except ArgumentError as exc:
+                reason = str(exc)
+        self.refuse(reason)
+        return found
+
 
 def measure(ranks: Ranks, contestants: Sequence[Contestant], budget: Budget) -> list[Timing]:
     """Time `contestants`, whose buffers are prepared, by turns; collective.

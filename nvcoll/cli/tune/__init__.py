@@ -21,7 +21,6 @@ from nvcoll.cli._ranks import nothing, on_ranks, say
 from nvcoll.cli.bench import options, report
 from nvcoll.cli.bench.contestants import BUFFERS
 from nvcoll.cli.bench.gpu.contestants import BUFFERS as GPU_BUFFERS
-from nvcoll.cli.bench.measure import Ranks
 from nvcoll.cli.tune import launch, rulebook, summary
 from nvcoll.cli.tune.race import Race
 from nvcoll.cli.tune.ranges import choose, ranges
@@ -131,7 +130,9 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
     _refuse(comm, args)
     tell = say if comm.rank == 0 else nothing
     # What is wrong with the file is told before the measurement.
-    old = _on_first(bench.ranks_of(comm), args, lambda: rulebook.read(args.output, settings.read().rules)) or {}
+    old: rulebook.Rules = {}
+    if not args.dry_run:
+        old = bench.ranks_of(comm).on_first(lambda: rulebook.read(args.output, settings.read().rules)) or {}
     alone = argparse.Namespace(buffer=[args.buffer], compare=None, eager=False)
     field = bench.enter(comm, alone, workload, bench.named(comm, args.verb, args.algorithm or ["all"]))
     document = {**report.document(args.verb, args.op, comm, {}, {}), **field.facts}
@@ -162,7 +163,8 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
         merged = launch.merge(merged, forms)
         for text in summary.lines("launch", forms, shaped, shapes):
             tell(f"# {text}")
-    _on_first(field.ranks, args, lambda: rulebook.write(args.output, merged))
+    if not args.dry_run:
+        field.ranks.on_first(lambda: rulebook.write(args.output, merged))
     tell(f"# {summary.last(args)}")
     field.ranks.barrier()
     return 0
@@ -192,15 +194,3 @@ def _run(race: Race | launch.Shapes, margin: float, tell: Say) -> dict[int, str]
     if any(field.ranks.largest([any(row.wrong for row in rows)])):
         return {}
     return choose(dict(sorted(race.times.items())), margin)
-
-
-def _on_first(ranks: Ranks, args: argparse.Namespace, act: Callable[[], Any]) -> Any:
-    """Let rank 0 act on the file, unless it is a dry run, and return what comes of it; what it refuses, all raise."""
-    found, reason = None, ""
-    if ranks.comm.rank == 0 and not args.dry_run:
-        try:
-            found = act()
-        except ArgumentError as exc:
-            reason = str(exc)
-    ranks.refuse(reason)
-    return found
