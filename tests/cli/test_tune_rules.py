@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -143,6 +145,11 @@ class TestMerging:
         (tmp_path / "new.json").write_text('{"host": []}')
         assert rulebook.read(tmp_path / "new.json", tmp_path / "mine.json") == {"host": []}
 
+    @pytest.mark.parametrize("text", ["", "\n"])
+    def test_an_empty_file_is_as_none(self, tmp_path, text):
+        (tmp_path / "empty.json").write_text(text)
+        assert rulebook.read(tmp_path / "empty.json", None) == rulebook.read(tmp_path / "new.json", None)
+
     def test_a_rule_is_a_line(self):
         first, second = a_rule(), a_rule(upto=8)
         assert rulebook.text({"host": [first, second], "cuda": []}) == (
@@ -162,14 +169,19 @@ class TestFilesThatCannotBeUsed:
             rulebook.read(path, None)
         assert path.read_text() == text
 
-    def test_a_folder_that_is_not_there(self, tmp_path):
+    def test_what_cannot_be_written(self, tmp_path):
         with pytest.raises(ArgumentError, match=r"--output: there is no folder .*/no for x.json; make it first"):
             rulebook.read(tmp_path / "no" / "x.json", None)
+        with pytest.raises(ArgumentError, match=r"--output: .* is a folder; name a file in it"):
+            rulebook.read(tmp_path, None)
 
-    def test_what_may_not_be_written(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(rulebook.os, "access", lambda path, mode: False)
-        with pytest.raises(ArgumentError, match=r"x.json may not be written; name another file"):
-            rulebook.read(tmp_path / "x.json", None)
+    def test_what_would_be_read_without_end(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", Path("/dev/full")):
+            with pytest.raises(
+                ArgumentError, match=f"--output: {path} is no ordinary file; name another one, or take --dry-run, which"
+            ):
+                rulebook.read(path, None)
 
     def test_what_turns_out_so_at_the_end(self, tmp_path):
         with pytest.raises(ArgumentError, match=r"--output: cannot write .* \(Is a directory\); the rules are above"):

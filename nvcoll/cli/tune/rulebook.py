@@ -1,13 +1,13 @@
 """Rules files: which rules a measurement replaces, and how the file is laid out."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nvcoll import _selection
+from nvcoll.cli import _files
 from nvcoll.errors import ArgumentError
 from nvcoll.planning import LAUNCH, VERBS, candidates, parse_rules, read_rules
 
@@ -70,7 +70,7 @@ def limited(rule: Rule, upto: int | None) -> Rule:
 
 
 def read(output: Path, in_force: Path | None) -> Rules:
-    """Return the rules that new ones are added to: those of `output` if it is there, else those in force.
+    """Return the rules that new ones are added to: those of `output` if there are any, else those in force.
 
     Parameters
     ----------
@@ -84,19 +84,22 @@ def read(output: Path, in_force: Path | None) -> Rules:
     ArgumentError
         One of them is no rules file, or `output` cannot be written.
     """
-    if not output.parent.is_dir():
-        raise ArgumentError(f"--output: there is no folder {output.parent} for {output.name}; make it first")
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise ArgumentError(f"--output: {output} may not be written; name another file")
-    if not output.exists():
-        rules = read_rules(in_force)
-        if in_force is None:
-            del rules[LAUNCH]  # where a file has none the package's are in force, also when they have changed
-        return rules
+    _files.check("--output", output)
+    there = output.exists()
+    if there and not output.is_file():
+        raise ArgumentError(
+            f"--output: {output} is no ordinary file; name another one, or take --dry-run, which shows the rules"
+        )
     try:
-        return parse_rules(output.read_text())
+        given = output.read_text() if there else ""
+        if given.strip():
+            return parse_rules(given)
     except (OSError, ValueError) as exc:
         raise ArgumentError(f"--output: {output} is there and is no rules file ({exc}); name another one") from exc
+    rules = read_rules(in_force)
+    if in_force is None:
+        del rules[LAUNCH]  # where a file has none the package's are in force, also when they have changed
+    return rules
 
 
 def check(rules: Rules) -> None:
@@ -129,7 +132,5 @@ def write(path: Path, rules: Rules) -> None:
         The file cannot be written.
     """
     check(rules)
-    try:
+    with _files.refusing("--output", path, "the rules are above"):
         path.write_text(text(rules), encoding="utf-8")
-    except OSError as exc:
-        raise ArgumentError(f"--output: cannot write {path} ({exc.strerror}); the rules are above") from exc
