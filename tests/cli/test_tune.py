@@ -86,6 +86,14 @@ def test_margins_that_are_none(text):
         tune.margin(text)
 
 
+def test_help_shows_margins_that_are_taken(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        parsed("--help")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--margin FRACTION what takes at most so much longer than the fastest" in told
+    assert "as fast as that: 3% (default), or 0.03" in told
+
+
 class TestRace:
     @pytest.mark.parametrize("number", range(1, 14))
     def test_all_run_at_the_ends_of_gaps(self, number):

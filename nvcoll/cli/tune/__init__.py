@@ -78,8 +78,8 @@ def add_parser(subparsers: Any) -> None:
         "--margin",
         type=margin,
         default=0.03,
-        metavar="PERCENT",
-        help="what takes at most so much longer than the fastest counts as fast as that (default 3%%)",
+        metavar="FRACTION",
+        help="what takes at most so much longer than the fastest counts as fast as that: 3%% (default), or 0.03",
     )
     parser.add_argument("--launch", action="store_true", help="on GPUs: also the shapes of launches, all anew")
     parser.add_argument(
