@@ -290,7 +290,8 @@ def test_plot(monkeypatch, tmp_path):
     plot.save(path, rows, "a title")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size > 10_000
-    plot.save(tmp_path / "x.svg", [row()], "no peers")
+    plot.save(tmp_path / "x.SVG", [row()], "no peers")
+    assert b"<svg" in (tmp_path / "x.SVG").read_bytes()
     assert plot.size_text(65536) == "64 KiB"
 
 
@@ -303,10 +304,11 @@ def test_a_file_that_cannot_be_written_after_all_leaves_the_table():
     assert len(table(lines)) == 3
 
 
-def test_plot_without_matplotlib_is_refused_before_the_measurement(monkeypatch):
+@pytest.mark.parametrize("name", ["x.png", "X.PNG", "x.Svg"])
+def test_plot_without_matplotlib_is_refused_before_the_measurement(monkeypatch, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r'--plot needs matplotlib; pip install "nvcoll\[bench\]"'):
-        output(Alone(), "--plot", "x.png")
+        output(Alone(), "--plot", name)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def _check_files(args: argparse.Namespace) -> None:
         _files.check("--json", args.json)
     if args.plot:
         _files.check("--plot", args.plot)
-        if args.plot.suffix not in PICTURES:
+        if args.plot.suffix.lower() not in PICTURES:
             raise ArgumentError(f"--plot {args.plot.name} has no suffix of a picture; end it in {', '.join(PICTURES)}")
         if importlib.util.find_spec("matplotlib") is None:
             raise ArgumentError('--plot needs matplotlib; pip install "nvcoll[bench]"')
