@@ -374,6 +374,17 @@ def test_ranks_of_mpiexec_beside_mpi(run_command):
 
 
 @pytest.mark.mpi
+def test_types_that_mpi_lacks_are_told_with_a_cure(run_command):
+    command = [MPIEXEC, "-n", "2", NVCOLL, "bench", "allreduce", "--compare", "mpi", "--dtype", "bfloat16", *QUICK]
+    status, text = run_command(command)
+    assert status == 2, text
+    refusal = (
+        r"nvcoll bench: --compare mpi cannot reduce bfloat16 with SUM \(.*\); leave --compare out or take another --"
+    )
+    assert len(re.findall(refusal, text)) == 1, text
+
+
+@pytest.mark.mpi
 def test_comparison_with_mpi_needs_ranks_of_mpi(run_command):
     status, text = run_command([NVCOLL, "bench", "allreduce", "-n", "2", "--compare", "mpi", *QUICK])
     assert status == 2, text

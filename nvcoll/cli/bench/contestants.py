@@ -179,8 +179,8 @@ class Mpi:
         try:  # one element tells what the library lacks
             self.mpi.Allreduce(self.in_place, np.zeros(1, arrays.datatype.dtype), self.op)
         except (MPI.Exception, BufferError, ValueError, TypeError, KeyError) as exc:
-            name = arrays.datatype.name
-            raise ArgumentError(f"--compare mpi cannot reduce {name} with {op.name} ({exc})") from exc
+            fact = f"cannot reduce {arrays.datatype.name} with {op.name} ({exc})"
+            raise ArgumentError(f"--compare mpi {fact}; leave --compare out or take another --dtype") from exc
 
     def prepare(self, count: int) -> None:
         """Make `call` reduce the first `count` elements."""
