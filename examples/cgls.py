@@ -158,12 +158,17 @@ def agrees_with_lstsq(comm: Comm, fit: Fit, places: Array, heights: Array, grid:
     return same
 
 
+def natural(text: str, least: int = 0) -> int:
+    """An argument that must be a whole number of at least zero."""
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value
+
+
 def positive(text: str) -> int:
     """An argument that must be a whole number of at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return natural(text, 1)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -172,7 +177,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--measurements", type=positive, default=8000, help="rows of the matrix (%(default)s)")
     parser.add_argument("--grid", type=positive, default=12, help="bumps along each side (%(default)s)")
     parser.add_argument("--max-steps", type=positive, default=2000, help="give up after so many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of places and noise (%(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of places and noise (%(default)s)")
     parser.add_argument("--no-check", action="store_true", help="do not compare with numpy.linalg.lstsq")
     return parser.parse_args(arguments)
 

@@ -145,12 +145,8 @@ class Block:
 
 def split(block: Parameters, columns: slice) -> Parameters:
     """The part of a whole block's parameters that the rank with these hidden columns holds."""
-    return {
-        "A": block["A"][:, columns].copy(),
-        "a": block["a"][columns].copy(),
-        "B": block["B"][columns].copy(),
-        "b": block["b"].copy(),
-    }
+    parts = {"A": block["A"][:, columns], "a": block["a"][columns], "B": block["B"][columns], "b": block["b"]}
+    return {name: part.copy() for name, part in parts.items()}
 
 
 def columns_of(rank: int, size: int, hidden: int) -> slice:
@@ -340,8 +336,7 @@ def agrees_with_unsplit(run: Training, digits: Digits, options: argparse.Namespa
 
 def describe(options: argparse.Namespace) -> None:
     """Print what is split, and how it will be summed."""
-    size = COMM_WORLD.size
-    columns = [columns_of(rank, size, options.hidden) for rank in range(size)]
+    columns = [columns_of(rank, COMM_WORLD.size, options.hidden) for rank in range(COMM_WORLD.size)]
     widths = " + ".join(str(part.stop - part.start) for part in columns)
     nbytes = options.batch * WIDTH * np.dtype(options.dtype).itemsize
     plan = COMM_WORLD.explain("allreduce", nbytes, options.dtype)
@@ -359,12 +354,17 @@ def summarize(run: Training, digits: Digits) -> None:
     print(f"test accuracy {100 * hits(run.test_logits, digits.test_labels) / TEST_IMAGES:.1f} %")
 
 
+def natural(text: str, least: int = 0) -> int:
+    """An argument that must be a whole number of at least zero."""
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value
+
+
 def positive(text: str) -> int:
     """An argument that must be a whole number of at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return natural(text, 1)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -374,7 +374,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=positive, default=256, help="hidden columns of a block (%(default)s)")
     parser.add_argument("--batch", type=positive, default=USUAL_BATCH, help="images per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate for the usual batch (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of images (%(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of weights and of the order of images (%(default)s)")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32", help="of weights and messages (%(default)s)")
     parser.add_argument("--device", choices=("auto", "gpu"), default="auto", help="gpu: end if nvcoll uses none")
     parser.add_argument("--no-check", action="store_true", help="do not compare with the unsplit network")

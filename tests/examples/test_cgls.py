@@ -82,3 +82,11 @@ def test_wrong_answer_is_seen(cgls, wrong, capsys):
 
     assert emulate(1).run(verdict) == [wrong == 0]
     assert ("NOT equal" in capsys.readouterr().out) == (wrong != 0)
+
+
+@pytest.mark.parametrize(("option", "least"), [("--measurements", 1), ("--grid", 1), ("--max-steps", 1), ("--seed", 0)])
+def test_numbers_that_are_too_small_are_refused(cgls, option, least, capsys):
+    cgls.parse_options([option, str(least)])
+    with pytest.raises(SystemExit):
+        cgls.parse_options([option, str(least - 1)])
+    assert f"argument {option}: must be at least {least}, got {least - 1}" in capsys.readouterr().err

@@ -166,8 +166,9 @@ def test_missing_package_is_named(name, tmp_path, run_command):
     assert output == f'tp_mlp.py needs {name}: pip install "nvcoll[examples]"\n'
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--hidden", "--batch"])
-def test_counts_below_one_are_refused(tp_mlp, option, capsys):
+@pytest.mark.parametrize(("option", "least"), [("--epochs", 1), ("--hidden", 1), ("--batch", 1), ("--seed", 0)])
+def test_numbers_that_are_too_small_are_refused(tp_mlp, option, least, capsys):
+    tp_mlp.parse_options([option, str(least)])
     with pytest.raises(SystemExit):
-        tp_mlp.parse_options([option, "0"])
-    assert "must be at least 1, got 0" in capsys.readouterr().err
+        tp_mlp.parse_options([option, str(least - 1)])
+    assert f"argument {option}: must be at least {least}, got {least - 1}" in capsys.readouterr().err
