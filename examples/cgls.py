@@ -96,7 +96,14 @@ def cgls(comm: Comm, matrix: Array, b: Array, max_steps: int) -> Fit:
             if length <= STOP**2 * first_length:
                 return Fit(x, r, step)
             p = gradient + length / previous * p
-    raise RuntimeError(f"cgls: no convergence in {max_steps} steps; give more measurements, fewer bumps or more steps")
+    raise RuntimeError(
+        f"cgls: no convergence in {counted(max_steps, 'step')}; give more measurements, fewer bumps or more steps"
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    """2 and "step" as "2 steps", 1 as "1 step"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def over_ranks(comm: Comm, value: float, op: Op) -> float:
@@ -139,8 +146,8 @@ def report(comm: Comm, fit: Fit, seconds: float, count: int) -> None:
     mean_square = over_ranks(comm, float(fit.residuals @ fit.residuals), SUM) / count
     slowest = over_ranks(comm, seconds, MAX)
     if comm.rank == 0:
-        print(f"{count} measurements, {fewest:.0f} to {most:.0f} a rank; {len(fit.x)} bumps")
-        print(f"{fit.steps} steps in {slowest:.3f} s on the slowest rank")
+        print(f"{counted(count, 'measurement')}, {fewest:.0f} to {most:.0f} a rank; {counted(len(fit.x), 'bump')}")
+        print(f"{counted(fit.steps, 'step')} in {slowest:.3f} s on the slowest rank")
         print(f"residuals {lowest:+.3f} to {highest:+.3f}, root mean square {mean_square**0.5:.4f} (noise {NOISE})")
 
 

@@ -140,7 +140,7 @@ def test_counts():
         (["--iters", "0"], "--iters is 0; give 1 call or more"),
         (["--op", "BXOR"], "--op BXOR --dtype float32: BXOR is defined for integers"),
         (["--plot", "x.jpx"], "--plot x.jpx has no suffix of a picture; end it in .png, .pdf, .svg"),
-        (["-n", "3"], "-n is 3, and the launcher has started 1 ranks; leave -n out"),
+        (["-n", "3"], "-n is 3, and the launcher has started 1 rank; leave -n out"),
         (
             ["--algorithm", "rign"],
             "--algorithm rign is unknown; take all or one of ring, tree, or one as in tree/simple",
@@ -178,7 +178,7 @@ def test_ratio_and_its_means():
     assert [some.ratio("mpi") for some in rows] == [2, 8, None, 3]
     assert report.means(rows) == {"mpi": {"numpy": pytest.approx(4), "numpy ring": pytest.approx(3)}}
     assert [some.wrong for some in rows] == [False, False, True, False]
-    assert any("WRONG: mpi, 1048576 bytes: 1 elements" in text for text in report.notes(rows))
+    assert any("WRONG: mpi, 1048576 bytes: 1 element," in text for text in report.notes(rows))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_table():
     assert status == 0
     heading = next(line for line in lines if "busbw" in line)
     assert heading.split()[:5] == ["#", "bytes", "count", "type", "buffer"]
-    for head in ("allreduce, SUM: 1 ranks, bootstrap single", "date: ", "command: ", "machine: ", "versions: python "):
+    for head in ("allreduce, SUM: 1 rank, bootstrap single", "date: ", "command: ", "machine: ", "versions: python "):
         assert any(line.startswith(f"# {head}") for line in lines), head
     cells = table(lines)
     assert [line[:5] for line in cells[:2]] == [

@@ -47,10 +47,11 @@ def test_without_a_launcher(run_command):
     assert "differs" not in output
 
 
-def test_no_convergence_is_told_once(run_ranks):
-    ranks = run_ranks(SCRIPT, 2, "--max-steps", 3, check=False, timeout=30)
+@pytest.mark.parametrize(("most", "text"), [(1, "1 step"), (3, "3 steps")])
+def test_no_convergence_is_told_once(most, text, run_ranks):
+    ranks = run_ranks(SCRIPT, 2, "--max-steps", most, check=False, timeout=30)
     assert ranks.returncode == 1, str(ranks)
-    assert ranks.stderr.count("cgls: no convergence in 3 steps; give more measurements") == 1, str(ranks)
+    assert ranks.stderr.count(f"cgls: no convergence in {text}; give more measurements") == 1, str(ranks)
 
 
 @pytest.mark.parametrize(("measurements", "grid"), [(100, 4), (2, 1)])

@@ -254,6 +254,6 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report
         place = f"{host['cpu_model']}, {host['physical_cores']} cores"
         if "gpu" in document:
             place = f"{', '.join(document['gpu']['names'])} ({document['gpu']['mode']})"
-        title = f"{args.verb} {args.op} {args.dtype}, {document['ranks']} ranks on {place}"
+        title = f"{args.verb} {args.op} {args.dtype}, {report.counted(document['ranks'], 'rank')} on {place}"
         with _files.refusing("--plot", args.plot, "the table is above"):
             plot.save(args.plot, rows, title)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from nvcoll.cli._kinds import of_kind
-from nvcoll.cli.bench import run
+from nvcoll.cli.bench import report, run
 from nvcoll.cli.bench.measure import Budget
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, OPS
@@ -59,7 +59,8 @@ def workload(comm: Any, args: argparse.Namespace, calls: int | None = None) -> r
         The options cannot be used; the message says what to type.
     """
     if args.n not in (None, comm.size):
-        raise ArgumentError(f"-n is {args.n}, and the launcher has started {comm.size} ranks; leave -n out")
+        ranks = report.counted(comm.size, "rank")
+        raise ArgumentError(f"-n is {args.n}, and the launcher has started {ranks}; leave -n out")
     op, datatype = OPS[args.op], DATATYPES[args.dtype]
     if reason := op.supports(datatype):
         raise ArgumentError(f"--op {op.name} --dtype {datatype.name}: {reason}")

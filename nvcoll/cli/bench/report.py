@@ -158,6 +158,11 @@ def number(value: float | None) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return ``2 ranks``, or ``1 rank``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def heading(peers: Sequence[str]) -> str:
     """Return the table's first line."""
     texts = [f"{name:>{width}}" for name, width in WIDTHS.items()]
@@ -206,7 +211,8 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
             if outcome.verdict is not None and outcome.wrong:
                 verdict = outcome.verdict
                 what = f"{name} {row.buffer} {row.algorithm}" if name == "nvcoll" else name
-                yield f"WRONG: {what}, {row.nbytes} bytes: {verdict.wrong} elements, error {verdict.error:.3g}"
+                wrong = counted(verdict.wrong, "element")
+                yield f"WRONG: {what}, {row.nbytes} bytes: {wrong}, error {verdict.error:.3g}"
     for peer, series in means(rows).items():
         for name, mean in series.items():
             yield f"geometric mean of {peer}/nvcoll, {name}: {number(mean)} (above 1: nvcoll is faster)"
@@ -215,10 +221,11 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
 def header(document: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines above the table, from the fields of the JSON file."""
     host = document["machine"]
-    yield f"{document['verb']}, {document['op']}: {document['ranks']} ranks, bootstrap {document['bootstrap']}"
+    ranks = counted(document["ranks"], "rank")
+    yield f"{document['verb']}, {document['op']}: {ranks}, bootstrap {document['bootstrap']}"
     yield f"date: {document['date']}"
     yield f"command: {shlex.join(document['command'])}"
-    cores = f"{host['physical_cores']} cores, {host['usable_cpus']} CPUs usable"
+    cores = f"{counted(host['physical_cores'], 'core')}, {counted(host['usable_cpus'], 'CPU')} usable"
     yield f"machine: {host['cpu_model']}, {cores}, load {host['load']}"
     yield "versions: " + ", ".join(f"{name} {text}" for name, text in document["versions"].items())
     yield from document["explanation"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from nvcoll import _selection
 from nvcoll.cli import _files
+from nvcoll.cli.bench.report import counted
 from nvcoll.errors import ArgumentError
 from nvcoll.planning import LAUNCH, VERBS, candidates, parse_rules, read_rules
 
@@ -59,9 +60,8 @@ class Scope:
         return listed
 
     def __str__(self) -> str:
-        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
         crowded = "oversubscribed" if self.oversubscribed else "not oversubscribed"
-        return f"{self.kind}, {self.verb}, {self.ranks} ranks on {nodes}, {crowded}"
+        return f"{self.kind}, {self.verb}, {self.ranks} ranks on {counted(self.nodes, 'node')}, {crowded}"
 
 
 def limited(rule: Rule, upto: int | None) -> Rule:
