@@ -225,7 +225,13 @@ def let_streams_run_side_by_side(environ: MutableMapping[str, str] = os.environ)
     environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
-def _warn_unknown(environ: Mapping[str, str]) -> None:
+def unknown(environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """Yield what to say of each variable that looks like a setting and is none.
+
+    Ranks that `nvcoll run` has started say nothing: it has told of theirs, once for all.
+    """
+    if environ.get("NVCOLL_RANK"):
+        return
     known = {variable.name for variable in TABLE}
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name in known:
@@ -237,11 +243,11 @@ def _warn_unknown(environ: Mapping[str, str]) -> None:
             name.removeprefix(PREFIX), [other.removeprefix(PREFIX) for other in sorted(known)], n=1
         )
         hint = f"did you mean {PREFIX}{close[0]}?" if close else "`nvcoll info` lists those there are"
-        warnings.warn(f"{name} is no setting of nvcoll; {hint}", RuntimeWarning, stacklevel=3)
+        yield f"{name} is no setting of nvcoll; {hint}"
 
 
-def read(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings from the environment.
+def values(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Return the settings, without a word about unknown variables.
 
     Parameters
     ----------
@@ -257,14 +263,26 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
     ------
     ArgumentError
         A variable's value is not accepted; the message names the variable, what is accepted, and what came.
+    """
+    return Settings(**{variable.field: value(variable, environ) for variable in TABLE})
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Return `values` for a program, which hears of `unknown` variables.
+
+    Raises
+    ------
+    ArgumentError
+        As for `values`.
 
     Warns
     -----
     RuntimeWarning
         A variable that starts with ``NVCOLL_`` is unknown.
     """
-    _warn_unknown(environ)
-    return Settings(**{variable.field: value(variable, environ) for variable in TABLE})
+    for text in unknown(environ):
+        warnings.warn(text, RuntimeWarning, stacklevel=1)  # one place for all callers, so that Python shows it once
+    return values(environ)
 
 
 def foreign(name: str, environ: Mapping[str, str] = os.environ) -> str | None:

@@ -140,6 +140,19 @@ def test_unknown_variables_give_a_warning(name, hint):
     assert hint in str(caught[0].message)
 
 
+def test_a_program_hears_of_an_unknown_variable_once(run_command):
+    code = "from nvcoll import COMM_SELF, COMM_WORLD, emulate; COMM_SELF.Barrier(); COMM_WORLD.Barrier(); emulate(2)"
+    status, output = run_command([sys.executable, "-c", code], env={"NVCOLL_TIMOUT": "3"})
+    assert status == 0, output
+    assert output.count("RuntimeWarning: NVCOLL_TIMOUT is no setting of nvcoll; did you mean NVCOLL_TIMEOUT?") == 1
+
+
+def test_ranks_of_nvcoll_run_leave_unknown_variables_to_it():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings.read({"NVCOLL_TIMOUT": "3", "NVCOLL_RANK": "0"})
+
+
 def test_known_and_foreign_variables_give_none():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

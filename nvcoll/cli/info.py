@@ -85,7 +85,7 @@ def bootstrap(environ: Mapping[str, str]) -> dict[str, str | None]:
     from nvcoll._bootstrap import choose
 
     try:
-        kind, reason = choose(settings.read(environ), environ)
+        kind, reason = choose(settings.values(environ), environ)
     except Error as error:
         return {"kind": None, "reason": str(error)}
     return {"kind": kind, "reason": reason}
@@ -114,7 +114,7 @@ def gpus(environ: Mapping[str, str]) -> dict[str, Any]:
     except Error as error:
         found["nvshmem"] = {"problem": str(error)}
     try:
-        kind, reason = choose(settings.read(environ).backend, [nvshmem.usable()], [1])
+        kind, reason = choose(settings.values(environ).backend, [nvshmem.usable()], [1])
     except Error as error:
         found["backend"] = {"kind": None, "reason": str(error)}
     else:
@@ -205,6 +205,8 @@ def _gpu_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
 def main(args: argparse.Namespace) -> int:
     """Write the facts; the status is 1 if a setting or the launcher's variables are wrong."""
     told = facts(os.environ)
+    for text in settings.unknown():
+        print(f"nvcoll info: {text}", file=sys.stderr)
     if args.json:
         json.dump(told, sys.stdout, indent=2)
         print()

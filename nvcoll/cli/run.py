@@ -109,7 +109,7 @@ def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str,
     if args.timeout is not None:
         result["NVCOLL_TIMEOUT"] = str(args.timeout)
     result.update(args.env)
-    settings.read(result)  # a mistake is told once, not by every rank
+    settings.values(result)  # a mistake is told once, not by every rank
     return result
 
 
@@ -136,6 +136,8 @@ def main(args: argparse.Namespace) -> int:
     from nvcoll._bootstrap import RendezvousServer
 
     size, words, environ = args.n, command(args), variables(args, os.environ)
+    for text in settings.unknown(environ):
+        print(f"nvcoll run: {text}", file=sys.stderr, flush=True)
     key = secrets.token_hex(32)
     with (
         _many_descriptors() as limits,

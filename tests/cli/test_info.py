@@ -89,6 +89,14 @@ def test_a_wrong_setting_is_told_and_the_rest_too(facts, told):
     assert re.search(r"^  NVCOLL_TIMEOUT +soon \(expected a number", told()[1], re.MULTILINE)
 
 
+def test_an_unknown_setting_is_told_once(told):
+    status, _, errors = told(NVCOLL_TIMOUT="3")
+    assert (status, errors) == (
+        0,
+        "nvcoll info: NVCOLL_TIMOUT is no setting of nvcoll; did you mean NVCOLL_TIMEOUT?\n",
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "fact"),
     [(None, "No such file or directory"), ('{"hosts": []}', "hosts: not known; known are host, cuda, launch")],

@@ -177,6 +177,14 @@ class TestMistakes:
             cli.main(["run", *words])
         assert message in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("words", "env"), [((), {"NVCOLL_TIMOUT": "3"}), (("--env", "NVCOLL_TIMOUT=3"), {"NVCOLL_RANK": "1"})]
+    )
+    def test_unknown_settings_are_told_once(self, nvcoll, words, env):
+        status, output = nvcoll("-n", "2", *words, "-c", "from nvcoll import COMM_WORLD; COMM_WORLD.Barrier()", env=env)
+        assert status == 0, output
+        assert output == "nvcoll run: NVCOLL_TIMOUT is no setting of nvcoll; did you mean NVCOLL_TIMEOUT?\n"
+
 
 class TestStatus:
     def test_all_is_well(self, nvcoll):

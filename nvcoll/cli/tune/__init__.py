@@ -132,7 +132,7 @@ def tune(comm: Any, args: argparse.Namespace, say: Say = say) -> int:
     # What is wrong with the file is told before the measurement.
     old: rulebook.Rules = {}
     if not args.dry_run:
-        old = bench.ranks_of(comm).on_first(lambda: rulebook.read(args.output, settings.read().rules)) or {}
+        old = bench.ranks_of(comm).on_first(lambda: rulebook.read(args.output, settings.values().rules)) or {}
     alone = argparse.Namespace(buffer=[args.buffer], compare=None, eager=False)
     field = bench.enter(comm, alone, workload, bench.named(comm, args.verb, args.algorithm or ["all"]))
     document = {**report.document(args.verb, args.op, comm, {}, {}), **field.facts}
