@@ -232,6 +232,10 @@ class Prequest(Request):
 
 def _checked(verb: str, requests: Iterable[Any], kind: type[Any] = Request) -> list[Any]:
     """Return the requests as a list, if that is what they are."""
+    if not isinstance(requests, Iterable):
+        raise ArgumentError(
+            f"{verb}: expected a list of requests, got a {type(requests).__name__}; pass [request] for a single one"
+        )
     every = list(requests)
     for place, one in enumerate(every):
         if not isinstance(one, kind):

@@ -113,6 +113,14 @@ class TestRequest:
         ):
             getattr(Request, verb)([Request(), 5])
 
+    @pytest.mark.parametrize("verb", ["Waitall", "Testall", "Waitany"])
+    def test_a_request_without_a_list_is_refused(self, verb):
+        with pytest.raises(
+            ArgumentError,
+            match=rf"{verb}: expected a list of requests, got a Request; pass \[request\] for a single one",
+        ):
+            getattr(Request, verb)(Request())
+
     def test_undefined_is_that_of_mpi(self):
         mpi = pytest.importorskip("mpi4py.MPI")
         assert mpi.UNDEFINED == UNDEFINED
