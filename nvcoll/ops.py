@@ -305,8 +305,8 @@ _in_mpi: dict[int, tuple[Any, list[str]]] = {}
 
 def _names_in_mpi(mpi: Any, kind: type, handle: Any) -> list[str]:
     """Return mpi4py's names of a predefined handle: by comparing, for asking takes an initialised MPI."""
-    constant, names = _in_mpi.get(id(handle), (None, []))
-    if constant is not handle:
+    _, names = _in_mpi.get(id(handle), (None, None))
+    if names is None:
         names = [name for name, value in vars(mpi).items() if isinstance(value, kind) and value == handle]
         if any(getattr(mpi, name) is handle for name in names):
             _in_mpi[id(handle)] = handle, names
@@ -360,16 +360,14 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
 @cache
 def _native(dtype: np.dtype[Any]) -> Datatype | None:
     """Return the datatype of a NumPy dtype, or None; cached, for NumPy takes microseconds to name a dtype."""
-    found = DATATYPES.get(dtype.name) if dtype.isnative else None
-    if found is not None:
+    if (found := DATATYPES.get(dtype.name) if dtype.isnative else None) is not None:
         CODES[id(dtype)] = found.code, dtype
     return found
 
 
 def _from_dtype(dtype: np.dtype[Any], where: str) -> Datatype:
     """Return the counterpart of a NumPy dtype."""
-    found = _native(dtype)
-    if found is not None:
+    if (found := _native(dtype)) is not None:
         return found
     if not dtype.isnative:
         native = dtype.newbyteorder("=").name
