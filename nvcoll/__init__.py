@@ -5,13 +5,15 @@
 >>> COMM_WORLD.Allreduce(buffer, op=SUM)
 """
 
+import importlib as _importlib
 import typing as _typing
 
 from nvcoll.errors import missing_extension as _missing_extension
 from nvcoll.errors import missing_name as _missing_name
 
 try:
-    from nvcoll import _bootstrap, _plan, _selection, _topology  # noqa: F401 - all are needed, so all are tried
+    for _name in ("_bootstrap", "_plan", "_selection", "_topology"):  # all are needed, so all are tried
+        _importlib.import_module(f"nvcoll.{_name}")
 except ImportError as _exc:
     raise _missing_extension(_exc) from _exc
 

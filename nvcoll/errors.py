@@ -63,8 +63,8 @@ def missing_extension(exc: ImportError) -> BuildError:
     module = exc.name or "nvcoll._plan"
     cause = f"no module {module}" if isinstance(exc, ModuleNotFoundError) else f"{module}: {exc}"
     return BuildError(
-        f"nvcoll's compiled extensions are missing ({cause}): in a checkout type `pip install -e .` "
-        "and start Python anew; elsewhere `pip install --force-reinstall nvcoll`",
+        f"nvcoll's compiled extensions are missing ({cause}): in a checkout type `pip install -e .` and start Python "
+        "anew, or start it in another folder, if nvcoll is installed; elsewhere install nvcoll anew",
         name=module,
         path=exc.path,
     )

@@ -105,7 +105,7 @@ def test_python_s_own_hint_comes_where_it_helps(run_command, what, hint):
 
 def test_mpi_is_not_a_module():
     with pytest.raises(
-        ImportError, match=r"^cannot import name 'MPI' .* `from nvcoll import COMM_WORLD, SUM`; .* mpi4py"
+        ImportError, match=r"^cannot import name 'MPI' .* `import nvcoll as MPI`, .* COMM_WORLD, SUM`; .* mpi4py"
     ):
         from nvcoll import MPI  # noqa: F401
 
@@ -117,4 +117,5 @@ def test_an_unbuilt_checkout_says_what_to_type(tmp_path, run_command):
     status, output = run_command([sys.executable, "-S", "-c", code], cwd=tmp_path)
     assert status == 1
     assert "BuildError" in output.splitlines()[-1]
+    assert "no module nvcoll._bootstrap" in output.splitlines()[-1]
     assert "pip install -e ." in output.splitlines()[-1]
