@@ -129,7 +129,7 @@ class DeviceCalls:
                         "call Allreduce"
                     )
             owners = (send.owner, recv.owner)
-            pending = OnStream(self._world.device, lambda: self.check(verb), lambda: self._world.left, owners)
+            pending = OnStream(self._world.device, lambda: self.end(verb), lambda: self._world.left, owners)
             if not plan.run(from_, to, queue, owner):
                 raise self._failure(verb)
             pending.record(queue)
@@ -150,6 +150,14 @@ class DeviceCalls:
         """Raise what has failed on a communicator that was freed, unless a call has raised it."""
         if failed and not self._raised:
             raise self._failure("Free")
+
+    def end(self, verb: str) -> None:
+        """Raise the failure of a request whose call has ended. That its communicator has ended, too, is none."""
+        state = self._world.planner.state
+        if not state.over:
+            self.check(verb)
+        elif state.reported:
+            raise StateError(BROKEN)
 
     def check(self, verb: str) -> None:
         """Raise the failure of a call that has ended, or that the communicator has."""

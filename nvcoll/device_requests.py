@@ -20,7 +20,7 @@ class OnStream:
     device
         The GPU.
     check
-        Raises what went wrong on the GPU, if anything did, and that the communicator has ended, if it has.
+        Raises what went wrong on the GPU, if anything did.
     over
         Tells whether the communicator has ended, and its work on the GPU with it.
     owners

@@ -125,7 +125,8 @@ class Splitting(Allocating):
     def Free(self) -> None:
         """End this communicator and give its memory back; its buffers are gone. Collective.
 
-        Complete its requests, and destroy CUDA graphs with its calls, before. What was made from it lives on.
+        What is under way on it is completed; requests may be waited for afterwards, too. Destroy CUDA graphs with its
+        calls before. What was made from it lives on.
 
         Raises
         ------
@@ -142,6 +143,8 @@ class Splitting(Allocating):
         calls, exchange = self._calls, self._world.exchange
         if calls is not None:
             calls.refuse_capture("Free")
+        else:
+            self._world.planner.state.drain()
         with self._world.making("Free"):
             exchange.verb = "Free"
             world, between = self._part_from_world()

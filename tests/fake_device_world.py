@@ -33,6 +33,7 @@ class State:
     """Stands for a DeviceState."""
 
     failed: bool = False
+    reported: bool = False
     sequence: int = 0
     over: bool = False
     preceded: list = field(default_factory=list)

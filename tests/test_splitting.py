@@ -249,6 +249,18 @@ class TestEnd:
             assert told[2] == (StateError, f"Free: {name} was made from no other communicator; call Finalize")
             assert told[3] == told[0]
 
+    def test_free_completes_requests(self):
+        def main(comm):
+            part = comm.Dup()
+            data = [np.full(50_000, comm.rank + 1.0) for _ in range(5)]
+            requests = [part.Iallreduce(x) for x in data]
+            persistent = part.Allreduce_init(data[0])
+            part.Free()
+            done = [request.Test() for request in requests]
+            return all(done), {x for one in data for x in one}, refusal(persistent.Start)[0]
+
+        assert nvcoll.emulate(3).run(main) == [(True, {6.0}, StateError)] * 3
+
     def test_after_a_run_parts_are_of_no_use(self):
         parts = nvcoll.emulate(2).run(lambda comm: comm.Dup())
         assert refusal(total, parts[0], 1)[0] is StateError

@@ -153,7 +153,9 @@ class TestNonblocking:
         assert not over()  # the kernel may run yet
         world.left = True
         assert over()
-        with pytest.raises(nvcoll.StateError, match="finalized"):
+        check()  # the call was completed
+        world.planner.state.reported = True
+        with pytest.raises(nvcoll.StateError, match="failed"):
             check()
 
     def test_a_stream_that_is_captured(self, world, calls):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nvcoll
-from nvcoll import world_cuda
+from nvcoll import Request, world_cuda
 from nvcoll.backends import driver
 from nvcoll.planning import candidates
 from tests.gpu.test_graphs import Graph
@@ -89,6 +89,15 @@ class TestEmulated:
             return len(places)
 
         assert nvcoll.emulate(4, device=0).run(main) == [1] * 4
+
+    def test_free_completes_requests(self):
+        def main(comm):
+            part, x = comm.Dup(), comm.array(np.full(1 << 20, comm.rank + 1, np.int32))
+            requests = [part.Iallreduce(x) for _ in range(5)]
+            part.Free()
+            return Request.Waitall(requests), set(x.copy_to().tolist())
+
+        assert nvcoll.emulate(3, device=0).run(main) == [(True, {6 * 3**4})] * 3
 
     def test_parts_come_and_go_beside_a_call_that_waits(self, monkeypatch):
         """What waits for all that runs on the GPU would wait for a kernel that waits for these very ranks."""
