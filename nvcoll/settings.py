@@ -12,6 +12,8 @@ from typing import Any
 from nvcoll.errors import ArgumentError
 
 PREFIX = "NVCOLL_"
+INHERITED = frozenset(os.environ)
+"""Variables that this process was started with."""
 BACKENDS = ("auto", "shm", "nvshmem")
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
 LONGEST = 1_000_000
@@ -228,13 +230,12 @@ def let_streams_run_side_by_side(environ: MutableMapping[str, str] = os.environ)
 def unknown(environ: Mapping[str, str] = os.environ) -> Iterator[str]:
     """Yield what to say of each variable that looks like a setting and is none.
 
-    Ranks that `nvcoll run` has started say nothing: it has told of theirs, once for all.
+    Ranks that `nvcoll run` has started leave out those that they got of it: it has told of them, once for all.
     """
-    if environ.get("NVCOLL_RANK"):
-        return
     known = {variable.name for variable in TABLE}
+    told = INHERITED if environ.get("NVCOLL_RANK") else frozenset()
     for name in sorted(environ):
-        if not name.startswith(PREFIX) or name in known:
+        if not name.startswith(PREFIX) or name in known | told:
             continue
         from difflib import get_close_matches
 
