@@ -47,7 +47,7 @@ cdef inline object bare(object spec, dict types, int64_t* code, Py_ssize_t* coun
         return None
     code[0], count[0] = (<tuple>known)[0], -1
     if items == 3 and spec[1] is not None:
-        if type(spec[1]) is not int or spec[1] < 0:
+        if type(spec[1]) is not int or not 0 <= spec[1] < 1 << 48:  # in bytes, too, it is a number of 64 bits then
             return None
         count[0] = spec[1]
     return spec[0]

@@ -47,6 +47,7 @@ def test_specs_that_say_what_is_so(see):
         "x, y, op, 'stream'",
         "[x, 7], y, op, None",
         "[x, 6, kind], y, op, None",
+        "[x, 1 << 70, kind], y, op, None",
         "[x, object()], y, op, None",
         "[DeviceSpan(memory, 0, 7, 4, 12), kind], None, op, None",
         "[[x, kind], kind], None, op, None",
