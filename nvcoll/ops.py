@@ -252,6 +252,7 @@ AINT = OFFSET = COUNT = _c_type("p")
 MPI_NAMES: dict[str, Datatype] = {name: value for name, value in globals().items() if isinstance(value, Datatype)}
 
 CODES: dict[int, tuple[int, object]] = {id(value): (value.code, value) for value in DATATYPES.values()}
+CODES |= {id(one): (DATATYPES[one.name].code, one) for one in map(np.dtype, "?bhilqBHILQefdFD")}
 """`Datatype.code` by the identity of datatypes, and these: ours, and what was seen of mpi4py's constants and dtypes."""
 
 
@@ -299,8 +300,7 @@ def _op_from_mpi(mpi: Any, handle: Any, verb: str) -> Op:
     raise DatatypeError(f"{verb}: op is {given}, expected one of {', '.join(OPS)}; reduce with mpi4py")
 
 
-_in_mpi: dict[int, tuple[Any, list[str]]] = {}
-"""Constants of mpi4py by identity, for they cannot be hashed, and their names: to look for them takes microseconds."""
+_in_mpi: dict[int, tuple[Any, list[str]]] = {}  # constants by identity, for they cannot be hashed, and their names
 
 
 def _names_in_mpi(mpi: Any, kind: type, handle: Any) -> list[str]:
@@ -361,7 +361,7 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
 def _native(dtype: np.dtype[Any]) -> Datatype | None:
     """Return the datatype of a NumPy dtype, or None; cached, for NumPy takes microseconds to name a dtype."""
     if (found := DATATYPES.get(dtype.name) if dtype.isnative else None) is not None:
-        CODES[id(dtype)] = found.code, dtype
+        CODES[id(found.dtype)] = found.code, found.dtype  # that of arrays: there is one for each type
     return found
 
 

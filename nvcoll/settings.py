@@ -13,7 +13,7 @@ from nvcoll.errors import ArgumentError
 
 PREFIX = "NVCOLL_"
 INHERITED = frozenset(os.environ)
-"""Variables that this process was started with."""
+"""Variables that were there when nvcoll was imported."""
 BACKENDS = ("auto", "shm", "nvshmem")
 BOOTSTRAPS = ("auto", "run", "torchrun", "mpi", "single")
 LONGEST = 1_000_000

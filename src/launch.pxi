@@ -261,7 +261,9 @@ cdef class DeviceState:
         while self.busy:
             sleep(0)
         if stream is not None:
-            self.follow(stream)
+            while self.order.busy:
+                sleep(0)
+            self.order.precede(stream)
 
     def demand(self):
         """Raise StateError once the communicator has ended: before anything is planned for it."""
@@ -294,14 +296,10 @@ cdef class DeviceState:
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """
-        if not self.ended:
-            self.follow(stream)
-
-    cdef int follow(self, uintptr_t stream) except -1:
-        while self.order.busy:
+        while self.order.busy and not self.ended:
             sleep(0)
-        self.order.precede(stream)
-        return 0
+        if not self.ended:
+            self.order.precede(stream)
 
 
 cdef extern from *:

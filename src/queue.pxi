@@ -268,8 +268,8 @@ cdef class Queue:
         if reason is not None and self.current is not None:
             tasks.append(self.current)
         self.state.queue = None  # two that refer to each other would wait for the garbage collector
+        self.last = self.current if reason is None else None  # whoever drains waits for it alone: the others end below
         if self.current is None:
-            self.last = None
             self.state.world.busy &= ~RESERVED
         self.ring()
         for task in tasks:

@@ -130,3 +130,33 @@ comm.Barrier()
         status, output = run_command([NVCOLL, "run", "-n", "3", "-c", program], timeout=40)
         assert status == 128 + signal.SIGINT
         assert "KeyboardInterrupt" in output
+
+
+@pytest.mark.parametrize("call", ["part.Free()", "part.Allreduce(x)"])
+def test_who_waits_for_requests_hears_of_the_end(run_command, call):
+    """Also where those behind the one that runs end before it."""
+    program = f"""
+import os, signal, threading, time
+import numpy as np, nvcoll
+
+def main(comm):
+    part, x = comm.Dup(), np.ones(8)
+    if comm.rank == 1:
+        time.sleep(3)
+        return
+    requests = [part.Iallreduce(np.ones(8)) for _ in range(3)]
+    time.sleep(0.3)  # a thread runs the first
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    try:
+        {call}
+    except nvcoll.Error:
+        print("told")
+
+try:
+    nvcoll.emulate(2).run(main)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    print("interrupted")
+"""
+    status, output = run_command([sys.executable, "-c", program], env={"NVCOLL_TIMEOUT": "60"})
+    assert (status, output) == (0, "told\ninterrupted\n")

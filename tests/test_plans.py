@@ -69,7 +69,15 @@ def test_what_is_wrong_is_left_to_the_long_way():
         fast, readonly = comm._plans[None], x.copy()
         readonly.flags.writeable = False
         strange = np.ones(4, ml_dtypes.bfloat16)[::2], np.ones(2, "M8[s]"), np.ones(4, ">f4"), readonly, "text", 5
-        wrong = [[], [x], [x, 4, -1], [None, nvcoll.FLOAT], [x, 1 << 70, nvcoll.FLOAT], [x, (1 << 62) + 4, nvcoll.FLOAT], (x, -4, nvcoll.FLOAT)]
+        wrong = [
+            [],
+            [x],
+            [x, 4, -1],
+            [None, nvcoll.FLOAT],
+            [x, 1 << 70, nvcoll.FLOAT],
+            [x, (1 << 62) + 4, nvcoll.FLOAT],
+            (x, -4, nvcoll.FLOAT),
+        ]
         return [fast.run(x, one, SUM) for one in (*strange, *wrong, x[1:])], fast.run(x, y, object())
 
     assert nvcoll.emulate(1).run(main) == [([None] * 14, None)]

@@ -290,6 +290,21 @@ def test_a_stream_behind_the_latest_call(see, before, calls):
     assert see(program, "[one for one in calls() if one[:3] not in ('pus', 'pop')]") == calls
 
 
+def test_after_the_end_nothing_is_put_in_order(see):
+    program = """
+import threading
+plan.run(1, 2, 0x50); calls()
+order.hold()
+waits = threading.Thread(target=state.precede, args=(0x60,))
+waits.start()
+waits.join(0.2)
+state.end()
+order.release()
+waits.join()
+"""
+    assert see(program, "calls()") == []
+
+
 def test_a_stream_that_cannot_be_put_behind_a_call(see):
     told = see('plan.run(1, 2, 0x50); number("confused").value = 700', "refusal(state.precede, 0)")
     assert told == "the CUDA driver refuses to put a stream behind a call: an illegal address"
