@@ -253,7 +253,7 @@ MPI_NAMES: dict[str, Datatype] = {name: value for name, value in globals().items
 
 CODES: dict[int, tuple[int, object]] = {id(value): (value.code, value) for value in DATATYPES.values()}
 CODES |= {id(one): (DATATYPES[one.name].code, one) for one in map(np.dtype, "?bhilqBHILQefdFD")}
-"""`Datatype.code` by the identity of datatypes, and these: ours, and what was seen of mpi4py's constants and dtypes."""
+"""`Datatype.code` by the identity of datatypes, and these: ours, NumPy's, and those seen of mpi4py and ml_dtypes."""
 
 
 def mpi_module() -> Any:

@@ -1,4 +1,5 @@
-# Memory of the host, and specs, as the fast route reads them: a few fields of C structs, no attribute looked up.
+# Memory of the host, and specs, as the fast route reads them: a few fields of C structs. One attribute is looked up,
+# the dtype of an array of ml_dtypes' types.
 
 cdef extern from "Python.h":
     ctypedef struct Py_buffer:
