@@ -12,6 +12,11 @@ def microseconds(row):
     return "-" if row["time_us"] is None else f"{row['time_us']:.2f}"
 
 
+def bandwidth(row):
+    # The host's time of an eager call moves no bytes, so such rows have no bandwidth.
+    return "-" if row["busbw_gbs"] is None else f"{row['busbw_gbs']:.1f}"
+
+
 def lines(document):
     """Yield a line for each size: microseconds a call, bus bandwidth in GB/s, and the peers' microseconds."""
     sizes = {}
@@ -24,7 +29,7 @@ def lines(document):
             continue
         row = min(timed, key=lambda one: one["time_us"])
         peers = "  ".join(f"{name} {microseconds(peer)}" for name, peer in row["peers"].items())
-        yield f"{nbytes:>10}  {row['algorithm']:<30} {microseconds(row):>9} {row['busbw_gbs']:>7.1f} GB/s  {peers}"
+        yield f"{nbytes:>10}  {row['algorithm']:<30} {microseconds(row):>9} {bandwidth(row):>7} GB/s  {peers}"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ bench() { # bench NAME OPTIONS...: a table, and the fastest of every size
     rm -f "$out/$name.json"
     SHOW=1 try 500 "$name" nvcoll bench allreduce -n "$gpus" --time 0.05 --algorithm all \
         --compare nccl,nccl_symmetric,symm_mem --json "$out/$name.json" "$@"
-    [[ ! -e $out/$name.json ]] || python3 -m tests.gpu.fastest "$out/$name.json"
+    [[ ! -e $out/$name.json ]] || python3 -m tests.gpu.fastest "$out/$name.json" || failed+=("the table of $name")
 }
 
 if wanted compile; then

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 from nvcoll.cli.bench import report
+from nvcoll.cli.bench.gpu.report import merged
 from tests.cli.test_bench import row, timing
 from tests.gpu.fastest import lines
 
@@ -27,3 +28,7 @@ def test_what_was_refused_or_wrong_is_not_the_fastest():
     refused = replace(row(8), outcome=report.Outcome(None, None, "no"))
     assert told(refused, row(8, 2e-6))[0].split()[:3] == ["8", "ring/simple", "2.00"]
     assert told(refused) == ["         8  none was timed"]
+
+
+def test_eager_rows_have_no_bandwidth():
+    assert told(merged(row(8, 2e-6), eager=True, link=None))[0].split()[:5] == ["8", "ring/simple", "2.00", "-", "GB/s"]
