@@ -23,7 +23,7 @@ class Pending(Protocol):
 
 
 class Request:
-    """A nonblocking call, from its begin until `Wait`, or a `Test` that returns True: so long it is active.
+    """A nonblocking call, from its begin until `Wait`, or a `Test` that returns True: so long it is active, and true.
 
     It keeps its buffers alive until the call has ended.
 
@@ -40,6 +40,10 @@ class Request:
 
     def __repr__(self) -> str:
         return f"<nvcoll.{type(self).__name__}, {'inactive' if self._pending is None else 'active'}>"
+
+    def __bool__(self) -> bool:
+        """Tell whether the request is active, as mpi4py's does: ``while any(requests)`` ends."""
+        return self._pending is not None
 
     def Wait(self) -> Literal[True]:
         """Wait until the call has ended. Returns at once if the request is inactive.
@@ -186,6 +190,10 @@ class Prequest(Request):
     def __init__(self, begin: Callable[[], Pending]) -> None:
         super().__init__()
         self._begin: Callable[[], Pending] | None = begin
+
+    def __bool__(self) -> bool:
+        """Tell whether the request was not freed, active or not, as mpi4py's does."""
+        return self._begin is not None
 
     def Start(self) -> None:
         """Begin the call, with what the buffers hold now.

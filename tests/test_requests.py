@@ -106,6 +106,18 @@ class TestRequest:
         assert Request.Waitany(requests) == 1
         assert Request.Waitany(requests) == Request.Waitany([]) == UNDEFINED
 
+    def test_is_true_while_active(self):
+        """A loop over what is left, as in mpi4py's programs, must end."""
+        calls = [Late(), Late()]
+        requests = [*map(Request, calls)]
+        turns = []
+        for call in calls:
+            call.over.set()
+        while any(requests) and len(turns) < 3:
+            turns.append(Request.Waitany(requests))
+        assert turns == [0, 1]
+        assert not Request()
+
     @pytest.mark.parametrize("verb", ["Waitall", "Testall", "Waitany"])
     def test_lists_of_other_things_are_refused(self, verb):
         with pytest.raises(
@@ -132,6 +144,7 @@ class TestPrequest:
         request = Prequest(lambda: pending)
         assert request.Wait() is True
         assert request.Test() is True
+        assert request
         request.Start()
         with pytest.raises(StateError, match=r"Start: the request is active, .*; Wait for it first"):
             request.Start()
@@ -141,8 +154,10 @@ class TestPrequest:
         with pytest.raises(StateError, match="active"):  # its end was not told
             request.Start()
         request.Wait()
+        assert request
         request.Free()
         request.Free()
+        assert not request
         assert request.Wait() is True
         with pytest.raises(StateError, match=r"Start: the request was freed, .*; make another with Allreduce_init"):
             request.Start()
