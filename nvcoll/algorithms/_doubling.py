@@ -76,12 +76,12 @@ def doubling_of(v: Any, rank_at: Any) -> Any:
             else:
                 fill(c, acc, source, n)
         elif me < 2 * extra:
-            wait_reduce(c, e, rank_at(c, me + 1), 0, acc, n)
+            wait_reduce(c, e, False, 0, acc, n)
         mine = fold(me, extra)
         for step in range(done, doublings):
             partner = rank_at(c, unfold(mine ^ (1 << step), extra))
             put(c, e, partner, start + step, acc, n * width(c))
-            wait_reduce(c, e, partner, start + step, acc, n)
+            wait_reduce(c, e, mine & (1 << step) != 0, start + step, acc, n)  # by places: ranks may be in another order
         finish_to(c, result, acc, n)
         if me < 2 * extra:
             put(c, e, rank_at(c, me + 1), 0, result, n * itemsize(c))

@@ -60,7 +60,7 @@ def text(v: Any) -> Any:
             wait_copy(c, e, 0, recv, count * itemsize(c))
             return
         if me < 2 * extra:
-            wait_reduce(c, e, me + 1, 0, acc, count)
+            wait_reduce(c, e, False, 0, acc, count)
         mine = fold(me, extra)
         lo, hi = 0, count
         for step in range(total):  # the far partner first, so that slices end up in rank order
@@ -71,7 +71,7 @@ def text(v: Any) -> Any:
             if mine & distance:
                 keep_lo, keep_hi, give_lo, give_hi = cut, hi, lo, cut
             put(c, e, partner, start + step, acc + give_lo * width(c), (give_hi - give_lo) * width(c))
-            wait_reduce(c, e, partner, start + step, acc + keep_lo * width(c), keep_hi - keep_lo)
+            wait_reduce(c, e, mine & distance != 0, start + step, acc + keep_lo * width(c), keep_hi - keep_lo)
             lo, hi = keep_lo, keep_hi
         finish_to(c, recv + lo * itemsize(c), acc + lo * width(c), hi - lo)
         for step in range(total):  # the way back: my part and my partner's make the part of the step before

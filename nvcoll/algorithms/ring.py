@@ -52,7 +52,7 @@ def text(v: Any) -> Any:
             put(c, e, right, step, acc + lo * width(c), (hi - lo) * width(c))
             k = (me - step - 1) % n
             lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
-            wait_reduce(c, e, left, step, acc + lo * width(c), hi - lo)
+            wait_reduce(c, e, left < me, step, acc + lo * width(c), hi - lo)
         k = (me + 1) % n  # complete now: round it once, here, and pass on what was rounded
         lo, hi = part_at(c, count, n, k), part_at(c, count, n, k + 1)
         finish_to(c, recv + lo * itemsize(c), acc + lo * width(c), hi - lo)

@@ -213,9 +213,9 @@ def verbs(t: Any) -> SimpleNamespace:
         combine_as(c, 0, width(c), sources, 0, k, acc, acc, n)
 
     @jit
-    def combine_one(c, p, acc, data, n):
-        """Reduce rank p's n accumulators at `data` into mine, the lower rank's on the left."""
-        if p < rank(c):
+    def combine_one(c, lower, acc, data, n):
+        """Reduce n accumulators at `data` into mine, from the left if they are a lower place's."""
+        if lower:
             call5(reduce(c), acc, acc, data, acc, n)
         else:
             call5(reduce(c), acc, acc, acc, data, n)

@@ -1,7 +1,7 @@
 """Operators on packs: what SUM, MIN and their kin do to two LLVM values, be they elements or vectors of elements.
 
 The definitions stand once, for every target: both Numba's host and CUDA compilers take LLVM values. Operands come in
-rank order (`left` from the lower rank), so that partners who compute the same pair get the same bits: the
+the schedule's order (`left` from the lower place), so that partners who compute the same pair get the same bits: the
 payload of a NaN and the sign of a zero depend on the order.
 """
 
@@ -70,14 +70,18 @@ def _bitwise(name: str) -> Callable[..., Any]:
 
 
 def _product(builder: Any, left: Any, right: Any, datatype: str) -> Any:
-    if not datatype.startswith("complex"):
-        return _arithmetic("mul", "fmul")(builder, left, right, datatype)
-    # (a + bi)(c + di) on pairs that lie side by side: even lanes hold real parts.
+    if datatype.startswith("complex"):
+        return complex_product(builder, left, right, builder.fmul)
+    return _arithmetic("mul", "fmul")(builder, left, right, datatype)
+
+
+def complex_product(builder: Any, left: Any, right: Any, multiply: Callable[[Any, Any], Any]) -> Any:
+    """Multiply (a + bi)(c + di), on pairs that lie side by side: even lanes hold real parts."""
     lanes = left.type.count
     evens, odds = ([2 * (k // 2) + odd for k in range(lanes)] for odd in (0, 1))
     swapped = [k ^ 1 for k in range(lanes)]
-    straight = builder.fmul(_shuffle(builder, left, evens), right)
-    crossed = builder.fmul(_shuffle(builder, left, odds), _shuffle(builder, right, swapped))
+    straight = multiply(_shuffle(builder, left, evens), right)
+    crossed = multiply(_shuffle(builder, left, odds), _shuffle(builder, right, swapped))
     minus, plus = builder.fsub(straight, crossed), builder.fadd(straight, crossed)
     blend = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [k if k % 2 == 0 else lanes + k for k in range(lanes)])
     return builder.shuffle_vector(minus, plus, blend)
@@ -184,8 +188,9 @@ def _narrow_to_bytes(builder: Any, value: Any, target: str, lanes: int) -> Any:
     small = builder.sub(builder.bitcast(total, bits), steps)
     is_small = builder.icmp_unsigned("<", magnitude, all_lanes(128 - bias << 23))
     code = builder.select(is_small, small, normal)
-    code = builder.select(builder.fcmp_unordered("uno", value, value), all_lanes(nan), code)
-    return builder.trunc(builder.or_(code, sign), ir.VectorType(ir.IntType(8), lanes))
+    # A NaN loses its sign: four that had theirs would be what, between GPUs, is memory without data.
+    code = builder.select(builder.fcmp_unordered("uno", value, value), all_lanes(nan), builder.or_(code, sign))
+    return builder.trunc(code, ir.VectorType(ir.IntType(8), lanes))
 
 
 def divide(builder: Any, value: Any, ranks: Any, datatype: str) -> Any:

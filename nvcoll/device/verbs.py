@@ -41,9 +41,9 @@ def vocabulary(t: Any, v: Any, protocol: str) -> SimpleNamespace:
         copy(to, arrive(c, e, slot, nbytes), nbytes)
 
     @jit
-    def wait_reduce(c, e, p, slot, acc, n):
-        """Wait for n accumulators of rank p and reduce them into mine."""
-        combine_one(c, p, acc, arrive(c, e, slot, n * width(c)), n)
+    def wait_reduce(c, e, lower, slot, acc, n):
+        """Wait for n accumulators and reduce them into mine, from the left if they are a lower place's."""
+        combine_one(c, lower, acc, arrive(c, e, slot, n * width(c)), n)
 
     @jit
     def wait_all(c, e, k, me, slot, mine, n):

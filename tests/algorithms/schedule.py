@@ -146,8 +146,8 @@ def verbs(rank, shape, capacity, direct, notes, target, asks):
         notes.awaited.extend((e, None, slot + without(me, j), n * shape.width) for j in range(k) if j != me)
         notes.keep(acc, n * shape.width)
 
-    def wait_reduce(c, e, p, slot, acc, n):
-        notes.awaited.append((e, p, slot, n * shape.width))
+    def wait_reduce(c, e, lower, slot, acc, n):
+        notes.awaited.append((e, None, slot, n * shape.width))
         notes.keep(acc, n * shape.width)
 
     def wait_reduce_finish(c, e, k, me, slot, mine, recv, n):

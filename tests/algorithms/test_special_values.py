@@ -21,7 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 
 
 def words(datatype, rank):
-    """Random bit patterns, in half of the places NaNs of random payload, infinities, zeros and the smallest numbers."""
+    """Random bit patterns, in half of the places NaNs of random payload, infinities, zeros and the smallest numbers.
+
+    In a quarter of them, eight by eight, all bits are set.
+    """
     dtype = DATATYPES[datatype].dtype
     part = dtype.itemsize // (2 if dtype.kind == "c" else 1)
     unsigned, reals = np.dtype(f"u{part}"), DATATYPES[datatype].dtype if dtype.kind != "c" else np.dtype(f"f{part}")
@@ -31,7 +34,37 @@ def words(datatype, rank):
     sign = unsigned.type(1 << 8 * part - 1)
     chosen = [bits, bits, bits | infinity, infinity | 0 * bits, 0 * bits, 0 * bits + 1]
     bits = np.choose(rng.integers(0, len(chosen), len(bits)), chosen) ^ (bits & sign)
+    bits[np.repeat(rng.integers(0, 4, len(bits) // 8 + 1) == 0, 8)[: len(bits)]] = unsigned.type(-1 % (1 << 8 * part))
     return bits.astype(unsigned).view(dtype)
+
+
+def out_of_order(comm, each):
+    """A communicator of the same ranks on nodes of `each`, in another order: that of each slice's owners is its own."""
+    node, place = divmod(comm.rank, each)
+    order = np.random.default_rng(place).permutation(comm.size // each)
+    return comm.Split(0, place * comm.size + order[node])
+
+
+@pytest.mark.parametrize(("size", "each"), [(8, 2), (10, 2), (16, 2), (15, 3)])
+def test_ranks_that_are_not_in_the_order_of_their_nodes(size, each):
+    """Which operand is the left one must not go by ranks."""
+    calls = [
+        (name, op, algorithm) for name, op in (("float32", "MAX"), ("float64", "MIN")) for algorithm in candidates()
+    ]
+
+    def main(comm):
+        part = out_of_order(comm, each)
+        results = [part.rank]
+        for datatype, op, algorithm in calls:
+            result = np.empty(COUNT, DATATYPES[datatype].dtype)
+            zeros = np.where(np.random.default_rng(part.rank).integers(0, 2, COUNT), -0.0, 0.0)
+            part.Allreduce(zeros.astype(result.dtype), result, OPS[op], algorithm=algorithm)
+            results.append(result.tobytes())
+        return results
+
+    ranks, *outcomes = zip(*nvcoll.emulate(size, each).run(main), strict=True)
+    assert list(ranks) != sorted(ranks)
+    assert not [call for call, results in zip(calls, outcomes, strict=True) if len(set(results)) > 1]
 
 
 @pytest.mark.parametrize(("size", "nodes"), WORLDS)

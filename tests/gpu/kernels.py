@@ -22,8 +22,11 @@ KERNELS += [(*name.split("/"), *BARRIER, False) for name in candidates() if name
 KERNELS += [(*name.split("/"), op, datatype, True) for name in candidates() for datatype, op in DEEP_PAIRS]
 
 EVERY_PAIR = [(datatype, op) for datatype, kind in DATATYPES.items() for op in OPS if OPS[op].supports(kind) is None]
+NAN_PAIRS = [("float32", "MAX"), ("float64", "SUM"), ("float8_e4m3fn", "MAX"), ("complex128", "PROD")]
+"""Those with which ranks could have different NaNs, or products rounded in another way."""
 EVERY = {  # NVRAR with all of them, the other algorithms in turn
-    name: EVERY_PAIR if name.startswith("nvrar/") else EVERY_PAIR[k % 10 :: 10] for k, name in enumerate(candidates())
+    name: EVERY_PAIR if name.startswith("nvrar/") else list(dict.fromkeys([*EVERY_PAIR[k % 10 :: 10], *NAN_PAIRS]))
+    for k, name in enumerate(candidates())
 }
 EVERY_KERNEL = [(*name.split("/"), op, datatype, False) for name, pairs in EVERY.items() for datatype, op in pairs]
 

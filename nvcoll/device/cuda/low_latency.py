@@ -1,10 +1,10 @@
 """The low-latency protocol on GPUs: every word shows by itself whether it has arrived, so data need no signal.
 
 Two forms. Where all ranks are near, floats travel as they are, in memory that otherwise holds a sentinel: all ones, a
-NaN whose payload means nothing; that very NaN is sent as another one. Integers have no value to spare: half of every 8
-bytes is a flag made of the tag and the data. Between GPUs, loads and stores of 8 bytes are whole, and that is all that
-is relied upon. A network may write in any order and grain, and the form with flags bears that: a flag fits its own data
-only.
+NaN whose payload means nothing; that very NaN is sent as another one, which its sender reduces, too (`as_sent`).
+Integers have no value to spare: half of every 8 bytes is a flag made of the tag and the data. Between GPUs, loads and
+stores of 8 bytes are whole, and that is all that is relied upon. A network may write in any order and grain, and the
+form with flags bears that: a flag fits its own data only.
 
 Who has read a pack clears it, so between calls all this memory is empty: of sentinels, or of zeros. A half is written
 again after its reader has gone on to another epoch, or has ended its launch, hence after it was cleared.
@@ -19,7 +19,7 @@ from numba.cuda.extending import intrinsic
 
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device.cuda import ptx
-from nvcoll.device.cuda.packs import BYTES
+from nvcoll.device.cuda.packs import BYTES, unchanged
 from nvcoll.device.cuda.ptx import I64, PACK
 
 EMPTY = -1
@@ -52,7 +52,7 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
         return types.boolean(PACK, types.int64), emit
 
     @intrinsic
-    def mark(typing: Any, pack: Any) -> Any:
+    def as_sent(typing: Any, pack: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             value, empty = lanes_of(builder, args[0])
             other = ir.Constant(vector, [(1 << (8 * lane - 1)) - 1] * vector.count)
@@ -64,7 +64,7 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
 
     @jit
     def push(at, pack, e):
-        store_shared(at, mark(pack))
+        store_shared(at, as_sent(pack))
 
     @jit
     def clear(at):
@@ -74,7 +74,9 @@ def sentinels(jit: Any, lane: int) -> SimpleNamespace:
     def data_of(got):
         return got
 
-    return SimpleNamespace(spread=1, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of)
+    return SimpleNamespace(
+        spread=1, push=push, look=load_shared, missing=missing, clear=clear, data_of=data_of, as_sent=as_sent
+    )  # fmt: skip
 
 
 def flags(jit: Any) -> SimpleNamespace:
@@ -123,7 +125,9 @@ def flags(jit: Any) -> SimpleNamespace:
     def data_of(got):
         return ((got[0] & low) | (got[1] << 32), (got[2] & low) | (got[3] << 32))
 
-    return SimpleNamespace(spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of)
+    return SimpleNamespace(
+        spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of, as_sent=unchanged
+    )  # fmt: skip
 
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
@@ -232,6 +236,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     return SimpleNamespace(
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at, look=look,
-        settle=settle, settle_four=settle_four,
+        settle=settle, settle_four=settle_four, as_sent=form.as_sent,
         push=push, slot_in=slot_in, slot_at=slot_at, store_part=store_part, spread=spread, signals=False,
     )  # fmt: skip

@@ -58,6 +58,45 @@ def _bf16(builder: Any, value: Any, lanes: int) -> Any:
     return builder.bitcast(pairs, ir.VectorType(ir.IntType(16), lanes))
 
 
+def _operator(op: str, accumulator: str) -> Any:
+    """Return what reduces two values, to the same bits wherever a kernel has a copy of it.
+
+    The compiler may arrange each copy in its own way, and that shows in two cases. Multiplications are joined with an
+    addition, which rounds once less, unless they are told how to round. And sums and products of 64 bits have the
+    NaN of either operand, those of 32 bits always the same one.
+    """
+    name = "SUM" if op == "AVG" else op
+    emit = reduce.OPERATORS[name]
+    if name == "PROD" and accumulator.startswith("complex"):
+        emit = _complex_product
+    if name not in ("SUM", "PROD") or accumulator not in ("float64", "complex128"):
+        return emit
+
+    def emit_one_nan(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+        value = emit(builder, left, right, datatype)
+        nan = ir.Constant(value.type, [float("nan")] * value.type.count)
+        return builder.select(builder.fcmp_unordered("uno", value, value), nan, value)
+
+    return emit_one_nan
+
+
+def _complex_product(builder: Any, left: Any, right: Any, datatype: str) -> Any:
+    scalar = left.type.element
+    bits, letter = (32, "f") if datatype == "complex64" else (64, "d")
+    rounded = ir.InlineAsm(
+        ir.FunctionType(scalar, [scalar] * 2), f"mul.rn.f{bits} $0, $1, $2;", f"={letter},{letter},{letter}"
+    )
+
+    def multiply(one: Any, other: Any) -> Any:
+        value = ir.Constant(one.type, ir.Undefined)
+        for lane in (ir.Constant(ir.IntType(32), k) for k in range(one.type.count)):
+            factors = [builder.extract_element(operand, lane) for operand in (one, other)]
+            value = builder.insert_element(value, builder.call(rounded, factors), lane)
+        return value
+
+    return reduce.complex_product(builder, left, right, multiply)
+
+
 def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: int) -> SimpleNamespace:
     """Return the primitives of an operator on a datatype.
 
@@ -82,7 +121,7 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
     elements, sums, narrow_sums, eight = (
         _vector(datatype, BYTES), _vector(accumulator, 8 * words), _vector(accumulator, BYTES), _vector(accumulator, 8),
     )  # fmt: skip
-    operator = reduce.OPERATORS["SUM" if op == "AVG" else op]
+    operator = _operator(op, accumulator)
     lanes = elements.count
     widens = datatype != accumulator
 
@@ -135,6 +174,16 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
         widen=widen, reduce=reducer(wide, sums), reduce_pack=reducer(PACK, narrow_sums), finish=finish,
         finishes=widens or op == "AVG", widens=widens, unit=min(itemsize, 8),
     )  # fmt: skip
+
+
+@intrinsic
+def unchanged(typing: Any, pack: Any) -> Any:
+    """Return a pack as it is."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return args[0]
+
+    return pack(pack), emit
 
 
 def partial(unit: int) -> SimpleNamespace:

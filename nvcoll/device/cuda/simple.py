@@ -5,6 +5,7 @@ from typing import Any
 
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda import remote as far
+from nvcoll.device.cuda.packs import unchanged
 
 
 def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remote: bool) -> SimpleNamespace:
@@ -78,6 +79,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     return SimpleNamespace(
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at,
-        look=load_pack, settle=settle, settle_four=settle_four,
+        look=load_pack, settle=settle, settle_four=settle_four, as_sent=unchanged,
         slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

@@ -45,11 +45,11 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     """
     v = common.verbs(jit, a, packs.partial(a.unit), deep)
     w = PROTOCOLS[protocol](jit, v, a, deep, remote)
-    put_data, put_end, arrival, arrivals, pack_at, look, settle, settle_four = (
-        w.put_data, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four,
+    put_data, put_end, arrival, arrivals, pack_at, look, settle, settle_four, as_sent = (
+        w.put_data, w.put_end, w.arrival, w.arrivals, w.pack_at, w.look, w.settle, w.settle_four, w.as_sent,
     )  # fmt: skip
-    get, put_back, beyond, load_four, rank, ranks, around, without = (
-        v.get, v.put_back, v.beyond, v.load_four, v.rank, v.ranks, v.around, v.without,
+    get, put_back, beyond, load_four, ranks, around, without = (
+        v.get, v.put_back, v.beyond, v.load_four, v.ranks, v.around, v.without,
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
@@ -96,14 +96,13 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         meet(e)
 
     @jit
-    def wait_reduce(c, e, p, slot, acc, n):
-        """Wait for n accumulators of rank p and reduce them into mine, the lower rank's on the left."""
+    def wait_reduce(c, e, lower, slot, acc, n):
+        """Wait for n accumulators and reduce them into mine, from the left if they are a lower place's."""
         nbytes = n * width
         at = arrival(c, e, slot, nbytes)
         i = thread() * BYTES
-        lower = p < rank(c)
         while i < nbytes:
-            mine = get(acc + i, nbytes - i)  # before the wait
+            mine = as_sent(get(acc + i, nbytes - i))  # before the wait
             left, right = mine, one(c, e, at, i)
             if lower:
                 left, right = right, left
@@ -112,7 +111,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         meet(e)
 
     def gathering(lift, combine):
-        """Make what reduces pack i of all contributions, in order: mine is `own`. `lift` makes accumulators of one."""
+        """Make what reduces pack i of all contributions, in order: mine is `own`. `lift` makes accumulators of one.
+
+        All ranks must reduce the same bits, so mine are those that the others get.
+        """
 
         @jit
         def add(me, acc, own, slot, got):
@@ -126,6 +128,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
         @jit
         def gather(c, e, k, me, at, own, i):
+            own = as_sent(own)
             if k == 2:  # the shortest way for the pair
                 left, right = own, one(c, e, at, i)
                 if me != 0:
@@ -154,12 +157,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
         return gather
 
-    @jit
-    def accumulated(pack):
-        """Return accumulators as they are."""
-        return pack
-
-    gather_one, gather_partials = gathering(widen, reduce), gathering(accumulated, reduce_pack)
+    gather_one, gather_partials = gathering(widen, reduce), gathering(packs.unchanged, reduce_pack)
 
     @jit
     def wait_reduce_all(c, e, k, me, slot, mine, acc, n):
@@ -205,6 +203,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             while i + step + BYTES <= nbytes:  # four packs of a rank at a time here, not one of each of four ranks
                 i1, i2, i3, after = beyond(i, step, nbytes)
                 a0, a1, a2, a3 = load_four(mine, i, i1, i2, i3)
+                a0, a1, a2, a3 = as_sent(a0), as_sent(a1), as_sent(a2), as_sent(a3)
                 b0, b1, b2, b3 = a0, a1, a2, a3
                 if me != 0:
                     b0, b1, b2, b3 = four(c, e, at, i, i1, i2, i3)
