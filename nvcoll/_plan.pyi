@@ -5,6 +5,7 @@ CALL_FIELDS: tuple[str, ...]
 WORLD_FIELDS: tuple[str, ...]
 STATES: tuple[str, ...]
 ERRORS: tuple[str, ...]
+STOPPED_SECONDS: float
 OVER: str
 BROKEN: str
 TAKE_TURNS: str

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nvcoll._plan import ERRORS, TAKE_TURNS, Plan
+from nvcoll._plan import ERRORS, STOPPED_SECONDS, TAKE_TURNS, Plan
 from nvcoll.buffers import Spec, parse
 from nvcoll.errors import ArgumentError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
 from nvcoll.failures import cause, failure
@@ -287,11 +287,15 @@ class Between:
     def _finish(self, request: Any) -> None:
         """Wait for MPI, but no longer than the timeout: test, then let others have the core, then sleep a little."""
         polls, started, timeout = 0, time.monotonic(), self._world.planner.timeout
+        looked = started
         while not request.Test():
             polls += 1
             if polls < EAGER_POLLS:
                 continue
-            waited = time.monotonic() - started
+            now = time.monotonic()
+            if now - looked >= STOPPED_SECONDS:
+                started += now - looked
+            looked, waited = now, now - started
             time.sleep(min(waited / 16, LONGEST_SLEEP) if waited > EAGER_SECONDS else 0)
             if waited > LOOK_AFTER:
                 self._look()

@@ -129,6 +129,8 @@ cdef int64_t SPIN_SHARED = 10             # polls where ranks share a core
 cdef int64_t SWITCH = 600                 # a yield that lasts longer (ns) let somebody else run
 cdef int64_t VAIN_YIELDS = 3              # yields do nothing where each rank has a scheduling group of its own
 cdef int64_t LONGEST_NAP = 50_000_000
+STOPPED_SECONDS = 1.0                     # between looks: such a process has been stopped, and its deadline with it
+cdef int64_t STOPPED = <int64_t>(1e9 * STOPPED_SECONDS)
 
 
 cdef inline Board* board_of(World* w, int64_t rank) noexcept nogil:
@@ -247,6 +249,8 @@ cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nog
         now = nv_now()
         if now - looked < LOOK_AFTER:
             continue
+        if now - looked >= STOPPED:  # a job that is suspended as a whole shall go on, not find its time over
+            started += now - looked
         looked = now
         nap = min(2 * nap, LONGEST_NAP)
         error = look_around(w, &about)

@@ -38,6 +38,22 @@ for _ in range(2):
                 assert "rank 0 gave up in or before call" in told["text"]
             assert set(crew.wait().values()) == {0}
 
+    def test_time_in_which_the_job_was_suspended_does_not_count(self):
+        program = """
+tell(sum=total())
+when_waiting(2, tell, waiting=True) if comm.rank == 0 else gate()
+tell(**attempt(comm.Allreduce, np.ones(4)))
+"""
+        with Crew(program, 2, NVCOLL_TIMEOUT="5") as crew:
+            crew.all_told()
+            assert crew.told(0) == {"waiting": True}
+            for number, seconds in ((signal.SIGSTOP, 6), (signal.SIGCONT, 0.5)):
+                for rank in range(2):
+                    crew.send(rank, number)
+                time.sleep(seconds)
+            crew.let_go(1)
+            assert [told["kind"] for told in crew.all_told().values()] == [None] * 2
+
     def test_a_rank_that_was_interrupted_and_ended_is_not_waited_for(self):
         program = """
 tell(sum=total())
