@@ -46,7 +46,7 @@ cdef extern from *:
     """
     ctypedef long long off_t
     int errno
-    const int EINTR, EINVAL, EAGAIN, EACCES, EEXIST
+    const int EINTR, EINVAL, EAGAIN, EACCES, EEXIST, EPERM
     const int O_CREAT, O_EXCL, O_RDWR
     const int F_SETLK, F_GETLK
     const short F_UNLCK
@@ -207,7 +207,8 @@ cdef class Segment(Anonymous):
         Raises
         ------
         OSError
-            ENOENT: no such segment; EINVAL: it has another size; EEXIST: this process has it open already.
+            ENOENT: no such segment; EINVAL: it has another size; EEXIST: this process has it open already; EPERM: it
+            belongs to another user, or others may use it.
         """
         cdef Segment self = Segment.__new__(Segment)
         self._open(name, size, O_RDWR)
@@ -257,6 +258,9 @@ cdef class Segment(Anonymous):
             if status != 0:
                 _fail(errno, f"cannot give shared memory {self.name} {self.size} bytes")
         facts = os.fstat(fd)
+        if facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+            _fail(EPERM, f"shared memory {self.name} is of user {facts.st_uid} with mode {facts.st_mode & 0o777:o}, "
+                  f"expected user {os.geteuid()} with mode 600; start the ranks anew, and ask who put it there")
         if facts.st_size != self.size:
             _fail(EINVAL, f"shared memory {self.name} has {facts.st_size} bytes, expected {self.size}")
         self._map()

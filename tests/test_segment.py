@@ -147,12 +147,30 @@ class TestErrors:
         assert Path(f"/dev/shm{segment.name}").exists()
 
     def test_another_size_is_refused(self, name):
+        Path(f"/dev/shm{name}").touch(0o600)
         Path(f"/dev/shm{name}").write_bytes(bytes(PAGE))
         before = descriptors()
         with pytest.raises(OSError, match=f"has {PAGE} bytes, expected {2 * PAGE}") as caught:
             Segment.open(name, 2 * PAGE)
         assert caught.value.errno == errno.EINVAL
         assert descriptors() == before
+
+    @pytest.mark.parametrize("mode", [0o604, 0o640, 0o620, 0o602])
+    def test_what_others_may_use_is_not_mapped(self, segment, peer, mode):
+        Path(f"/dev/shm{segment.name}").chmod(mode)
+        _, line = peer("try: Segment.open(sys.argv[1], 16 << 20)\nexcept OSError as e: print(e.errno, e)", segment.name)
+        assert line.startswith(f"{errno.EPERM} [Errno {errno.EPERM}] {os.strerror(errno.EPERM)}: shared memory ")
+        assert f"with mode {mode:o}, expected user {os.geteuid()} with mode 600; start the ranks anew" in line
+
+    def test_what_belongs_to_another_user_is_not_mapped(self, name, monkeypatch):
+        Path(f"/dev/shm{name}").touch(0o600)
+        os.truncate(f"/dev/shm{name}", PAGE)
+        before, owner = descriptors(), os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+        with pytest.raises(PermissionError, match=f"{name} is of user {owner} .*, expected user {owner + 1}"):
+            Segment.open(name, PAGE)
+        assert descriptors() == before
+        assert name not in Path("/proc/self/maps").read_text()
 
     @pytest.mark.parametrize(("name", "size"), [("/", 1), ("", 1), ("/nvcoll-x", 0), ("/nvcoll-x", -1)])
     def test_senseless_arguments(self, name, size):

@@ -28,6 +28,16 @@ def alone(extent=None, exchange=None):
     return SharedMemory(exchange or LocalExchange(Hub(1, 10), 0), _topology.detect(0, [b""]), extent)
 
 
+def second(path):
+    """The memory of the second rank of a node, where the first says that it is at `path`."""
+
+    class Second(LocalExchange):
+        def allgather(self, data):
+            return [b"\0/" + path.name.encode(), data]
+
+    return SharedMemory(Second(Hub(2, 10), 1), _topology.detect(1, [b"", b""]), PAGE)
+
+
 class Lossy(LocalExchange):
     """An exchange that loses a rank in its call `number`."""
 
@@ -79,12 +89,18 @@ def test_what_cannot_be_created(path):
 def test_what_cannot_be_mapped(path):
     """The second rank of a node: in one process it finds the segment open already, and says so to all."""
     first = _bootstrap.Segment.create(f"/{path.name}", 2 * PAGE)
-
-    class Second(LocalExchange):
-        def allgather(self, data):
-            return [b"\0/" + path.name.encode(), data]
-
     with pytest.raises(AllocationError, match=r"^shared memory cannot be mapped: rank 1: .*already open"):
-        SharedMemory(Second(Hub(2, 10), 1), _topology.detect(1, [b"", b""]), PAGE)
+        second(path)
     first.unlink()
     first.close()
+
+
+def test_what_somebody_else_put_there(path):
+    path.touch(0o644)
+    os.truncate(path, 2 * PAGE)
+    with pytest.raises(
+        AllocationError, match=r"^shared memory cannot be mapped: rank 1: .* with mode 644, expected user"
+    ):
+        second(path)
+    assert path.exists()  # it is not ours
+    path.unlink()
