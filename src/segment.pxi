@@ -20,10 +20,14 @@ cdef extern from *:
     #define MADV_POPULATE_WRITE 23
     #endif
 
+    /* A core dump would read every page of the address space, and so take memory for those that have none; a kernel
+       that cannot leave them out is no reason to fail. */
     static void *nvcoll_map(int fd, size_t size) {
         int flags = MAP_NORESERVE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
         void *address = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, fd, 0);
-        return address == MAP_FAILED ? NULL : address;
+        if (address == MAP_FAILED) return NULL;
+        madvise(address, size, MADV_DONTDUMP);
+        return address;
     }
 
     /* The kernel may lack populate (before 5.14): then pages come at the first touch. */

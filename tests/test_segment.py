@@ -123,6 +123,18 @@ class TestMemory:
         Segment.open(name, MEBIBYTE).close()  # nor does it count as open
 
 
+def flags_of(memory):
+    """What the kernel says of the mapping that begins at an address."""
+    found = Path("/proc/self/smaps").read_text().partition(f"{memory.address:x}-")[2]
+    return found.partition("VmFlags:")[2].partition("\n")[0].split()
+
+
+@pytest.mark.parametrize("make", [Segment.create, lambda name, size: anonymous(size)], ids=["shared", "private"])
+def test_core_dumps_leave_memory_out(name, make):
+    with contextlib.closing(make(name, MEBIBYTE)) as memory:
+        assert "dd" in flags_of(memory)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("make", "code", "message"),
