@@ -90,10 +90,16 @@ TABLE: tuple[Variable, ...] = (
     ),
     Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
     Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
+    Variable(
+        "NVCOLL_KEY",
+        "key",
+        "hex",
+        None,
+        "The secret that ranks prove to know, the same on all of them: for torchrun; nvcoll run makes one of its own.",
+    ),
     Variable("NVCOLL_RANK", "rank", "index", None, "This process's rank.", internal=True),
     Variable("NVCOLL_SIZE", "size", "count", None, "The number of ranks.", internal=True),
     Variable("NVCOLL_RENDEZVOUS", "rendezvous", "host:port", None, "Where the ranks meet.", internal=True),
-    Variable("NVCOLL_KEY", "key", "hex", None, "The secret that the ranks prove to know.", internal=True),
 )
 
 
@@ -111,10 +117,10 @@ class Settings:
     heap: int | None
     cache_dir: Path
     spin: float | None
+    key: bytes | None
     rank: int | None
     size: int | None
     rendezvous: str | None
-    key: bytes | None
 
 
 def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:

@@ -19,6 +19,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 from nvcoll.errors import AllocationError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
@@ -197,6 +198,11 @@ def connect(settings):
         The ranks could not find each other, or a launcher's variables contradict themselves.
     StateError
         This process is a forked child of a rank.
+
+    Warns
+    -----
+    RuntimeWarning
+        Rank 0 listens for other hosts under torchrun's variables, and there is no ``NVCOLL_KEY``.
     """
     global _first
     kind, _ = choose(settings)

@@ -104,7 +104,7 @@ class _Client:
         if not hmac.compare_digest(proof, _digest(self.key, b"server", nonce, theirs)):
             raise BootstrapError(
                 f"{self.verb}: {self.address} does not know the key of rank {self.rank}; it belongs to another run: "
-                "unset the variables of the old one"
+                "unset the variables of the old one, or set NVCOLL_KEY to the same digits on all ranks"
             )
         self.sock.sendall(_frame(PROOF, _digest(self.key, b"client", hello, theirs)))
         self._expect(WELCOME, deadline)

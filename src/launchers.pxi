@@ -110,9 +110,10 @@ def _from_torchrun(settings):
     if store is not None:
         prefix = f"nvcoll/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_joins)}"
         return rank, size, _OverStore(store, prefix, rank, size)
+    # the name of the run is no secret, but keeps apart runs that meet at one port
     key = settings.key if settings.key is not None else os.environ.get("TORCHELASTIC_RUN_ID", "").encode()
     if rank == 0:
-        _serve_at(host, port, size, key)
+        _serve_at(host, port, size, key, settings.key is not None)
     return rank, size, _Client(_join_address(host, port), rank, size, key, settings.timeout)
 
 
@@ -136,13 +137,23 @@ def _torch_store(host, port, timeout):
         raise BootstrapError(f"Init: torchrun's store at {host}:{port} does not answer ({error})") from error
 
 
-def _serve_at(host, port, size, key):
+def _serve_at(host, port, size, key, bint secret):
     if (host, port) in _servers:
         return
-    # as torch does: other hosts may resolve MASTER_ADDR to another of this host's addresses
-    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    address = host
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        # as torch does: other hosts may resolve MASTER_ADDR to another of this host's addresses
+        address = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        if not secret:
+            warnings.warn(
+                f"Init: rank 0 listens on all interfaces at MASTER_PORT {port}, and there is no secret: whoever reaches"
+                " that port can pass for a rank; set NVCOLL_KEY to the same random hexadecimal digits on all ranks, "
+                "such as `openssl rand -hex 32` prints",
+                RuntimeWarning,
+                stacklevel=1,
+            )
     try:
-        server = RendezvousServer(size, key, host if host in ("localhost", "127.0.0.1", "::1") else everywhere, port)
+        server = RendezvousServer(size, key, address, port)
     except OSError as error:
         raise BootstrapError(
             f"Init: rank 0 cannot listen on MASTER_PORT {port} ({error}); choose a free port, or, where the program "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nvcoll import settings
+from nvcoll import _bootstrap, settings
 from nvcoll._bootstrap import RendezvousServer, choose, connect
 from nvcoll.errors import BootstrapError, StateError
 from tests.meeting import PROGRAM, as_run, as_torchrun, as_torchrun_with_a_store
@@ -204,6 +204,44 @@ for again in range(2):
     def test_the_name_of_the_run_is_a_key(self, ranks):
         environs = as_torchrun(2)
         environs[0]["TORCHELASTIC_RUN_ID"], environs[1]["TORCHELASTIC_RUN_ID"] = "one", "other"
+        _, (other, _) = ranks("time.sleep(100)", environs)
+        assert other.wait(20) == 1
+
+    @pytest.fixture
+    def meet(self, monkeypatch):
+        """Connect as the only rank; where it listens to all interfaces, that ends with the test."""
+
+        def meet(host, **others):
+            [environ] = as_torchrun(1, MASTER_ADDR=host, **others)
+            for name, value in environ.items():
+                monkeypatch.setenv(name, value)
+            for _ in range(2):
+                connect(settings.read(others)).close()
+            started.append(_bootstrap._servers.pop((host, int(environ["MASTER_PORT"]))))
+            return started[-1].address
+
+        started = []
+        yield meet
+        for server in started:
+            server.close()
+
+    def test_listening_to_all_without_a_secret_is_told_once(self, meet):
+        with pytest.warns(RuntimeWarning) as told:
+            assert meet("127.0.0.2", TORCHELASTIC_RUN_ID="one").startswith(("[::]:", "0.0.0.0:"))
+        [text] = [str(warning.message) for warning in told]
+        assert text.startswith("Init: rank 0 listens on all interfaces at MASTER_PORT ")
+        assert "whoever reaches that port can pass for a rank; set NVCOLL_KEY to the same random hexadecimal" in text
+
+    def test_with_a_secret_or_on_this_host_only_there_is_nothing_to_tell(self, meet):
+        assert meet("127.0.0.2", NVCOLL_KEY="c0ffee").startswith(("[::]:", "0.0.0.0:"))
+        assert meet("localhost").startswith("localhost:")
+
+    def test_the_secret_is_a_key(self, ranks):
+        environs = as_torchrun(2, NVCOLL_KEY="c0ffee")
+        for _, told in ranks("tell(len(exchange.allgather(b'')))", environs):
+            assert told() == [2]
+        environs = as_torchrun(2, NVCOLL_KEY="c0ffee")
+        environs[1]["NVCOLL_KEY"] = "decade"
         _, (other, _) = ranks("time.sleep(100)", environs)
         assert other.wait(20) == 1
 

@@ -65,7 +65,7 @@ def settings_in_force(environ: Mapping[str, str]) -> list[dict[str, Any]]:
         text = given or settings.default_text(variable, environ)
         row = {
             "name": variable.name,
-            "value": "(hidden)" if variable.kind == "hex" else text,
+            "value": "(hidden)" if given and variable.kind == "hex" else text,
             "source": "environment" if given else "default",
             "doc": variable.doc,
             "error": None,

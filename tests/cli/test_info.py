@@ -77,6 +77,7 @@ def test_every_setting_with_its_source(facts):
     assert list(rows) == [variable.name for variable in settings.TABLE if not variable.internal]
     assert (rows["NVCOLL_TIMEOUT"]["value"], rows["NVCOLL_TIMEOUT"]["source"]) == ("5", "environment")
     assert (rows["NVCOLL_SCRATCH"]["value"], rows["NVCOLL_SCRATCH"]["source"]) == ("8M", "default")
+    assert (rows["NVCOLL_KEY"]["value"], rows["NVCOLL_KEY"]["source"]) == (None, "default")
     assert all(row["doc"] and row["error"] is None for row in rows.values())
 
 
@@ -123,6 +124,7 @@ def test_inside_of_a_run_the_key_stays_secret(facts, told):
     _, found = facts(**inside)
     assert found["bootstrap"]["kind"] == "run"
     assert {row["name"]: row["value"] for row in found["settings"]}["NVCOLL_RANK"] == "1"
+    assert {row["name"]: row["value"] for row in found["settings"]}["NVCOLL_KEY"] == "(hidden)"
     assert "c0ffee" not in json.dumps(found)
     assert "c0ffee" not in told()[1]
 
