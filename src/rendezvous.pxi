@@ -72,7 +72,7 @@ class RendezvousServer:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._connections = set()
-        self._strangers = set()  # those of them that have not proved the key yet
+        self._strangers = {}  # those of them that have not proved the key yet, in the order in which they came -> None
         self._sessions = {}  # (group, number) -> session
         self._joined = {LAUNCH: [0] * size}  # group -> how often each of its ranks has joined
         self._ended = set()  # ranks whose processes have ended
@@ -147,13 +147,13 @@ class RendezvousServer:
             time.sleep(0.01)  # out of descriptors: do not spin on it
             return
         if len(self._strangers) >= self.size + STRANGERS:
-            sock.close()
-            return
+            # not the new one: a rank greets within a moment, so who has said nothing for longest is none
+            self._drop(next(iter(self._strangers)))
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = _Connection(sock, time.monotonic() + GREETING_SECONDS)
         self._connections.add(connection)
-        self._strangers.add(connection)
+        self._strangers[connection] = None
         self._selector.register(sock, selectors.EVENT_READ, connection)
 
     def _attend(self, connection, events):
@@ -217,7 +217,7 @@ class RendezvousServer:
         joined = self._joined.setdefault(group, [0] * size)
         number = joined[rank]
         joined[rank] += 1
-        self._strangers.discard(connection)
+        self._strangers.pop(connection, None)
         connection.rank = rank
         connection.session = self._sessions.setdefault((group, number), _Session(group, number, size))
         connection.session.members[rank] = connection
@@ -292,7 +292,7 @@ class RendezvousServer:
         if connection not in self._connections:
             return
         self._connections.remove(connection)
-        self._strangers.discard(connection)
+        self._strangers.pop(connection, None)
         self._selector.unregister(connection.sock)
         connection.sock.close()
         session = connection.session

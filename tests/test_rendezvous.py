@@ -6,6 +6,8 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -231,6 +233,35 @@ def answers(server, *messages):
     return received
 
 
+# Connects again and again, and says nothing. The end of it is that of its input.
+FLOOD = """
+import collections, socket, sys, threading, time
+first, last = [], collections.deque(maxlen=200)
+def flood():
+    while True:
+        try:
+            (first if len(first) < 500 else last).append(socket.create_connection((sys.argv[1], int(sys.argv[2]))))
+        except OSError:
+            time.sleep(0.01)
+threading.Thread(target=flood, daemon=True).start()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def flooded(server, monkeypatch):
+    """A server to which silent connections come all the time, and that waits long for them to say something."""
+    monkeypatch.setattr(_bootstrap, "GREETING_SECONDS", 60.0)
+    with subprocess.Popen(
+        [sys.executable, "-c", FLOOD, *server.address.split(":")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        eventually(lambda: len(server._strangers) > server.size + 60)
+        yield server
+        process.stdin.close()
+
+
 class TestStrangers:
     @pytest.mark.parametrize(
         ("messages", "reason"),
@@ -260,6 +291,14 @@ class TestStrangers:
                 stack.enter_context(socket.create_connection((host, int(port))))
             exchange = stack.enter_context(contextlib.closing(join(server, 0)))
             assert exchange.allgather(b"x") == [b"x"]
+
+    def test_a_flood_of_those_who_say_nothing_does_not_keep_ranks_out(self, flooded):
+        with ThreadPoolExecutor(3) as pool:
+            ranks = list(pool.map(lambda rank: join(flooded, rank), range(3)))
+        assert gather(ranks, b"a", b"b", b"c") == [[b"a", b"b", b"c"]] * 3
+        assert len(flooded._strangers) <= flooded.size + 64
+        for exchange in ranks:
+            exchange.close()
 
     def test_the_server_proves_the_key_first(self, server):
         """A client gives nothing away to a server that only claims to know the key."""
