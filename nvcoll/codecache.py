@@ -1,12 +1,14 @@
 """Compiled code that is kept on disk between processes: read whole or not at all, trusted only if it is one's own."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
 import stat
 import struct
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +19,13 @@ PACKAGE = Path(__file__).parent
 HEADER = len(hashlib.sha256().digest())
 LOCK = struct.Struct("@hhqqi0q")
 """C's struct flock: type, whence, start, length, and a process, which is none here."""
+PATIENCE = 60.0
+"""Seconds to wait for another process that makes the same file: far more than a kernel takes, so who takes longer has
+been stopped, and to make the file once more is better than to wait for ever."""
+LONGEST_PAUSE = 0.05
+"""Seconds between two looks at a lock, at most: what a rank that waits for another one's kernel may lose."""
+NOT_ELSEWHERE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Flags to open a file of the cache, which may be something else: a link is refused, a pipe keeps nobody waiting."""
 
 
 class CodeCache:
@@ -32,7 +41,10 @@ class CodeCache:
         self._folder = folder
 
     def get(self, name: str, make: Callable[[], bytes]) -> bytes:
-        """Return the file of that name, or what `make` gives, which is kept then. One process makes, others wait."""
+        """Return the file of that name, or what `make` gives, which is kept then.
+
+        One process makes, others wait, but not for ever: then they make it too.
+        """
         folder = _private_folder(self._folder)
         if folder is None:
             return make()
@@ -83,10 +95,11 @@ def _warn_no_cache(reason: str) -> None:
 
 
 def _read(path: Path) -> bytes | None:
-    """Return the contents of a cache file, or None if it is absent, damaged or of another user."""
+    """Return the contents of a cache file, or None if it is absent, damaged, no file, or of another user."""
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid != os.geteuid():  # a group may write in the folder
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | NOT_ELSEWHERE)) as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_uid != os.geteuid() or not stat.S_ISREG(facts.st_mode):  # a group may write in the folder
                 return None
             stored = file.read()
     except OSError:
@@ -110,24 +123,38 @@ def _write(path: Path, code: bytes) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a file's lock among all that share the cache; without one where that is not possible.
+    """Hold a file's lock among all that share the cache; without one where that is not possible within `PATIENCE`.
 
     Each name has a byte of the lock file, so that processes which make different files do not wait for each other. The
     lock belongs to the open file: one of the process would not keep its threads apart, and end when any of them closes
     the lock file.
     """
     try:
-        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | NOT_ELSEWHERE, 0o600)
     except OSError:
         yield
         return
     byte = zlib.crc32(name.encode())
     try:
         with contextlib.suppress(OSError):
-            fcntl.fcntl(handle, fcntl.F_OFD_SETLKW, LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+            _take(handle, byte)
         yield
     finally:
         # Closing is not enough where a child was forked meanwhile: it has the file too.
         with contextlib.suppress(OSError):
             fcntl.fcntl(handle, fcntl.F_OFD_SETLK, LOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
         os.close(handle)
+
+
+def _take(handle: int, byte: int) -> None:
+    """Take the lock of a byte, or raise OSError where another process holds it for longer than `PATIENCE`."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.001
+    while True:
+        try:
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+            return
+        except OSError as exc:
+            if exc.errno not in {errno.EAGAIN, errno.EACCES} or time.monotonic() >= deadline:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
