@@ -34,10 +34,11 @@ class CodeCache:
     Parameters
     ----------
     folder
-        Where they are kept; made on first use. Where nothing can be kept or trusted, code is compiled anew.
+        Where they are kept; made on first use. Where nothing can be kept or trusted, or it is None, code is compiled
+        anew.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def get(self, name: str, make: Callable[[], bytes]) -> bytes:
@@ -68,8 +69,11 @@ def digest_of(platform: str, *sources: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _private_folder(folder: Path) -> Path | None:
+def _private_folder(folder: Path | None) -> Path | None:
     """Make the cache folder; None, with a warning, where machine code could not be trusted or kept there."""
+    if folder is None:
+        _warn_no_cache("this user has no home directory")
+        return None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()

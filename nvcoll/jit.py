@@ -26,10 +26,10 @@ class Compiler:
     Parameters
     ----------
     cache_dir
-        Where object files are kept between processes.
+        Where object files are kept between processes; None: nowhere.
     """
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache_dir: Path | None) -> None:
         self._cache = CodeCache(cache_dir)
         self._engines: list[Any] = []
         self._addresses: dict[str, int] = {}

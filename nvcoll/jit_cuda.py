@@ -80,10 +80,10 @@ class CubinCache:
     Parameters
     ----------
     folder
-        Where.
+        Where; None: nowhere.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._files = CodeCache(folder)
 
     def get(

@@ -34,7 +34,7 @@ class Kernels:
     device
         The GPU.
     cache_dir
-        Where cubins are kept between processes.
+        Where cubins are kept between processes; None: nowhere.
     remote
         Whether they reach far ranks.
     together
@@ -42,7 +42,7 @@ class Kernels:
         begin while those of other ranks wait for it. That costs a few per cent of the speed of large messages.
     """
 
-    def __init__(self, device: Any, cache_dir: Path, remote: bool = False, together: bool = False) -> None:
+    def __init__(self, device: Any, cache_dir: Path | None, remote: bool = False, together: bool = False) -> None:
         self.device = device
         self.remote = remote
         self._together = together

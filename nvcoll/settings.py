@@ -105,7 +105,10 @@ TABLE: tuple[Variable, ...] = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The values in force, one field for each row of `TABLE`."""
+    """The values in force, one field for each row of `TABLE`.
+
+    `cache_dir` is None where it is not set, and the user has no home directory.
+    """
 
     bootstrap: str
     backend: str
@@ -115,7 +118,7 @@ class Settings:
     ranks_per_node: int | None
     scratch: int
     heap: int | None
-    cache_dir: Path
+    cache_dir: Path | None
     spin: float | None
     key: bytes | None
     rank: int | None
@@ -206,20 +209,23 @@ def default_text(variable: Variable, environ: Mapping[str, str] = os.environ) ->
 
 
 def value(variable: Variable, environ: Mapping[str, str] = os.environ) -> Any:
-    """Return the value of one variable, as `read` would.
+    """Return the value of one variable, as `read` would; None if there is none, or a default that cannot be known.
 
     Raises
     ------
     ArgumentError
         It is not accepted.
     """
-    text = environ.get(variable.name, "").strip() or default_text(variable, environ)
+    given = environ.get(variable.name, "").strip()
+    text = given or default_text(variable, environ)
     if text is None:
         return None
     accepted, parse = KINDS[variable.kind]
     try:
         return parse(text)
     except ValueError:
+        if not given:  # no home directory, as in a container with a user of its own
+            return None
         got = f"{len(text)} characters" if variable.kind == "hex" else repr(text)  # the key is a secret
         raise ArgumentError(f"{variable.name}: expected {accepted}, got {got}; change or unset it") from None
 

@@ -244,7 +244,7 @@ def _stream_on(device: Any) -> int:
 
 
 @cache
-def _shared_kernels(ordinal: int, cache_dir: Path) -> Kernels:
+def _shared_kernels(ordinal: int, cache_dir: Path | None) -> Kernels:
     """Return the kernels of all emulated ranks on a GPU, in this process."""
     return Kernels(driver.Device(ordinal), cache_dir, together=True)
 

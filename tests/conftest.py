@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -186,6 +187,18 @@ def nothing_remains():
     assert not left, f"the tests left processes running: {left}"
     left = wait_until_empty(lambda: segments() - before)
     assert not left, f"the tests left segments in {SHM}: {sorted(left)}"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user whom the system does not know, and who has no home directory."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "NVCOLL_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
 @dataclass(frozen=True)

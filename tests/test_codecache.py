@@ -95,3 +95,14 @@ def test_a_lock_that_is_a_link_is_not_followed(get, tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     assert get() == get() == b"1"
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_without_a_folder_it_is_made_every_time_and_told_why():
+    codecache._warn_no_cache.cache_clear()
+    cache = codecache.CodeCache(None)
+    with pytest.warns(
+        RuntimeWarning, match=r"anew in every process: this user has no home .*; point NVCOLL_CACHE_DIR to"
+    ):
+        assert cache.get("one.o", lambda: b"1") == b"1"
+    assert cache.get("one.o", lambda: b"2") == b"2"
+    codecache._warn_no_cache.cache_clear()

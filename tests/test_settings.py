@@ -126,6 +126,13 @@ def test_cache_follows_xdg():
     assert read_one("cache_dir", "/elsewhere", XDG_CACHE_HOME="/var/cache") == Path("/elsewhere")
 
 
+def test_without_a_home_nothing_is_refused_that_the_user_has_not_said(homeless):
+    assert settings.read({}).cache_dir is None
+    assert settings.read({"XDG_CACHE_HOME": "/var/cache"}).cache_dir == Path("/var/cache/nvcoll")
+    with pytest.raises(ArgumentError, match="NVCOLL_CACHE_DIR: expected a path, got '~/kernels'; change or unset it"):
+        read_one("cache_dir", "~/kernels")
+
+
 def test_a_home_that_is_unknown_is_refused():
     with pytest.raises(ArgumentError, match="NVCOLL_RULES: expected a path, got '~nobody-of-that-name/rules'"):
         read_one("rules", "~nobody-of-that-name/rules")

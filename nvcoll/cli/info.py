@@ -123,9 +123,11 @@ def gpus(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def cache(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return where compiled kernels are kept, how many bytes they are, and whether more can be written."""
+    """Return where compiled kernels are kept, if anywhere, how many bytes they are, and whether more can be written."""
     variable = next(variable for variable in settings.TABLE if variable.field == "cache_dir")
-    folder = Path(settings.value(variable, environ))
+    folder = settings.value(variable, environ)
+    if folder is None:
+        return {"folder": None, "files": 0, "bytes": 0, "writable": False}
     files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
     there = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
     return {
@@ -179,11 +181,17 @@ def _rows(told: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             "Compiled kernels",
             [
-                ("folder", kernels["folder"] + ("" if kernels["writable"] else " (not writable)")),
+                ("folder", _folder(kernels)),
                 ("files", f"{kernels['files']}, {_size(kernels['bytes'])}"),
             ],
         ),
     ]
+
+
+def _folder(told: Mapping[str, Any]) -> str:
+    if told["folder"] is None:
+        return "none: this user has no home directory; set NVCOLL_CACHE_DIR"
+    return str(told["folder"]) + ("" if told["writable"] else " (not writable)")
 
 
 def _gpu_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -208,6 +208,13 @@ def test_compiled_kernels(facts, tmp_path):
     assert found["cache"] == {"folder": str(tmp_path / "cache"), "files": 2, "bytes": 123, "writable": True}
 
 
+def test_a_user_without_a_home(homeless, facts, told):
+    _, found = facts()
+    assert found["cache"] == {"folder": None, "files": 0, "bytes": 0, "writable": False}
+    assert all(row["error"] is None for row in found["settings"])
+    assert "none: this user has no home directory; set NVCOLL_CACHE_DIR" in told()[1]
+
+
 def test_a_cache_that_is_not_there_yet(facts, tmp_path):
     _, found = facts(NVCOLL_CACHE_DIR=str(tmp_path / "not/yet"))
     assert found["cache"] == {"folder": str(tmp_path / "not/yet"), "files": 0, "bytes": 0, "writable": True}
