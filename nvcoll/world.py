@@ -12,10 +12,10 @@ from nvcoll._plan import Queue
 from nvcoll.backends.area import Layout, open_area
 from nvcoll.backends.choice import agree_on_backend
 from nvcoll.backends.emulated import EmulatedMemory, Hub, LocalExchange, open_ranks, reserve
-from nvcoll.backends.group import Member, Part
+from nvcoll.backends.group import Member, Part, agree
 from nvcoll.backends.heap import Heap, Piece
 from nvcoll.backends.shm import SharedMemory
-from nvcoll.errors import ArgumentError
+from nvcoll.errors import ArgumentError, BootstrapError
 from nvcoll.jit import Compiler
 from nvcoll.parts import Parted
 from nvcoll.planning import Planner, read_rules
@@ -148,7 +148,7 @@ def open_world() -> Any:
         undo.callback(exchange.close)
         settings, rules = _agree_on_settings(exchange, settings)
         cores = exchange.allgather(_topology.usable_cpus())
-        identities = exchange.allgather(_bootstrap.host_identity())
+        identities = _identities(exchange)
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)
         backend, _ = agree_on_backend(exchange, settings.backend, topology.host_sizes)
         if backend == "nvshmem":
@@ -163,6 +163,16 @@ def open_world() -> Any:
         world = _build(exchange, topology, memory, common)
         undo.pop_all()
     return world
+
+
+def _identities(exchange: Any) -> list[bytes]:
+    """Return what tells the hosts of the ranks apart; BootstrapError on all ranks if one cannot share memory."""
+    mine, problem = b"", ""
+    try:
+        mine = _bootstrap.host_identity()
+    except OSError as exc:
+        problem = str(exc.strerror)
+    return agree(exchange, mine, problem, "Init: ranks cannot share memory", BootstrapError)
 
 
 def _agree_on_settings(exchange: Any, settings: Any) -> tuple[Any, dict[str, Any]]:

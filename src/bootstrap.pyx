@@ -25,6 +25,7 @@ import weakref
 from nvcoll.errors import AllocationError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
 
 include "segment.pxi"
+include "identity.pxi"
 include "frames.pxi"
 include "rendezvous.pxi"
 include "parts.pxi"

@@ -50,7 +50,7 @@ cdef extern from *:
     """
     ctypedef long long off_t
     int errno
-    const int EINTR, EINVAL, EAGAIN, EACCES, EEXIST, EPERM
+    const int EINTR, EINVAL, EAGAIN, EACCES, EEXIST, EPERM, ENOMEM
     const int O_CREAT, O_EXCL, O_RDWR
     const int F_SETLK, F_GETLK
     const short F_UNLCK
@@ -76,6 +76,17 @@ def _fail(int code, str what):
     raise OSError(code, f"{os.strerror(code)}: {what}")
 
 
+def _fail_to_map(int code, size):
+    _fail(code, f"cannot map {size} bytes of memory; a smaller NVCOLL_HEAP may fit")
+
+
+cdef Py_ssize_t _addressable(size) except? -1:
+    """Return a size as a number of C's; what is none is refused as what is just less, and no memory has, would be."""
+    if size > sys.maxsize:
+        _fail_to_map(ENOMEM, size)
+    return size
+
+
 cdef class Anonymous:
     """Private memory with `Segment`'s interface, less names and locks: for ranks that are threads."""
 
@@ -94,7 +105,7 @@ cdef class Anonymous:
         with nogil:
             address = nvcoll_map(fd, size)
         if address == NULL:
-            _fail(errno, f"cannot map {self.size} bytes of memory; a smaller NVCOLL_HEAP may fit")
+            _fail_to_map(errno, self.size)
         self.address = <size_t>address
         return 0
 
@@ -185,7 +196,7 @@ cdef class Segment(Anonymous):
     cdef Py_ssize_t _pid
 
     @staticmethod
-    def create(str name, Py_ssize_t size):
+    def create(str name, size):
         """Create a segment that must not exist yet, of `size` bytes, readable by this user only.
 
         Parameters
@@ -201,11 +212,11 @@ cdef class Segment(Anonymous):
             EEXIST, EMFILE, ENOMEM, ...; nothing is left behind.
         """
         cdef Segment self = Segment.__new__(Segment)
-        self._open(name, size, O_CREAT | O_EXCL | O_RDWR)
+        self._open(name, _addressable(size), O_CREAT | O_EXCL | O_RDWR)
         return self
 
     @staticmethod
-    def open(str name, Py_ssize_t size):
+    def open(str name, size):
         """Map a segment that another rank of this node created with the same size.
 
         Raises
@@ -215,7 +226,7 @@ cdef class Segment(Anonymous):
             belongs to another user, or others may use it.
         """
         cdef Segment self = Segment.__new__(Segment)
-        self._open(name, size, O_RDWR)
+        self._open(name, _addressable(size), O_RDWR)
         return self
 
     cdef int _open(self, str name, Py_ssize_t size, int flags) except -1:
@@ -357,7 +368,7 @@ cdef class Segment(Anonymous):
             self._counted = False
 
 
-def anonymous(Py_ssize_t size):
+def anonymous(size):
     """Return private zeroed memory of `size` bytes with `Segment`'s interface, less names and locks.
 
     Raises
@@ -368,21 +379,6 @@ def anonymous(Py_ssize_t size):
     if size < 1:
         raise ValueError(f"memory needs a size of 1 or more, got {size}")
     cdef Anonymous self = Anonymous.__new__(Anonymous)
-    self.size = size
+    self.size = _addressable(size)
     self._map()
     return self
-
-
-def host_identity() -> bytes:
-    """Return bytes that are equal exactly on ranks that can map each other's POSIX shared memory.
-
-    They are the boot of the kernel, the file system behind ``/dev/shm``, the host's name and the user.
-    """
-    shm = os.stat("/dev/shm")
-    try:
-        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
-            boot = file.read().strip()
-    except OSError:
-        boot = b"unknown"
-    facts = f"{shm.st_dev}:{shm.st_ino}:{os.geteuid()}:{socket.gethostname()}"
-    return boot + b":" + facts.encode()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvcoll._bootstrap import Segment, anonymous, host_identity
+from nvcoll._bootstrap import Segment, anonymous
 from nvcoll.errors import StateError
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -142,6 +142,9 @@ class TestErrors:
             (lambda name: Segment.open(name, PAGE), errno.ENOENT, "cannot open shared memory"),
             (lambda name: Segment.create(name + "x" * 300, PAGE), errno.EINVAL, "cannot create"),
             (lambda name: Segment.create(name, 1 << 62), errno.ENOMEM, "cannot map 4611686018427387904 bytes"),
+            (lambda name: Segment.create(name, 1 << 70), errno.ENOMEM, "cannot map 1180591620717411303424 bytes"),
+            (lambda name: Segment.open(name, 1 << 70), errno.ENOMEM, "cannot map 1180591620717411303424 bytes"),
+            (lambda name: anonymous(1 << 70), errno.ENOMEM, "cannot map .* a smaller NVCOLL_HEAP may fit"),
         ],
     )
     def test_system_errors_name_what_failed_and_leave_nothing(self, name, make, code, message):
@@ -347,24 +350,3 @@ class TestAnonymous:
         with pytest.raises(OSError, match="cannot map") as caught:
             anonymous(1 << 62)
         assert caught.value.errno == errno.ENOMEM
-
-
-class TestHost:
-    def test_processes_of_a_host_have_the_same_identity(self, peer):
-        _, line = peer("print(host_identity().hex())")
-        assert bytes.fromhex(line) == host_identity()
-
-    def test_another_shm_is_another_identity(self, peer):
-        if os.geteuid() != 0:
-            pytest.skip("a new mount needs root")
-        command = 'mount -t tmpfs none /dev/shm && exec "$@"'
-        code = "from nvcoll._bootstrap import *; print(host_identity().hex())"
-        run = subprocess.run(
-            ["unshare", "--mount", "sh", "-c", command, "sh", sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if run.returncode:
-            pytest.skip(f"no namespaces here: {run.stderr}")
-        assert bytes.fromhex(run.stdout) != host_identity()

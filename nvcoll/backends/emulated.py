@@ -10,7 +10,7 @@ from typing import Any
 from nvcoll import _bootstrap, _topology
 from nvcoll.backends import driver
 from nvcoll.backends.group import Member, physical_memory
-from nvcoll.errors import Error, PeerLostError, TimeoutError
+from nvcoll.errors import AllocationError, Error, PeerLostError, TimeoutError
 
 EXTENT = 1 << 30
 """Most address space an emulated rank gets by default."""
@@ -203,9 +203,12 @@ def open_ranks(hub: Hub, segment: Any, node_sizes: tuple[int, ...], build: Calla
 
 
 def reserve(size: int, extent: int | None) -> Any:
-    """Reserve address space for the heaps of `size` emulated ranks."""
+    """Reserve address space for the heaps of `size` emulated ranks, or raise AllocationError."""
     each = (extent or min(EXTENT, physical_memory())) // 4096 * 4096
-    return _bootstrap.anonymous(each * size)
+    try:
+        return _bootstrap.anonymous(each * size)
+    except OSError as exc:
+        raise AllocationError(f"memory of {size} ranks: {exc.strerror}") from exc
 
 
 class DeviceSegment:

@@ -1,6 +1,7 @@
 """The command `nvcoll`: each module of this package is a subcommand and offers add_parser and main."""
 
 import argparse
+import errno
 import importlib
 import os
 import pkgutil
@@ -10,6 +11,9 @@ from collections.abc import Sequence
 
 from nvcoll import __version__
 from nvcoll.errors import ArgumentError, Error
+
+NO_OUTPUT = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+"""What the system has against output that it cannot take. Commands tell of files that they write themselves."""
 
 
 def commands() -> list[str]:
@@ -40,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 if all went well, 2 for a mistake in the arguments or settings, else as the subcommand says.
+        0 if all went well, 2 for a mistake in the arguments or settings, 1 if the output cannot be written, else as the
+        subcommand says.
     """
     argv = sys.argv[1:] if argv is None else argv
     known = commands()
@@ -55,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as in `nvcoll info | head -1`; what is still buffered has no reader
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in NO_OUTPUT or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        if isinstance(error, BrokenPipeError):  # as in `nvcoll info | head -1`
+            return 128 + signal.SIGPIPE
+        text = f"cannot write the output ({error.strerror}); make room, or redirect it"
+        print(f"nvcoll {args.subcommand}: {text}", file=sys.stderr)
+        return 1

@@ -104,13 +104,15 @@ class Launcher:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        for found in list(self._selector.get_map().values()):
-            if isinstance(found.data, _Lines):
-                while found.data.copy() and _is_ready(found.fd):
-                    pass
-        self._selector.close()
-        os.close(self._wake)
-        os.close(self._waker)
+        try:
+            for found in list(self._selector.get_map().values()):
+                if isinstance(found.data, _Lines):
+                    while found.data.copy() and _is_ready(found.fd):
+                        pass
+        finally:  # also where nothing more can be written
+            self._selector.close()
+            os.close(self._wake)
+            os.close(self._waker)
 
     def start(self, command: list[str], environ: dict[str, str]) -> None:
         """Start one more rank.
@@ -278,5 +280,6 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"nvcoll run: {text}\n")  # one write: ranks write there too
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.write(f"nvcoll run: {text}\n")  # one write: ranks write there too
+        sys.stderr.flush()

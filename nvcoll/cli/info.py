@@ -216,8 +216,7 @@ def main(args: argparse.Namespace) -> int:
     for text in settings.unknown():
         print(f"nvcoll info: {text}", file=sys.stderr)
     if args.json:
-        json.dump(told, sys.stdout, indent=2)
-        print()
+        print(json.dumps(told, indent=2))
     else:
         for title, rows in _rows(told):
             print(title)

@@ -105,6 +105,11 @@ def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str,
     result = {name: value for name, value in environ.items() if name not in _internal()}
     result.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.n)))
     if args.prefix:
+        if sys.stdout is None or sys.stderr is None:
+            raise ArgumentError(
+                "--prefix: lines go to the standard output and error output, of which one is closed; redirect it, to "
+                "/dev/null if nobody reads it"
+            )
         result.setdefault("PYTHONUNBUFFERED", "1")  # a pipe would hold lines back until the rank ends
     if args.timeout is not None:
         result["NVCOLL_TIMEOUT"] = str(args.timeout)

@@ -10,7 +10,7 @@ import nvcoll
 from nvcoll.backends import emulated
 from nvcoll.backends.driver import Device
 from nvcoll.backends.emulated import Hub, LocalExchange, on_gpu, reserve_on, when_none_runs
-from nvcoll.errors import DeviceError, PeerLostError, TimeoutError
+from nvcoll.errors import AllocationError, DeviceError, PeerLostError, TimeoutError
 from tests.conftest import eventually
 from tests.fake_cuda import MEMORY
 from tests.meeting import gather, together
@@ -166,3 +166,12 @@ class TestParts:
         with pytest.raises(ZeroDivisionError) as raised:
             nvcoll.emulate(4).run(main)
         assert raised.value.__notes__ == ["raised on emulated rank 2"]
+
+
+@pytest.mark.parametrize("extent", [1 << 61, (1 << 63) - 4096])
+def test_heaps_that_no_memory_could_hold(extent):
+    text = (
+        rf"^memory of 4 ranks: Cannot allocate memory: cannot map {4 * extent} bytes .*; a smaller NVCOLL_HEAP may fit$"
+    )
+    with pytest.raises(AllocationError, match=text):
+        emulated.reserve(4, extent)

@@ -78,6 +78,15 @@ def test_a_lost_rank_leaves_no_name(path, number):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("extent", [1 << 62, 1 << 70])
+def test_more_than_can_be_addressed(path, extent):
+    with pytest.raises(
+        AllocationError, match=rf"rank 0: .* cannot map {extent} bytes .*; a smaller NVCOLL_HEAP may fit"
+    ):
+        alone(extent)
+    assert not path.exists()
+
+
 def test_what_cannot_be_created(path):
     path.touch()
     with pytest.raises(AllocationError, match=r"^shared memory cannot be created: rank 0: .*File exists"):

@@ -252,6 +252,19 @@ class TestCommandLine:
         status, output = run_command(["bash", "-c", text])
         assert (status, output) in {(0, "141\n"), (0, "0\n")}  # 0: all was written before the reader left
 
+    @pytest.mark.parametrize("words", ["info", "info --json"])
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    def test_output_that_cannot_be_written(self, run_command, words, unbuffered):
+        status, output = run_command(
+            ["sh", "-c", f"{NVCOLL} {words} > /dev/full"], env={"PYTHONUNBUFFERED": unbuffered}
+        )
+        text = "nvcoll info: cannot write the output (No space left on device); make room, or redirect it\n"
+        assert (status, output) == (1, text)
+
+    @pytest.mark.parametrize("words", ["info", "info --json"])
+    def test_output_that_is_closed(self, run_command, words):
+        assert run_command(["sh", "-c", f"{NVCOLL} {words} >&-"]) == (0, "")
+
     def test_as_a_module_of_python(self, run_command):
         status, output = run_command([sys.executable, "-m", "nvcoll", "--version"], cwd="/")
         assert (status, output) == (0, f"nvcoll {importlib.metadata.version('nvcoll')}\n")

@@ -357,6 +357,22 @@ class TestOutput:
             assert process.wait(20) == 128 + signal.SIGPIPE
             assert process.stderr.read() == b""
 
+    def test_output_that_cannot_be_written_ends_the_run(self):
+        words = [NVCOLL, "run", "-n", "2", "--prefix", "--", "yes"]
+        with open("/dev/full", "wb") as full:  # noqa: PTH123 - no file, but a device
+            done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False)
+        text = "nvcoll run: cannot write the output (No space left on device); make room, or redirect it\n"
+        assert (done.returncode, done.stderr) == (1, text)
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_a_closed_output(self, run_command, number):
+        code = f"import os, sys; sys.exit(os.path.exists('/proc/self/fd/{number}'))"  # ranks inherit that it is closed
+        command = f'{NVCOLL} run -n 2 {{}} -c "{code}" {number}>&-'
+        assert run_command(["sh", "-c", command.format("")]) == (0, "")
+        status, output = run_command(["sh", "-c", command.format("--prefix")])
+        assert status == 2
+        assert output.startswith("nvcoll run: --prefix: lines go to the standard output and error output, of which one")
+
 
 class TestInput:
     def test_goes_to_rank_0_only(self):
