@@ -254,6 +254,7 @@ class FakeDriver(types.ModuleType):
             self._demand(apart or inside, f"{nbytes} bytes at {address:#x} leave {len(memory)} at {start:#x}")
 
     def cuMemAlloc(self, nbytes):
+        nbytes.to_bytes(8)  # as cuda-python, which takes nothing larger
         return self._take(nbytes)
 
     def cuMemFree(self, address):

@@ -6,6 +6,7 @@ ranks may be threads. Without cuda-python this module imports; what needs it rai
 """
 
 import ctypes
+import sys
 import threading
 import uuid as uuid_
 from functools import cache
@@ -170,7 +171,7 @@ def allocate(nbytes: int) -> int:
     AllocationError
         The GPU has no such room.
     """
-    return int(_call("cuMemAlloc", nbytes))
+    return int(_call("cuMemAlloc", min(nbytes, sys.maxsize)))  # the call takes no more, and the driver refuses as much
 
 
 def free(address: int) -> None:

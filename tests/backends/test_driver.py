@@ -202,10 +202,11 @@ class TestMemory:
         with pytest.raises(DeviceError, match=cure):
             driver.allocate(8)
 
-    def test_too_much(self, fake):
+    @pytest.mark.parametrize("nbytes", [1 << 40, 1 << 70])
+    def test_too_much(self, fake, nbytes):
         text = r"^cuMemAlloc: CUDA_ERROR_OUT_OF_MEMORY \(2\), words on it; free memory of the GPU or lower NVCOLL_HEAP$"
         with pytest.raises(AllocationError, match=text), driver.Device(0):
-            driver.allocate(1 << 40)
+            driver.allocate(nbytes)
 
     def test_an_error_that_the_driver_has_no_words_for(self, fake):
         fake.fail["cuMemFree"] = Result.CUDA_ERROR_STRANGE
