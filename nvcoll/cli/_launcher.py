@@ -269,6 +269,8 @@ def _is_ready(fd: int) -> bool:
 def _how(status: int) -> str:
     if status > 0:
         return f"ended with status {status}"
+    if status == -signal.SIGKILL:
+        return "was killed by SIGKILL, by which the kernel also ends who needs more memory than there is"
     try:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:  # real-time signals have no names

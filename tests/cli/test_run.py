@@ -223,7 +223,7 @@ class TestStatus:
         )
         status, output = nvcoll("-n", "2", "-c", code)
         assert status == 128 + 9
-        assert "nvcoll run: rank 1 was killed by SIGKILL" in output
+        assert "nvcoll run: rank 1 was killed by SIGKILL, by which the kernel also ends who needs more memory" in output
 
     def test_what_ignores_sigterm_is_killed(self, run_command, tmp_path):
         code = (
