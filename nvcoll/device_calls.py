@@ -21,11 +21,12 @@ from nvcoll.buffers import (
     current_stream,
     keep_for,
     parse_device,
+    working_stream,
 )
 from nvcoll.buffers.refusals import BACK
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.device_requests import OnStream, sweep
-from nvcoll.errors import ArgumentError, MismatchError, StateError, TimeoutError
+from nvcoll.errors import ArgumentError, Error, MismatchError, StateError, TimeoutError
 from nvcoll.ops import CODES, DATATYPES, MAX, Datatype, Op
 from nvcoll.planning import EMPTY, plan_meeting
 from nvcoll.requests import Pending
@@ -56,6 +57,7 @@ class DeviceCalls:
     def allocate(self, verb: str, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
         self.check(verb)
+        self.refuse_capture(verb)
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
         sweep()
@@ -67,8 +69,11 @@ class DeviceCalls:
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here, and see whether all calls matched."""
         self.check("Barrier")
-        area, stream = self._world.planner.area, self._world.stream  # 0 is the legacy default
-        if not self._meeting("barrier").run(area.history, area.token, stream):
+        self.refuse_capture("Barrier")
+        area, world = self._world.planner.area, self._world
+        owner = world.stream or working_stream(world.device.ordinal)  # where a library replays a graph, most likely
+        stream = as_stream(owner, None, "Barrier")
+        if not self._meeting("barrier").run(area.history, area.token, stream, owner):
             raise self._failure("Barrier")
         try:
             same = area.same_history(stream)
@@ -113,21 +118,18 @@ class DeviceCalls:
         self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
     ) -> Callable[[], Pending]:
         """Judge the arguments of a nonblocking all-reduce; return what begins it."""
-        send, recv, handle, queue, owner = self._judge(verb, sendbuf, recvbuf, op, stream)
+        send, recv, handle, queue, _ = self._judge(verb, sendbuf, recvbuf, op, stream)
         state = self._world.planner.state
+        self._refuse_captured(verb, queue)  # before a kernel is loaded, which may spoil the graph
         plan, from_, to = self._matched(send, recv, op, handle, algorithm)
 
         def start() -> Pending:
             state.demand()
+            queue, owner = self._queue(verb, sendbuf, recvbuf, stream)  # the libraries may be on other streams by now
             for spec in (send, recv):
                 if isinstance(spec.owner, DeviceBuffer) and spec.owner.freed:
                     raise StateError(f"{verb}: the DeviceBuffer was freed, expected a living one; make another request")
-            with self._world.device:
-                if driver.stream_capturing(queue):
-                    raise StateError(
-                        f"{verb}: the stream is being captured, and a request tells nothing of the calls of a graph; "
-                        "call Allreduce"
-                    )
+            self._refuse_captured(verb, queue)
             owners = (send.owner, recv.owner)
             pending = OnStream(self._world.device, lambda: self.end(verb), lambda: self._world.left, owners)
             if not plan.run(from_, to, queue, owner):
@@ -137,13 +139,22 @@ class DeviceCalls:
 
         return start
 
+    def _refuse_captured(self, verb: str, queue: int) -> None:
+        with self._world.device:
+            if driver.stream_capturing(queue):
+                raise StateError(
+                    f"{verb}: the stream is being captured, and a request tells nothing of the calls of a graph; call "
+                    "Allreduce"
+                )
+
     def refuse_capture(self, verb: str) -> None:
         """Raise StateError while a library captures a graph: what waits for the GPU would spoil it."""
         captured = captured_stream()
         if captured is not None:
             library = type(captured).__module__.partition(".")[0]
             raise StateError(
-                f"{verb}: {library} captures a graph, expected none; make and free communicators before or after"
+                f"{verb}: {library} captures a graph, expected none, for this waits for the GPU; call it before or "
+                "after"
             )
 
     def freed(self, failed: bool) -> None:
@@ -173,13 +184,7 @@ class DeviceCalls:
         world = self._world
         world.planner.state.demand()
         sendbuf, recvbuf, result = in_place(verb, sendbuf, recvbuf)
-        owner = stream
-        if stream is None:
-            arrays = (recvbuf,) if sendbuf is recvbuf else (recvbuf, sendbuf)
-            owner = world.stream or current_stream(*arrays, verb=verb)  # emulated ranks have one each
-        queue = as_stream(owner, None, verb)
-        if stream is None:
-            _refuse_to_miss_a_graph(verb, queue)
+        queue, owner = self._queue(verb, sendbuf, recvbuf, stream)
         send, recv, handle = judge_buffers(verb, sendbuf, recvbuf, result, op, partial(parse_device, stream=queue))
         for name, spec in ((result, recv),) if send is recv else (("sendbuf", send), ("recvbuf", recv)):
             back = BACK if spec is recv else ""
@@ -199,6 +204,16 @@ class DeviceCalls:
                     f"{spec.datatype.name} whole; pass a copy{back}"
                 )
         return send, recv, handle, queue, owner
+
+    def _queue(self, verb: str, sendbuf: Any, recvbuf: Any, stream: Any) -> tuple[int, Any]:
+        """Return the handle of the stream for a call that is made now, and what has it."""
+        if stream is not None:
+            return as_stream(stream, None, verb), stream
+        arrays = (recvbuf,) if sendbuf is recvbuf else (recvbuf, sendbuf)
+        owner = self._world.stream or current_stream(*arrays, verb=verb)  # emulated ranks have one each
+        queue = as_stream(owner, None, verb)
+        _refuse_to_miss_a_graph(verb, queue)
+        return queue, owner
 
     def _matched(
         self, send: Spec, recv: Spec, op: Any, handle: Op, algorithm: str | None
@@ -223,7 +238,10 @@ class DeviceCalls:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.clear()
             self._kept[key] = plan
-        fast = self._fast.setdefault(algorithm, DevicePlans(IN_PLACES, CODES, self._world.stream, captured_stream))
+        if algorithm not in self._fast:
+            stream, gpu = self._world.stream, self._world.device.ordinal
+            self._fast[algorithm] = DevicePlans(IN_PLACES, CODES, stream, captured_stream, gpu)
+        fast = self._fast[algorithm]
         fast.add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 
@@ -231,9 +249,12 @@ class DeviceCalls:
         """Return the error of the call that failed on the GPU; once, for the communicator is of no use from then on."""
         if self._raised:
             return StateError(BROKEN)
-        self._raised = True
         world, state = self._world, self._world.planner.state
-        boards = world.planner.area.boards()
+        try:
+            boards = world.planner.area.boards()
+        except Error:  # the context is lost: what has happened is told, if not whose fault it is
+            boards = [None] * world.size
+        self._raised = True
         tag = boards[world.rank] or 0
         others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
         missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]

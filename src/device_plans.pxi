@@ -108,19 +108,23 @@ cdef class DevicePlans:
         Where calls go that name no stream.
     captured
         Returns the stream that a library captures into a graph, or None.
+    device
+        Ordinal of the communicator's GPU: what lies on another one takes the long way, to be refused.
     """
     cdef dict table
     cdef list in_place
     cdef dict types
     cdef uintptr_t stream
     cdef object captured
+    cdef int device
 
-    def __init__(self, list in_place, dict types, uintptr_t stream, captured):
+    def __init__(self, list in_place, dict types, uintptr_t stream, captured, int device):
         self.table = {}
         self.in_place = in_place
         self.types = types
         self.stream = stream
         self.captured = captured
+        self.device = device
 
     def add(self, int64_t code, int64_t nbytes, op, DevicePlan plan):
         """Keep a plan for `run`, where `op` is known by identity: mpi4py's handles cannot be hashed."""
@@ -144,7 +148,7 @@ cdef class DevicePlans:
             sendbuf = recvbuf
         recv = span_of(recvbuf, self.types)
         send = recv if sendbuf is recvbuf else span_of(sendbuf, self.types)
-        if recv is None or send is None:
+        if recv is None or send is None or recv.memory.device != self.device or send.memory.device != self.device:
             return None
         from_, to = send.at(), recv.at()
         if send is not recv and (send.count != recv.count or send.code != recv.code

@@ -83,7 +83,7 @@ class Planner:
 class NeverFast:
     """A fast route that knows no plan."""
 
-    def __init__(self, in_place, types, stream, captured):
+    def __init__(self, in_place, types, stream, captured, device):
         self.stream = stream
 
     def add(self, *args):

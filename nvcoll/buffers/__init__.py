@@ -4,7 +4,7 @@ from .array import Allocation, Buffer, invalidate
 from .device import DeviceBuffer
 from .device_specs import parse_device
 from .specs import IN_PLACE, IN_PLACES, InPlace, Spec, check_pair, is_in_place, parse, while_alive
-from .streams import as_stream, captured_stream, current_stream, keep_for
+from .streams import as_stream, captured_stream, current_stream, keep_for, working_stream
 
 __all__ = [
     "IN_PLACE",
@@ -24,4 +24,5 @@ __all__ = [
     "parse",
     "parse_device",
     "while_alive",
+    "working_stream",
 ]

@@ -27,6 +27,14 @@ def read_only(where: str, buf: object) -> ArgumentError:
     )
 
 
+def no_memory(where: str, buf: object) -> DatatypeError:
+    """Return the refusal of what says that its elements lie at address 0, as torch's wrappers of tensors do."""
+    return DatatypeError(
+        f"{where} is a {type(buf).__name__} without memory of its own, expected an array with values; pass the one "
+        "that has them, such as .to_local() of a DTensor, or what .wait() gives"
+    )
+
+
 def gaps(where: str, buf: object, writable: bool, contiguous: str) -> ArgumentError:
     """Return the refusal of memory with gaps; `contiguous` copies what is of no library in `CONTIGUOUS`."""
     libraries = [kind.__module__.partition(".")[0] for kind in type(buf).__mro__]

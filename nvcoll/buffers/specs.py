@@ -16,7 +16,7 @@ from nvcoll.ops import Datatype, as_datatype, mpi_module
 
 from .array import Buffer, Owner
 from .dlpack import HOST_DEVICES
-from .refusals import BACK, MAKE, gaps, read_only, refuse_uncomputed
+from .refusals import BACK, MAKE, gaps, no_memory, read_only, refuse_uncomputed
 
 T = TypeVar("T")
 DATA = (bool, int, float, complex, list, tuple)
@@ -113,6 +113,8 @@ class Memory:
         given = self.dtype if datatype is None or foreign else datatype  # bytes are not swapped, whatever type is given
         element = as_datatype(given, verb, f"datatype of {name}")
         first, length = extent(f"{verb}: {name}", self.nbytes, element, count, displ)
+        if length and not self.address:
+            raise no_memory(f"{verb}: {name}", self.owner)
         start = self.address + first * element.itemsize
         return Spec(start, length, element, self.owner, self.order, self.device)
 

@@ -119,6 +119,20 @@ def current_stream(*arrays: Any, verb: str = "as_stream") -> Any:
     return told[0] if told else LEGACY
 
 
+def working_stream(device: int) -> Any:
+    """Return the stream on which torch, or else CuPy, works on a GPU now; the legacy default one if both do there."""
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and torch.cuda.is_initialized():
+        stream = torch.cuda.current_stream(device)
+        if stream.cuda_stream not in DEFAULT:
+            return stream
+    if cupy is not None:
+        stream = cupy.cuda.get_current_stream()
+        if stream.ptr not in DEFAULT and stream.device_id in (-1, device):  # of others' streams it does not know
+            return stream
+    return LEGACY
+
+
 def _current(owner: Any) -> Any:
     """Return the stream on which the library of an array works now; None if it does not tell."""
     if isinstance(owner, list | tuple) and owner:

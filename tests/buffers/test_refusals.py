@@ -2,6 +2,8 @@
 
 import ctypes
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +252,11 @@ def test_a_format_without_a_name_in_numpy_needs_a_datatype():
             r"is a meta tensor, which has no memory, expected .+; make one with torch\.empty_like",
         ),
         (
+            lambda t: t._efficientzerotensor(3),
+            DatatypeError,
+            r"is a Tensor without memory of its own, expected .+; pass the one that has them, such as \.to_local",
+        ),
+        (
             lambda t: t.eye(3).to_sparse(),
             ArgumentError,
             r"is a sparse tensor, expected .+; pass a dense copy, .+ back: t = x\.to_dense\(\); .+ = t\.to_sparse\(\)",
@@ -271,12 +278,29 @@ def test_a_format_without_a_name_in_numpy_needs_a_datatype():
             r"is torch\.float8_e5m2fnuz, expected one of .+; convert: x = x\.to\(",
         ),
     ],
-    ids=["grad", "meta", "sparse", "conjugate", "negative", "gaps", "datatype"],
+    ids=["grad", "meta", "no memory", "sparse", "conjugate", "negative", "gaps", "datatype"],
 )
 def test_refusals_of_tensors(make, exception, message):
     tensor = make(pytest.importorskip("torch"))
     with pytest.raises(exception, match=rf"^Allreduce: (datatype of )?recvbuf .*{message}"):
         parse("Allreduce", "recvbuf", tensor, writable=True)
+
+
+def test_memory_that_is_nowhere(monkeypatch):
+    """As in torch's wrappers of tensors."""
+
+    class Wrapper:
+        device, layout, requires_grad, dtype = SimpleNamespace(type="cpu"), None, False, np.dtype("f4")
+
+        def __init__(self):
+            self.is_conj = self.is_neg = lambda: False
+            self.is_contiguous, self.permute = lambda: True, lambda axes: self
+            self.data_ptr, self.dim, self.numel, self.element_size = lambda: 0, lambda: 1, lambda: 3, lambda: 4
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(Tensor=Wrapper, strided=None))
+    with pytest.raises(DatatypeError, match=r"^Allreduce: sendbuf is a Wrapper without memory of its own, expected an"):
+        parse("Allreduce", "sendbuf", Wrapper(), writable=False)
+    assert parse("Allreduce", "sendbuf", [Wrapper(), 0], writable=False).count == 0
 
 
 @pytest.mark.parametrize(

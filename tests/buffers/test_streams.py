@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from nvcoll.buffers import as_stream, captured_stream
+from nvcoll.buffers import as_stream, captured_stream, working_stream
 from nvcoll.errors import ArgumentError
 from tests.buffers.gpu import CudaInterface, empty_on_gpu
 
@@ -148,6 +148,34 @@ def test_no_stream_is_cupy_s_current_one_for_its_arrays(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert as_stream(None, cupy.ndarray()) == HANDLE
     assert as_stream(None, np.zeros(3)) == 0
+
+
+def test_where_libraries_work(monkeypatch):
+    assert working_stream(3) == 0
+    streams = types.SimpleNamespace(torch=77, cupy=88, device=3, started=True)
+
+    def current_of_torch(device):
+        assert device == 3
+        return types.SimpleNamespace(cuda_stream=streams.torch)
+
+    def current_of_cupy():
+        return types.SimpleNamespace(ptr=streams.cupy, device_id=streams.device)
+
+    torch = library("torch", "Tensor", current_stream=current_of_torch, is_initialized=lambda: streams.started)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert working_stream(3).cuda_stream == 77
+    monkeypatch.setitem(sys.modules, "cupy", library("cupy", "ndarray", get_current_stream=current_of_cupy))
+    assert working_stream(3).cuda_stream == 77
+    streams.torch = 0
+    assert working_stream(3).ptr == 88
+    streams.device = 4  # of another GPU
+    assert working_stream(3) == 0
+    streams.device = -1  # made by somebody else
+    assert working_stream(3).ptr == 88
+    streams.torch, streams.started = 77, False  # to ask would start CUDA
+    assert working_stream(3).ptr == 88
+    streams.cupy = 1
+    assert working_stream(3) == 0
 
 
 def test_a_stream_that_is_captured(monkeypatch):

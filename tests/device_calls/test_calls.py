@@ -159,11 +159,14 @@ class TestNonblocking:
             check()
 
     def test_a_stream_that_is_captured(self, world, calls):
+        """Nothing is planned then, for to load a kernel may spoil the graph."""
+        start = calls.begin("Allreduce_init", on_gpu(values()), None, SUM, 55, None)
         world.capturing.add(55)
-        start = calls.begin("Iallreduce", on_gpu(values()), None, SUM, 55, None)
         with pytest.raises(nvcoll.StateError, match=r"^Iallreduce: the stream is being captured"):
+            calls.begin("Iallreduce", on_gpu(values(4)), None, SUM, 55, None)
+        with pytest.raises(nvcoll.StateError, match=r"^Allreduce_init: the stream is being captured"):
             start()
-        assert world.planner.plans[0].launched == []
+        assert [plan.launched for plan in world.planner.plans] == [[]]
 
     def test_without_elements_the_ranks_meet(self, world, calls, monkeypatch):
         monkeypatch.setattr(device_calls, "OnStream", Recorded)
@@ -187,6 +190,16 @@ class TestBarrier:
         assert plan.launched == [(HISTORY, TOKEN, 99)] * 2
         assert plan.told == Told("barrier", 2, "int64", "MAX", None)  # which no reduction is taken for
         assert world.planner.waited == [99, 99]
+
+    def test_a_library_that_captures_a_graph(self, world, calls, monkeypatch):
+        monkeypatch.setattr(device_calls, "captured_stream", SimpleNamespace)
+        for verb, call in [
+            ("Barrier", calls.barrier),
+            ("empty", lambda: calls.allocate("empty", (3,), DATATYPES["int8"])),
+        ]:
+            with pytest.raises(nvcoll.StateError, match=rf"^{verb}: types captures a graph, expected none, for this"):
+                call()
+        assert world.planner.plans == []
 
     def test_calls_before_it_that_did_not_match(self, world, calls):
         world.planner.same = False
@@ -266,6 +279,25 @@ class TestFailures:
 
     def test_no_board_can_be_read(self, world, calls):
         assert "; none can be seen from here. " in str(self.error(world, calls, [None, self.tag(20), None, None]))
+
+    def test_boards_cannot_be_looked_at(self, world, calls):
+        """The context is lost, or Ctrl-C comes meanwhile."""
+
+        def raises(error):
+            def boards():
+                raise error
+
+            return boards
+
+        seen, world.planner.area.boards = world.planner.area.boards, raises(KeyboardInterrupt)
+        world.planner.state.failed = True
+        with pytest.raises(KeyboardInterrupt):
+            reduce(calls, on_gpu(values()))
+        world.planner.area.boards = raises(nvcoll.DeviceError("700"))
+        assert "none can be seen from here" in str(self.error(world, calls, []))
+        world.planner.area.boards = seen
+        with pytest.raises(nvcoll.StateError, match="an earlier call on this communicator failed"):
+            reduce(calls, on_gpu(values()))
 
     def test_ranks_that_call_something_else(self, world, calls):
         error = self.error(world, calls, [self.tag(20, 8), self.tag(20), self.tag(19), self.tag(20)])

@@ -52,6 +52,32 @@ def test_the_stream_of_either_array(world, calls, torch):
     assert tensor.recorded == []  # torch knows that stream
 
 
+def test_a_persistent_request_goes_where_the_library_works_when_it_is_begun(world, calls, torch, monkeypatch):
+    monkeypatch.setattr("nvcoll.device_calls.OnStream", lambda *args: SimpleNamespace(record=recorded.append))
+    recorded = []
+    start = calls.begin("Allreduce_init", torch.Tensor(values()), None, nvcoll.SUM, None, None)
+    for torch.current.cuda_stream in (77, 78):
+        start()
+    assert streams(world) == recorded == [77, 78]
+    torch.capturing = True
+    world.capturing.add(78)
+    with pytest.raises(nvcoll.StateError, match=r"^Allreduce_init: the stream is being captured"):
+        start()
+    named = calls.begin("Allreduce_init", on_gpu(values()), None, nvcoll.SUM, 5, None)
+    torch.current.cuda_stream = 5
+    named()
+    assert streams(world) == recorded == [77, 78, 5]
+
+
+def test_barriers_come_after_what_the_library_has_replayed(world, calls, torch):
+    calls.barrier()
+    torch.current.cuda_stream = 0
+    calls.barrier()
+    world.stream = 99  # of an emulated rank
+    calls.barrier()
+    assert streams(world) == world.planner.waited == [77, 0, 99]
+
+
 def test_streams_that_differ(world, calls, torch):
     other = CudaInterface(values(), stream=5)
     with pytest.raises(nvcoll.ArgumentError, match=r"^Allreduce: the arrays .* \(0x5, 0x4d\), expected one"):

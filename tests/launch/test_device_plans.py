@@ -10,7 +10,7 @@ memory = DeviceMemory(0x10000, 4096, 0)
 x, y = DeviceSpan(memory, 0, 7, 4, 11), DeviceSpan(memory, 1024, 7, 4, 11)
 in_place, op, kind = "in place", object(), "its type"
 captured = []
-plans = DevicePlans([None, in_place], {id(kind): (11, kind)}, 0x99, lambda: captured[-1] if captured else None)
+plans = DevicePlans([None, in_place], {id(kind): (11, kind)}, 0x99, lambda: captured[-1] if captured else None, 0)
 plans.add(11, 28, op, plan)
 
 def tried(*args):
@@ -52,6 +52,8 @@ def test_specs_that_say_what_is_so(see):
         "[DeviceSpan(memory, 0, 7, 4, 12), kind], None, op, None",
         "[[x, kind], kind], None, op, None",
         "in_place, None, op, None",
+        "DeviceSpan(DeviceMemory(0x10000, 4096, 1), 0, 7, 4, 11), None, op, None",  # another GPU
+        "x, DeviceSpan(DeviceMemory(0x20000, 4096, 1), 0, 7, 4, 11), op, None",
     ],
 )
 def test_all_else_takes_the_long_way(see, args):
