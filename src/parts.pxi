@@ -1,7 +1,7 @@
 # How ranks split into parts: what each tells all others, and what all conclude from it. Included by bootstrap.pyx.
 
 # What ranks exchange begins with a letter for what they do: so those that do something else are told apart.
-cdef object WISH = struct.Struct(">c?qq16s")  # s, whether there is a color, color, key, token
+cdef object WISH = struct.Struct(">c?qq16s16s")  # s, whether there is a color, color, key, token, verb
 
 
 def wish(verb, color, key):
@@ -10,7 +10,7 @@ def wish(verb, color, key):
     Parameters
     ----------
     verb
-        What the user called, for messages.
+        What the user called, of which 16 bytes are told.
     color
         Ranks of equal color come into one part; None: this rank comes into none.
     key
@@ -27,10 +27,11 @@ def wish(verb, color, key):
     """
     # the token of a part's first member is its name, so that no two parts of a launch ever have the same
     token = secrets.token_bytes(16)
+    name = verb.encode()
     if color is None:
-        return WISH.pack(b"s", False, 0, 0, token)
+        return WISH.pack(b"s", False, 0, 0, token, name)
     try:
-        return WISH.pack(b"s", True, color, key, token)
+        return WISH.pack(b"s", True, color, key, token, name)
     except struct.error as error:
         raise ValueError(
             f"{verb}: color is {color!r} and key is {key!r}, expected whole numbers of 64 bits with a sign; "
@@ -60,7 +61,7 @@ def part_of(verb, rank, wishes):
     Raises
     ------
     MismatchError
-        A rank does something else.
+        A rank does something else, or calls another verb. All ranks find this, and agree on it.
     """
     for other, each in enumerate(wishes):
         if len(each) != WISH.size or each[:1] != b"s":
@@ -69,9 +70,20 @@ def part_of(verb, rank, wishes):
                 "the same order on all ranks"
             )
     told = [WISH.unpack(each)[1:] for each in wishes]
-    defined, color, _, _ = told[rank]
+    defined, color, _, _, name = told[rank]
+    # color and key of one verb mean nothing to another: ranks that Dup would come into a part of Split's
+    for other, (*_, its) in enumerate(told):
+        if its != name:
+            raise MismatchError(
+                f"{verb}: rank {rank} calls {_verb(name)}, rank {other} calls {_verb(its)}; make the same calls in the "
+                "same order on all ranks"
+            )
     if not defined:
         return (), b""
-    keys = [(key, other) for other, (takes, its, key, _) in enumerate(told) if takes and its == color]
+    keys = [(key, other) for other, (takes, its, key, *_) in enumerate(told) if takes and its == color]
     members = tuple(other for _, other in sorted(keys))
     return members, told[members[0]][3]
+
+
+def _verb(name):
+    return name.rstrip(b"\0").decode(errors="replace")

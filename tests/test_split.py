@@ -90,7 +90,9 @@ class TestParts:
         assert gather(halves, b"a", b"b", b"c", b"d") == [[b"d", b"a"], [b"b", b"c"], [b"b", b"c"], [b"d", b"a"]]
 
     def test_facts(self, ranks):
-        ranks[2].verb, ranks[2].timeout = "Split", 7
+        for exchange in ranks:
+            exchange.verb = "Split"
+        ranks[2].timeout = 7
         exchanges, _ = split(ranks, *[(0, -rank) for rank in range(SIZE)])
         with contextlib.ExitStack() as stack:
             for exchange in exchanges:

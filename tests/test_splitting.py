@@ -161,6 +161,32 @@ def test_a_rank_that_does_something_else():
     ]
 
 
+@pytest.mark.parametrize(
+    ("verbs", "told"),
+    [
+        (("Split", "Dup", "Dup"), ["rank 0 calls Split, rank 1 calls Dup", "rank 1 calls Dup, rank 0 calls Split"]),
+        (("Dup", "Split_type", "Dup"), ["rank 0 calls Dup, rank 1 calls Split_type"]),
+        (("Split_type", "Split", "Split"), ["rank 0 calls Split_type, rank 1 calls Split"]),
+    ],
+)
+def test_ranks_that_make_communicators_in_different_ways(verbs, told):
+    """It is told on all ranks at once, and nobody gets one, also who would be in none; they can go on."""
+
+    def main(comm):
+        verb = verbs[comm.rank]
+        args = {"Dup": (), "Split": (UNDEFINED,), "Split_type": (COMM_TYPE_SHARED,)}[verb]
+        return verb, refusal(getattr(comm, verb), *args), comm.Dup().size
+
+    found = nvcoll.emulate(3).run(main)
+    assert {size for *_, size in found} == {3}
+    for verb, (kind, text), _ in found:
+        assert kind is nvcoll.MismatchError
+        assert text.startswith(f"{verb}: rank ")
+        assert text.endswith("; make the same calls in the same order on all ranks")
+    for (verb, (_, text), _), each in zip(found, told, strict=False):
+        assert text.startswith(f"{verb}: {each};")
+
+
 class TestCalls:
     def test_communicators_do_not_match_each_other(self):
         """Ranks that use two at the same time, in opposite order, from two threads."""
