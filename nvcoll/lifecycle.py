@@ -3,7 +3,10 @@
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from nvcoll.errors import StateError, missing_name
 from nvcoll.hosts import Between
 from nvcoll.world import World
 
-LIVING = ("_world", "_between", "_plans", "_kept", "_token", "_calls")
+LIVING = ("_world", "_between", "_plans", "_kept", "_token", "_calls", "_numbers")
 """Attributes of a communicator that is alive."""
 
 _all: "weakref.WeakSet[Living]" = weakref.WeakSet()
@@ -40,6 +43,7 @@ class Living:
     _kept: dict[Any, Plan]  # the long way
     _token: Spec  # what is sent where ranks only meet
     _calls: Any  # `DeviceCalls`, on GPUs
+    _numbers: defaultdict[str, Iterator[int]]  # by verb: of the communicators that it makes of this one
     _opening = threading.RLock()  # one opens at a time
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
 
@@ -88,7 +92,7 @@ class Living:
 
             calls = DeviceCalls(world)
         token = parse("Barrier", "token", np.zeros(1, np.uint8), True)
-        living: tuple[Any, ...] = (world, between, {}, {}, token, calls)
+        living: tuple[Any, ...] = (world, between, {}, {}, token, calls, defaultdict(partial(count, 1)))
         self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:

@@ -1,6 +1,7 @@
 """Communicators made from others: of all their ranks again, or of some of them."""
 
 import operator
+import re
 import sys
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,8 @@ AGREED = (AllocationError, DeviceError, MismatchError)
 """What is raised on all ranks together, which are in step then."""
 COMM_TYPE_SHARED = 1
 """What `Comm.Split_type` divides by: ranks of a node, which share memory."""
+DUPLICATE = re.compile(r"\.Dup\(\)(#\d+)?$")
+"""The end of the name of a communicator that `Comm.Dup` made."""
 
 
 class Splitting(Allocating):
@@ -55,9 +58,11 @@ class Splitting(Allocating):
         Notes
         -----
         The new communicator uses the same memory: buffers of either are symmetric to both. It lasts until `Free`, or
-        until the communicator from which all were made ends.
+        until the communicator from which all were made ends. Its `name` is ``"COMM_WORLD.Dup()"``, that of the next
+        one ``"COMM_WORLD.Dup()#2"``; a duplicate of a duplicate counts as one of the first communicator.
         """
-        return self._made("Dup", 0, self.rank, f"{self.name.removesuffix('.Dup()')}.Dup()")
+        # without the names of those before it, which would grow from generation to generation
+        return self._made("Dup", 0, self.rank, f"{DUPLICATE.sub('', self.name)}.Dup()")
 
     def Split(self, color: int = 0, key: int = 0) -> Self:
         """Make communicators of the ranks that give the same color. Collective over all ranks of this one.
@@ -162,6 +167,7 @@ class Splitting(Allocating):
     def _made(self, verb: str, color: int, key: int, name: str) -> Self:
         """Make the communicator of the ranks of a color."""
         world: Any = self._world
+        numbers = self._numbers  # looked up now: should another thread finalize, it would begin anew
         if self._calls is not None:
             self._calls.refuse_capture(verb)
         world.finish()  # what a GPU is told to prepare may have to wait for calls that run there
@@ -171,6 +177,8 @@ class Splitting(Allocating):
         with world.making(verb):
             world.exchange.verb = verb
             found = world.exchange.split(None if color == UNDEFINED else color, key)
+            number = next(numbers[verb])  # of calls that all ranks have come through, so they count alike
+            name += f"#{number}" if number > 1 else ""
             if found is None:
                 return self._none  # type: ignore[no-any-return]
             exchange, ranks = found
@@ -184,6 +192,8 @@ class Splitting(Allocating):
             first: Any = self if self._first is None else self._first()
             made = type(self)(None, name, first)
             made._enter(part)
+            if verb == "Dup":
+                made._numbers[verb] = numbers[verb]
             first._derived.append(made)
         return made
 

@@ -95,6 +95,28 @@ class TestWho:
         assert [one[1:] for one in found] == [(2 * (k // 2 * 2) + 1.0, 4 * (k // 4 * 4) + 6.0, 28.0) for k in range(8)]
         assert found[6][0] == "emulated rank 6.Split(1).Split(1)"
 
+    def test_each_has_a_name_of_its_own(self):
+        """It is the same on all ranks, whatever colors they gave before."""
+
+        def main(comm):
+            parts = [comm.Dup(), comm.Dup(), comm.Split(0 if comm.rank else UNDEFINED), comm.Split(0), comm.Dup()]
+            refusal(comm.Dup if comm.rank else comm.Split)
+            parts += [parts[1].Dup(), parts[1].Split(1), comm.Split_type(COMM_TYPE_SHARED), comm.Split(2)]
+            return [part.name.removeprefix(comm.name) for part in parts]
+
+        names = [".Dup()", ".Dup()#2", ".Split(0)", ".Split(0)#2", ".Dup()#3"]
+        names += [".Dup()#4", ".Dup()#2.Split(1)", ".Split_type()", ".Split(2)#3"]
+        found = nvcoll.emulate(3).run(main)
+        assert found[1:] == [names] * 2
+        assert found[0] == [*names[:2], "COMM_NULL", *names[3:]]
+
+    def test_names_begin_anew_with_the_world(self):
+        names = []
+        for _ in range(2):
+            names += [COMM_SELF.Dup().name, COMM_SELF.Dup().name]
+            COMM_SELF._close()
+        assert names == ["COMM_SELF.Dup()", "COMM_SELF.Dup()#2"] * 2
+
     def test_of_one_rank(self):
         dup, alone = COMM_SELF.Dup(), COMM_SELF.Split(3, 5)
         assert [dup.size, alone.size, dup.rank, total(alone, 4)] == [1, 1, 0, [4.0] * 3]

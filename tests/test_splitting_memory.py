@@ -127,7 +127,7 @@ def test_memory_that_a_rank_may_still_use_is_given_back_by_none(monkeypatch):
 
 
 def test_generations_without_end():
-    """Each replaces its parent, which is freed: neither names nor chains of memory grow."""
+    """Each replaces its parent, which is freed: neither names, but for a number, nor chains of memory grow."""
 
     def main(comm):
         part = comm
@@ -137,7 +137,7 @@ def test_generations_without_end():
                 old.Free()
         return part.name, total(part, 1)[0]
 
-    assert nvcoll.emulate(1).run(main) == [("emulated rank 0.Dup()", 1.0)]
+    assert nvcoll.emulate(1).run(main) == [("emulated rank 0.Dup()#1500", 1.0)]
 
 
 def test_freed_memory_is_used_again():
