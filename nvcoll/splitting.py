@@ -34,6 +34,18 @@ class Splitting(Allocating):
 
     __hash__ = object.__hash__
 
+    def __copy__(self) -> Self:
+        return self  # what a program keeps it in may be copied: to make another one takes all ranks, and `Dup`
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ArgumentError(
+            f"pickle: {self.name} is a communicator of this process, expected data; leave it out of what is pickled, "
+            "and take nvcoll.COMM_WORLD, or make the same one, in the process that gets the rest"
+        )
+
     def Dup(self, info: Any = None) -> Self:
         """Make another communicator of the same ranks, whose calls do not match those of this one. Collective.
 

@@ -1,5 +1,7 @@
 """Communicators made from others: who is in them, whose calls they match, what memory they have, and their ends."""
 
+import copy
+import pickle
 import threading
 import time
 
@@ -158,6 +160,29 @@ class TestArguments:
             return node.size, comm.Split(0, -(1 << 63)).size, all(same), dup == COMM_NULL, comm == COMM_NULL
 
         assert nvcoll.emulate(2).run(main) == [(2, 2, True, True, False)] * 2
+
+    @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
+    def test_a_copy_is_the_communicator_itself(self, again):
+        """So what it is kept in may be copied; also before it is used, and after its end."""
+
+        def main(comm):
+            part = comm.Dup()
+            kept = again({"comm": comm, "parts": [part, COMM_NULL, COMM_SELF]})
+            part.Free()
+            return kept["comm"] is comm, kept["parts"] == [part, COMM_NULL, COMM_SELF], again(part) is part
+
+        assert nvcoll.emulate(2).run(main) == [(True, True, True)] * 2
+        assert again(nvcoll.COMM_WORLD) is nvcoll.COMM_WORLD
+
+    @pytest.mark.parametrize("comm", [COMM_SELF, COMM_NULL])
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+    def test_it_cannot_be_pickled(self, comm, protocol):
+        kind, text = refusal(pickle.dumps, [comm], protocol)
+        assert kind is ArgumentError
+        assert text == (
+            f"pickle: {comm.name} is a communicator of this process, expected data; leave it out of what is pickled, "
+            "and take nvcoll.COMM_WORLD, or make the same one, in the process that gets the rest"
+        )
 
     def test_no_communicator(self):
         assert not COMM_NULL
