@@ -17,6 +17,7 @@ try:
 except ImportError as _exc:
     raise _missing_extension(_exc) from _exc
 
+from nvcoll.arguments import INFO_NULL
 from nvcoll.buffers import IN_PLACE, Buffer, DeviceBuffer
 from nvcoll.comm import COMM_NULL, Comm
 from nvcoll.emulation import Emulation, emulate
@@ -131,6 +132,7 @@ __all__ = [
     "COMM_SELF",
     "COMM_TYPE_SHARED",
     "COMM_WORLD",
+    "INFO_NULL",
     "IN_PLACE",
     "LAND",
     "LOR",

@@ -9,10 +9,23 @@ import numpy as np
 
 from nvcoll.buffers import Spec, check_pair, is_in_place, parse
 from nvcoll.errors import ArgumentError, DatatypeError
-from nvcoll.ops import Datatype, Op, as_datatype, as_op
+from nvcoll.ops import Datatype, Op, as_datatype, as_op, mpi_module
 
 MOST_ELEMENTS = 2**59
 """Elements of an array, so that the bytes of the widest type fit an address."""
+
+INFO_NULL = None
+"""No hints, for verbs that take mpi4py's."""
+
+
+def judge_info(verb: str, info: Any) -> None:
+    """Check that `info` is what mpi4py has hints in, or None; none of them concerns nvcoll."""
+    mpi = mpi_module()
+    if info is not None and (mpi is None or not isinstance(info, mpi.Info)):
+        raise ArgumentError(
+            f"{verb}: info is of type {type(info).__name__}, expected an Info of mpi4py, or None; leave it out, for no "
+            "hint concerns nvcoll"
+        )
 
 
 def dimensions(verb: str, shape: Any) -> tuple[int, ...]:

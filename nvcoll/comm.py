@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.arguments import judge, judge_explain
+from nvcoll.arguments import judge, judge_explain, judge_info
 from nvcoll.buffers import IN_PLACES, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
@@ -246,7 +246,14 @@ class Comm(Splitting):
         return Request(self._begin("Iallreduce", sendbuf, recvbuf, op, stream, algorithm)())
 
     def Allreduce_init(
-        self, sendbuf: Any, recvbuf: Any = None, op: Any = SUM, *, stream: Any = None, algorithm: str | None = None
+        self,
+        sendbuf: Any,
+        recvbuf: Any = None,
+        op: Any = SUM,
+        info: Any = None,
+        *,
+        stream: Any = None,
+        algorithm: str | None = None,
     ) -> Prequest:
         """Prepare an `Allreduce` on these buffers that is to be begun many times. Nothing is sent.
 
@@ -254,6 +261,8 @@ class Comm(Splitting):
         ----------
         sendbuf, recvbuf, op, stream, algorithm
             As for `Allreduce`.
+        info
+            As for `Dup`.
 
         Returns
         -------
@@ -265,6 +274,7 @@ class Comm(Splitting):
         ArgumentError, DatatypeError
             As `Allreduce`.
         """
+        judge_info("Allreduce_init", info)
         return Prequest(self._begin("Allreduce_init", sendbuf, recvbuf, op, stream, algorithm))
 
     def _begin(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
 from nvcoll.errors import ArgumentError, StateError
+from nvcoll.ops import mpi_module
 
 UNDEFINED = -32766
 """What `Request.Waitany` returns if no request is active; mpi4py's value."""
@@ -45,8 +46,13 @@ class Request:
         """Tell whether the request is active, as mpi4py's does: ``while any(requests)`` ends."""
         return self._pending is not None
 
-    def Wait(self) -> Literal[True]:
+    def Wait(self, status: Any = None) -> Literal[True]:
         """Wait until the call has ended. Returns at once if the request is inactive.
+
+        Parameters
+        ----------
+        status
+            None, or mpi4py's, which is left as it is: of a collective call it tells nothing.
 
         Returns
         -------
@@ -58,6 +64,8 @@ class Request:
         Error
             What the call raised: see the blocking verb. The request is inactive then.
         """
+        if status is not None:
+            _check_status("Wait", status)
         pending = self._pending
         if pending is not None:
             try:
@@ -67,8 +75,13 @@ class Request:
                     self._pending = None
         return True
 
-    def Test(self) -> bool:
+    def Test(self, status: Any = None) -> bool:
         """Tell whether the call has ended; if so, it is as after `Wait`.
+
+        Parameters
+        ----------
+        status
+            As for `Wait`.
 
         Returns
         -------
@@ -80,6 +93,8 @@ class Request:
         Error
             As for `Wait`.
         """
+        if status is not None:
+            _check_status("Test", status)
         return self._pending is None or (self._pending.done() and self.Wait())
 
     def Free(self) -> None:
@@ -94,13 +109,15 @@ class Request:
             raise StateError("Free: the request is active, expected one whose call has ended; Wait for it first")
 
     @classmethod
-    def Waitall(cls, requests: Iterable["Request"]) -> Literal[True]:
+    def Waitall(cls, requests: Iterable["Request"], statuses: Any = None) -> Literal[True]:
         """Wait for all requests.
 
         Parameters
         ----------
         requests
             Inactive ones count as ended.
+        statuses
+            None, or a list for those of mpi4py, which is left as it is.
 
         Returns
         -------
@@ -113,7 +130,7 @@ class Request:
             The error of the first one, in the order of `requests`, whose call failed. All have ended then.
         """
         problem = None
-        for request in _checked("Waitall", requests):
+        for request in _checked("Waitall", requests, statuses):
             try:
                 request.Wait()
             except Exception as exc:
@@ -123,13 +140,15 @@ class Request:
         return True
 
     @classmethod
-    def Testall(cls, requests: Iterable["Request"]) -> bool:
+    def Testall(cls, requests: Iterable["Request"], statuses: Any = None) -> bool:
         """Tell whether the calls of all requests have ended; if so, it is as after `Waitall`.
 
         Parameters
         ----------
         requests
             Inactive ones count as ended.
+        statuses
+            As for `Waitall`.
 
         Returns
         -------
@@ -141,17 +160,19 @@ class Request:
         Error
             As for `Waitall`.
         """
-        every = _checked("Testall", requests)
+        every = _checked("Testall", requests, statuses)
         return all(one._pending is None or one._pending.done() for one in every) and cls.Waitall(every)
 
     @classmethod
-    def Waitany(cls, requests: Iterable["Request"]) -> int:
+    def Waitany(cls, requests: Iterable["Request"], status: Any = None) -> int:
         """Wait until the call of one request has ended.
 
         Parameters
         ----------
         requests
             Inactive ones are passed over.
+        status
+            As for `Wait`.
 
         Returns
         -------
@@ -163,7 +184,8 @@ class Request:
         Error
             What its call raised.
         """
-        active = {place: one for place, one in enumerate(_checked("Waitany", requests)) if one._pending is not None}
+        every = _checked("Waitany", requests, status)
+        active = {place: one for place, one in enumerate(every) if one._pending is not None}
         started = time.monotonic()
         while active:
             for place, request in active.items():
@@ -234,12 +256,25 @@ class Prequest(Request):
         StateError
             As for `Start`. Those before the one that is named are begun then.
         """
-        for request in _checked("Startall", requests, Prequest):
+        for request in _checked("Startall", requests, kind=Prequest):
             request.Start()
 
 
-def _checked(verb: str, requests: Iterable[Any], kind: type[Any] = Request) -> list[Any]:
+def _check_status(verb: str, status: Any) -> None:
+    """Refuse what is neither None nor a status of mpi4py, nor a list for some: a number of seconds, for example."""
+    if status is None or isinstance(status, list):
+        return
+    mpi = mpi_module()
+    if mpi is None or not isinstance(status, mpi.Status):
+        raise ArgumentError(
+            f"{verb}: status is of type {type(status).__name__}, expected None, or a Status of mpi4py; leave it out, "
+            "for it tells nothing of a collective call"
+        )
+
+
+def _checked(verb: str, requests: Iterable[Any], status: Any = None, kind: type[Any] = Request) -> list[Any]:
     """Return the requests as a list, if that is what they are."""
+    _check_status(verb, status)
     if not isinstance(requests, Iterable):
         raise ArgumentError(
             f"{verb}: expected a list of requests, got a {type(requests).__name__}; pass [request] for a single one"

@@ -2,12 +2,13 @@
 
 import operator
 import re
-import sys
 from typing import Any, ClassVar, Self
 
 from nvcoll.allocation import Allocating
+from nvcoll.arguments import judge_info
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError, MismatchError, StateError
 from nvcoll.lifecycle import gone
+from nvcoll.ops import mpi_module
 from nvcoll.requests import UNDEFINED
 
 AGREED = (AllocationError, DeviceError, MismatchError)
@@ -29,8 +30,11 @@ class Splitting(Allocating):
         return self._opener is not None or self.alive
 
     def __eq__(self, other: object) -> bool:
-        """Whether it is the same; what was freed is equal to `COMM_NULL`."""
-        return self is other or (isinstance(other, Splitting) and not self and not other)
+        """Whether it is the same; what was freed is equal to `COMM_NULL`, and that to mpi4py's."""
+        if self is other or self:
+            return self is other
+        mpi = mpi_module()
+        return isinstance(other, Splitting if mpi is None else Splitting | mpi.Comm) and not other
 
     __hash__ = object.__hash__
 
@@ -60,6 +64,8 @@ class Splitting(Allocating):
 
         Raises
         ------
+        ArgumentError
+            `info` is none; nothing was sent.
         AllocationError
             On all ranks, if one of them has no room for the new communicator's scratch memory.
         StateError
@@ -73,6 +79,7 @@ class Splitting(Allocating):
         until the communicator from which all were made ends. Its `name` is ``"COMM_WORLD.Dup()"``, that of the next
         one ``"COMM_WORLD.Dup()#2"``; a duplicate of a duplicate counts as one of the first communicator.
         """
+        judge_info("Dup", info)
         # without the names of those before it, which would grow from generation to generation
         return self._made("Dup", 0, self.rank, f"{DUPLICATE.sub('', self.name)}.Dup()")
 
@@ -128,11 +135,12 @@ class Splitting(Allocating):
         Raises
         ------
         ArgumentError
-            There is no such type; nothing was sent.
+            There is no such type, or `info` is none; nothing was sent.
         AllocationError, StateError, TimeoutError, PeerLostError, BootstrapError, MismatchError
             As for `Split`.
         """
-        theirs = getattr(sys.modules.get("mpi4py.MPI"), "COMM_TYPE_SHARED", COMM_TYPE_SHARED)
+        judge_info("Split_type", info)
+        theirs = getattr(mpi_module(), "COMM_TYPE_SHARED", COMM_TYPE_SHARED)
         if split_type not in (COMM_TYPE_SHARED, theirs, UNDEFINED):
             raise ArgumentError(f"Split_type: split_type is {split_type!r}, expected COMM_TYPE_SHARED or UNDEFINED")
         number = _integer("Split_type", "key", key)

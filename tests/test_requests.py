@@ -133,6 +133,26 @@ class TestRequest:
         ):
             getattr(Request, verb)(Request())
 
+    def test_a_status_is_taken_and_left_as_it_is(self):
+        mpi = pytest.importorskip("mpi4py.MPI")
+        request, status = Request(), mpi.Status()
+        before = [status.source, status.tag, status.error]
+        for one in (None, status):
+            assert request.Wait(one) is request.Test(one) is request.Wait(status=one) is True
+            assert Request.Waitany([request], one) == Request.Waitany([request], status=one) == UNDEFINED
+        for several in (None, [status], []):
+            assert Request.Waitall([request], several) is Request.Testall([request], statuses=several) is True
+        assert [status.source, status.tag, status.error] == before
+
+    @pytest.mark.parametrize("verb", ["Wait", "Test", "Waitall", "Testall", "Waitany"])
+    def test_what_is_no_status_is_refused(self, verb):
+        args = () if verb in {"Wait", "Test"} else ([],)
+        text = (
+            f"{verb}: status is of type float, expected None, or a Status of mpi4py; leave it out, for it tells nothing"
+        )
+        with pytest.raises(ArgumentError, match=text):
+            getattr(Request(), verb)(*args, 0.5)
+
     def test_undefined_is_that_of_mpi(self):
         mpi = pytest.importorskip("mpi4py.MPI")
         assert mpi.UNDEFINED == UNDEFINED
@@ -208,6 +228,24 @@ def test_one_rank_needs_no_thread():
         nothing.Start()
     assert nothing.Wait()
     assert threading.active_count() == before
+
+
+def test_hints_are_taken_and_what_is_none_is_refused():
+    mpi = pytest.importorskip("mpi4py.MPI")
+    x = np.ones(3)
+    for info in (None, nvcoll.INFO_NULL, mpi.INFO_NULL):
+        COMM_SELF.Allreduce_init(x, IN_PLACE, nvcoll.SUM, info).Free()
+        COMM_SELF.Allreduce_init(x, op=nvcoll.SUM, info=info).Free()
+        COMM_SELF.Dup(info).Free()
+        COMM_SELF.Split_type(nvcoll.COMM_TYPE_SHARED, 0, info).Free()
+    calls = {
+        "Allreduce_init": lambda: COMM_SELF.Allreduce_init(x, IN_PLACE, nvcoll.SUM, 7),
+        "Dup": lambda: COMM_SELF.Dup(7),
+        "Split_type": lambda: COMM_SELF.Split_type(nvcoll.COMM_TYPE_SHARED, 0, 7),
+    }
+    for verb, call in calls.items():
+        with pytest.raises(ArgumentError, match=f"{verb}: info is of type int, expected an Info of mpi4py, or None; "):
+            call()
 
 
 def test_programs_without_requests_start_no_thread():

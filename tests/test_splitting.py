@@ -115,8 +115,8 @@ class TestWho:
     def test_names_begin_anew_with_the_world(self):
         names = []
         for _ in range(2):
-            names += [COMM_SELF.Dup().name, COMM_SELF.Dup().name]
             COMM_SELF._close()
+            names += [COMM_SELF.Dup().name, COMM_SELF.Dup().name]
         assert names == ["COMM_SELF.Dup()", "COMM_SELF.Dup()#2"] * 2
 
     def test_of_one_rank(self):
@@ -183,6 +183,16 @@ class TestArguments:
             f"pickle: {comm.name} is a communicator of this process, expected data; leave it out of what is pickled, "
             "and take nvcoll.COMM_WORLD, or make the same one, in the process that gets the rest"
         )
+
+    def test_no_communicator_is_mpi4py_s(self):
+        mpi = pytest.importorskip("mpi4py.MPI")
+        freed = COMM_SELF.Dup()
+        freed.Free()
+        for none in (COMM_NULL, freed):
+            assert none == mpi.COMM_NULL == none == mpi.Comm()
+            assert none not in (mpi.COMM_SELF, mpi.REQUEST_NULL, None, 0, "")
+            assert (none == np.ones(2)) is False
+        assert COMM_SELF != mpi.COMM_NULL != COMM_SELF != mpi.COMM_SELF
 
     def test_no_communicator(self):
         assert not COMM_NULL
