@@ -165,7 +165,7 @@ class TestForms:
                 x = comm.empty(shape) if symmetric else np.empty(shape, np.float32)
                 comm.Allreduce(x)
                 comm.Allreduce(x, np.empty(shape, np.float32))
-                comm.Iallreduce(x).Wait()
+                comm.Iallreduce([None, 0, nvcoll.FLOAT], x).Wait()
             for algorithm in comm.algorithms():
                 comm.Allreduce(np.empty(shape), algorithm=algorithm)
             with pytest.raises(nvcoll.ArgumentError, match="rang"):

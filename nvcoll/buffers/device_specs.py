@@ -14,7 +14,7 @@ from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from .device import DeviceBuffer
 from .dlpack import CUDA, CUDA_HOST, GPU_DEVICES, datatype_of
 from .refusals import BACK, gaps, read_only, refuse_uncomputed
-from .specs import Memory, Spec, order_of, refuse_sentinels, unpack
+from .specs import NOWHERE, Memory, Spec, is_nowhere, order_of, refuse_sentinels, unpack
 from .streams import LEGACY_BY_NAME, interface_of
 
 TELLS_STREAM = 3
@@ -54,7 +54,7 @@ def parse_device(verb: str, name: str, spec: object, writable: bool, stream: int
     where = f"{verb}: {name}"
     buf, count, displ, datatype = unpack(where, spec, writable)
     where = where if buf is spec else f"{where}[0]"
-    memory = _memory(where, buf, stream, writable)
+    memory = NOWHERE if is_nowhere(buf, count, datatype) else _memory(where, buf, stream, writable)
     if writable and memory.readonly:
         raise read_only(where, buf)
     if not memory.order:

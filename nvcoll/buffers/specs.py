@@ -119,6 +119,15 @@ class Memory:
         return Spec(start, length, element, self.owner, self.order, self.device)
 
 
+NOWHERE = Memory(0, 0, None, False, None, "A")
+"""What None stands for in a spec of no elements: ``[None, 0, datatype]``."""
+
+
+def is_nowhere(buf: object, count: Any, datatype: object) -> bool:
+    """Tell whether a spec needs no memory, as that of a rank that has no part of the data."""
+    return buf is None and datatype is not None and (count is None or count == 0)
+
+
 def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
     """Find the memory that `spec` stands for.
 
@@ -133,6 +142,7 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
         ``buf``: its bytes are then read as that type, as in mpi4py. ``buf`` is an array of NumPy or
         torch, or any object with the buffer protocol, ``__array_interface__`` or CPU DLPack (an
         exporter that does not tell whether its memory may be written is taken for read-only).
+        None with a datatype, and a count of 0 or none, is a buffer of no elements.
         Elements are taken in the order of memory: Fortran-contiguous arrays are reduced
         elementwise with arrays of the same layout on the other ranks.
     writable
@@ -155,7 +165,7 @@ def parse(verb: str, name: str, spec: object, writable: bool) -> Spec:
     where = f"{verb}: {name}"
     buf, count, displ, datatype = unpack(where, spec, writable)
     where = where if buf is spec else f"{where}[0]"
-    memory = _memory(where, buf, datatype is not None, writable)
+    memory = NOWHERE if is_nowhere(buf, count, datatype) else _memory(where, buf, datatype is not None, writable)
     if writable and memory.readonly:
         raise read_only(where, buf)
     if not memory.order:

@@ -49,7 +49,9 @@ def theirs(spec):
 
 
 def draw_buffer(rng):
-    """Return an object of any kind and layout, the name of its type, and its number of elements."""
+    """Return an object of any kind and layout, or None, the name of its type, and its number of elements."""
+    if rng.random() < 0.05:
+        return None, rng.choice([*TYPES]), 0
     kind = rng.choice(CHOSEN)
     name = rng.choice([name for name in TYPES if not kind.typed or name in kind.typed])
     shape = rng.choice([shape for shape in SHAPES if kind.empty or 0 not in shape])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvcoll.buffers import IN_PLACE, check_pair, is_in_place, parse
+from nvcoll.buffers import IN_PLACE, check_pair, is_in_place, parse, parse_device
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, FLOAT
 from tests.buffers.memory import ALL, KINDS
@@ -43,6 +43,9 @@ def kinds(wanted=lambda kind: True):
     skip = pytest.mark.skip(reason="torch is not installed")
     chosen = [pytest.param(kind, id=kind.name, marks=skip if kind.missing else ()) for kind in KINDS if wanted(kind)]
     return pytest.mark.parametrize("kind", chosen)
+
+
+NO_ELEMENTS = [[None, 0, FLOAT], (None, np.int64(0), FLOAT), [None, FLOAT], [None, None, FLOAT], [None, (0, 0), FLOAT]]
 
 
 def numbers(datatype, count):
@@ -208,3 +211,27 @@ def test_in_place_is_one_object():
     assert is_in_place(IN_PLACE)
     assert not is_in_place(None)
     assert repr(IN_PLACE) == "nvcoll.IN_PLACE"
+
+
+@pytest.mark.parametrize("spec", NO_ELEMENTS)
+@pytest.mark.parametrize("parse", [parse, parse_device])
+def test_none_with_a_datatype_is_no_elements(parse, spec):
+    parsed = parse("Allreduce", "sendbuf", spec, True)
+    assert (parsed.count, parsed.datatype, parsed.owner) == (0, FLOAT, None)
+    check_pair("Allreduce", parsed, parse("Allreduce", "recvbuf", spec, True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ([None, 1, FLOAT], r"sendbuf\[0\] is None, expected an array"),
+        ([None, 0], r"sendbuf\[0\] is None, expected an array"),
+        ([None, None], r"sendbuf\[0\] is None, expected an array"),
+        ([None, -1, FLOAT], r"sendbuf\[0\] is None, expected an array"),
+        ([None, (0, 3), FLOAT], r"sendbuf holds 0 float32, expected 0 from element 3 on"),
+    ],
+)
+@pytest.mark.parametrize("parse", [parse, parse_device])
+def test_none_is_nothing_else(parse, spec, text):
+    with pytest.raises(ArgumentError, match=text):
+        parse("Allreduce", "sendbuf", spec, False)

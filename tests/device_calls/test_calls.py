@@ -9,6 +9,7 @@ import nvcoll
 from nvcoll import IN_PLACE, device_calls
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.ops import DATATYPES, MAX, SUM
+from nvcoll.planning import EMPTY
 from tests.buffers.gpu import CudaInterface, on_gpu
 from tests.fake_device_world import HISTORY, TOKEN, Told, reduce, values
 
@@ -68,6 +69,11 @@ class TestJudgement:
         with pytest.raises(getattr(nvcoll, kind), match=rf"^Allreduce: .*({message})"):
             reduce(calls, *args)
         assert world.planner.plans == []
+
+    def test_none_with_a_datatype_is_a_call_without_elements(self, world, calls):
+        reduce(calls, [None, 0, DATATYPES["float32"]], [None, DATATYPES["float32"]])
+        reduce(calls, IN_PLACE, [None, 0, DATATYPES["float64"]])
+        assert [plan.told.verb for plan in world.planner.plans] == [EMPTY]
 
     def test_an_array_of_another_gpu(self, world, calls):
         world.device.ordinal = 5
