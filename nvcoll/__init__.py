@@ -117,7 +117,7 @@ from nvcoll.ops import (
     Op,
 )
 from nvcoll.planning import Candidate, Explanation
-from nvcoll.requests import UNDEFINED, Prequest, Request
+from nvcoll.requests import REQUEST_NULL, UNDEFINED, Prequest, Request
 from nvcoll.session import COMM_SELF, COMM_WORLD, Finalize, Init, Is_initialized
 from nvcoll.splitting import COMM_TYPE_SHARED
 
@@ -140,6 +140,7 @@ __all__ = [
     "MAX",
     "MIN",
     "PROD",
+    "REQUEST_NULL",
     "SUM",
     "UNDEFINED",
     "AllocationError",

@@ -8,9 +8,10 @@ from nvcoll.errors import ArgumentError, StateError
 from nvcoll.ops import mpi_module
 
 UNDEFINED = -32766
-"""What `Request.Waitany` returns if no request is active; mpi4py's value."""
+"""What `Request.Waitany` and `Request.Testany` return if no request is active; mpi4py's value."""
 LONGEST_SLEEP = 0.001
-"""Seconds between two looks of `Request.Waitany`, at most; a sixteenth of the time waited otherwise."""
+"""Seconds between two looks of `Request.Waitany` and `Request.Waitsome`, at most; a sixteenth of the time waited
+otherwise."""
 
 
 class Pending(Protocol):
@@ -45,6 +46,15 @@ class Request:
     def __bool__(self) -> bool:
         """Tell whether the request is active, as mpi4py's does: ``while any(requests)`` ends."""
         return self._pending is not None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same; all that are false are equal to `REQUEST_NULL`, and that to mpi4py's."""
+        if self is other or self:
+            return self is other
+        mpi = mpi_module()
+        return isinstance(other, Request if mpi is None else Request | mpi.Request) and not other
+
+    __hash__ = object.__hash__
 
     def Wait(self, status: Any = None) -> Literal[True]:
         """Wait until the call has ended. Returns at once if the request is inactive.
@@ -191,8 +201,90 @@ class Request:
             for place, request in active.items():
                 if request.Test():
                     return place
-            time.sleep(min((time.monotonic() - started) / 16, LONGEST_SLEEP))
+            _pause(started)
         return UNDEFINED
+
+    @classmethod
+    def Testany(cls, requests: Iterable["Request"], status: Any = None) -> tuple[int, bool]:
+        """Tell whether the call of one request has ended; if so, that one is as after `Wait`.
+
+        Parameters
+        ----------
+        requests
+            Inactive ones are passed over.
+        status
+            As for `Wait`.
+
+        Returns
+        -------
+        (int, bool)
+            Its place in `requests`, and True; `UNDEFINED` and False if none has ended, and True if none is active.
+
+        Raises
+        ------
+        Error
+            What its call raised.
+        """
+        active = False
+        for place, request in enumerate(_checked("Testany", requests, status)):
+            if request._pending is not None:
+                active = True
+                if request.Test():
+                    return place, True
+        return UNDEFINED, not active
+
+    @classmethod
+    def Waitsome(cls, requests: Iterable["Request"], statuses: Any = None) -> list[int] | None:
+        """Wait until the call of one request has ended, or of several.
+
+        Parameters
+        ----------
+        requests
+            Inactive ones are passed over.
+        statuses
+            As for `Waitall`.
+
+        Returns
+        -------
+        list of int or None
+            Places in `requests` of all that have ended, which are as after `Wait`; None if none was active.
+
+        Raises
+        ------
+        Error
+            The error of the first of them whose call failed. All of them are as after `Wait` then.
+        """
+        every = _checked("Waitsome", requests, statuses)
+        started = time.monotonic()
+        while (ended := _end_some(every)) == []:
+            _pause(started)
+        return ended
+
+    @classmethod
+    def Testsome(cls, requests: Iterable["Request"], statuses: Any = None) -> list[int] | None:
+        """Tell the calls of which requests have ended; those are as after `Wait`.
+
+        Parameters
+        ----------
+        requests
+            Inactive ones are passed over.
+        statuses
+            As for `Waitall`.
+
+        Returns
+        -------
+        list of int or None
+            Their places in `requests`, perhaps of none; None if none was active.
+
+        Raises
+        ------
+        Error
+            As for `Waitsome`.
+        """
+        return _end_some(_checked("Testsome", requests, statuses))
+
+
+REQUEST_NULL = Request()
 
 
 class Prequest(Request):
@@ -258,6 +350,19 @@ class Prequest(Request):
         """
         for request in _checked("Startall", requests, kind=Prequest):
             request.Start()
+
+
+def _end_some(requests: list[Request]) -> list[int] | None:
+    """End all requests whose calls have ended, and return their places; None if none is active."""
+    active = {place: one._pending for place, one in enumerate(requests) if one._pending is not None}
+    ended = [place for place, pending in active.items() if pending.done()]
+    Request.Waitall(requests[place] for place in ended)
+    return ended if active else None
+
+
+def _pause(started: float) -> None:
+    """Leave the core to others between two looks."""
+    time.sleep(min((time.monotonic() - started) / 16, LONGEST_SLEEP))
 
 
 def _check_status(verb: str, status: Any) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import nvcoll
-from nvcoll import COMM_SELF, IN_PLACE, UNDEFINED, Prequest, Request
+from nvcoll import COMM_SELF, IN_PLACE, REQUEST_NULL, UNDEFINED, Prequest, Request
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 
+LISTS = ["Waitall", "Testall", "Waitany", "Testany", "Waitsome", "Testsome"]
 SOON = 10  # seconds: the limit for what takes less than a tenth of one on an idle machine
 
 
@@ -106,6 +107,63 @@ class TestRequest:
         assert Request.Waitany(requests) == 1
         assert Request.Waitany(requests) == Request.Waitany([]) == UNDEFINED
 
+    def test_testany(self):
+        calls = [Late(), Late()]
+        requests = [Request(), *map(Request, calls)]
+        assert Request.Testany(requests) == (UNDEFINED, False)
+        calls[1].over.set()
+        assert Request.Testany(iter(requests)) == (2, True)
+        assert Request.Testany(requests) == (UNDEFINED, False)
+        calls[0].over.set()
+        assert Request.Testany(requests) == (1, True)
+        assert Request.Testany(requests) == Request.Testany([]) == (UNDEFINED, True)
+
+    def test_some(self):
+        calls = [Late() for _ in range(4)]
+        requests = [*map(Request, calls), Request()]
+        assert Request.Testsome(requests) == []
+        threading.Timer(0.1, calls[2].over.set).start()
+        assert Request.Waitsome(iter(requests)) == [2]
+        assert [bool(one) for one in requests] == [True, True, False, True, False]
+        calls[0].over.set()
+        calls[3].over.set()
+        assert Request.Testsome(requests) == [0, 3]
+        calls[1].over.set()
+        assert Request.Waitsome(requests) == [1]
+        for verb in (Request.Waitsome, Request.Testsome):
+            assert verb(requests) is verb([]) is None
+
+    @pytest.mark.parametrize("verb", [Request.Waitsome, Request.Testsome])
+    def test_some_end_all_that_have_ended_and_raise_the_first_error(self, verb):
+        calls = [Late(), Late(ValueError("second")), Late(ValueError("third")), Late()]
+        requests = [*map(Request, calls)]
+        for call in calls[:3]:
+            call.over.set()
+        with pytest.raises(ValueError, match="second"):
+            verb(requests)
+        assert [bool(one) for one in requests] == [False, False, False, True]
+
+    def test_what_has_ended_is_the_null_request(self):
+        pending = Late()
+        request, persistent = Request(pending), Prequest(lambda: pending)
+        assert request != REQUEST_NULL != persistent
+        assert request != Request(pending)
+        assert len({request, persistent, REQUEST_NULL}) == 3
+        pending.over.set()
+        request.Wait()
+        persistent.Free()
+        assert request == REQUEST_NULL == persistent == request
+        assert request not in (None, 0, "", nvcoll.COMM_NULL)
+        assert REQUEST_NULL.Wait() is REQUEST_NULL.Test() is not REQUEST_NULL
+
+    def test_the_null_request_is_mpi4py_s(self):
+        mpi = pytest.importorskip("mpi4py.MPI")
+        assert mpi.REQUEST_NULL == REQUEST_NULL == mpi.Request()
+        assert mpi.COMM_NULL != REQUEST_NULL
+        assert Request(Late()) != mpi.REQUEST_NULL
+        for verb in LISTS:
+            assert getattr(Request, verb)([REQUEST_NULL]) == getattr(mpi.Request, verb)([mpi.REQUEST_NULL])
+
     def test_is_true_while_active(self):
         """A loop over what is left, as in mpi4py's programs, must end."""
         calls = [Late(), Late()]
@@ -118,14 +176,14 @@ class TestRequest:
         assert turns == [0, 1]
         assert not Request()
 
-    @pytest.mark.parametrize("verb", ["Waitall", "Testall", "Waitany"])
+    @pytest.mark.parametrize("verb", LISTS)
     def test_lists_of_other_things_are_refused(self, verb):
         with pytest.raises(
             ArgumentError, match=rf"{verb}: requests\[1\] is of type int, expected nvcoll.Request; pass"
         ):
             getattr(Request, verb)([Request(), 5])
 
-    @pytest.mark.parametrize("verb", ["Waitall", "Testall", "Waitany"])
+    @pytest.mark.parametrize("verb", LISTS)
     def test_a_request_without_a_list_is_refused(self, verb):
         with pytest.raises(
             ArgumentError,
@@ -142,9 +200,10 @@ class TestRequest:
             assert Request.Waitany([request], one) == Request.Waitany([request], status=one) == UNDEFINED
         for several in (None, [status], []):
             assert Request.Waitall([request], several) is Request.Testall([request], statuses=several) is True
+            assert Request.Waitsome([request], several) is Request.Testsome([request], statuses=several) is None
         assert [status.source, status.tag, status.error] == before
 
-    @pytest.mark.parametrize("verb", ["Wait", "Test", "Waitall", "Testall", "Waitany"])
+    @pytest.mark.parametrize("verb", ["Wait", "Test", *LISTS])
     def test_what_is_no_status_is_refused(self, verb):
         args = () if verb in {"Wait", "Test"} else ([],)
         text = (
@@ -207,6 +266,18 @@ def test_results(size, count):
         persistent.Free()
 
     run(main, size)
+
+
+def test_some_of_real_calls():
+    def main(comm):
+        data = [np.full(1000, comm.rank + 1.0) for _ in range(6)]
+        requests = [comm.Iallreduce(x) for x in data]
+        found = []
+        while (some := Request.Waitsome(requests)) is not None:
+            found += some
+        return sorted(found), {x for one in data for x in one}, Request.Testany(requests)
+
+    assert run(main) == [([*range(6)], {6.0}, (UNDEFINED, True))] * 3
 
 
 def test_one_rank_needs_no_thread():
