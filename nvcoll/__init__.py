@@ -118,8 +118,20 @@ from nvcoll.ops import (
 )
 from nvcoll.planning import Candidate, Explanation
 from nvcoll.requests import REQUEST_NULL, UNDEFINED, Prequest, Request
-from nvcoll.session import COMM_SELF, COMM_WORLD, Finalize, Init, Is_initialized
+from nvcoll.session import (
+    COMM_SELF,
+    COMM_WORLD,
+    Finalize,
+    Get_processor_name,
+    Init,
+    Is_finalized,
+    Is_initialized,
+    Wtick,
+    Wtime,
+)
 from nvcoll.splitting import COMM_TYPE_SHARED
+
+Exception = Error  # noqa: A001 - mpi4py's name; not in __all__, for a star must not put it before Python's own
 
 __version__ = "0.1.0"
 
@@ -158,7 +170,9 @@ __all__ = [
     "Error",
     "Explanation",
     "Finalize",
+    "Get_processor_name",
     "Init",
+    "Is_finalized",
     "Is_initialized",
     "MismatchError",
     "Op",
@@ -167,6 +181,8 @@ __all__ = [
     "Request",
     "StateError",
     "TimeoutError",
+    "Wtick",
+    "Wtime",
     "emulate",
     "AINT",
     "BFLOAT16",

@@ -1,6 +1,8 @@
-"""The communicators that every process has, and the beginning and the end of them."""
+"""The communicators that every process has, the beginning and the end of them, and what a process tells of itself."""
 
 import atexit
+import os
+import time
 
 from nvcoll import _bootstrap
 from nvcoll.comm import Comm
@@ -8,6 +10,8 @@ from nvcoll.world import open_self, open_world
 
 COMM_WORLD = Comm(open_world, "COMM_WORLD")
 COMM_SELF = Comm(open_self, "COMM_SELF")
+
+_finalized = False  # whether `Finalize` was ever called
 
 
 def Init() -> None:
@@ -28,6 +32,8 @@ def Finalize() -> None:
     under MPI, whose communicators end on all together, and on GPUs of several processes, for NVSHMEM does, there
     ``NVCOLL_TIMEOUT`` at most. A later use, or `Init`, starts anew.
     """
+    global _finalized  # noqa: PLW0603 - it is the process that is in this state
+    _finalized = True
     try:
         COMM_WORLD._close()
     finally:
@@ -42,6 +48,47 @@ def Is_initialized() -> bool:
     bool
     """
     return COMM_WORLD.alive
+
+
+def Is_finalized() -> bool:
+    """Tell whether `Finalize` was called, and `COMM_WORLD` is not alive again.
+
+    Returns
+    -------
+    bool
+    """
+    return _finalized and not COMM_WORLD.alive
+
+
+def Wtime() -> float:
+    """Return the seconds since some moment, the same one for all processes of a host.
+
+    Returns
+    -------
+    float
+        Of a clock that is never set. On GPUs, calls return before they have run: wait for them before you look.
+    """
+    return time.monotonic()
+
+
+def Wtick() -> float:
+    """Return the seconds between two values of `Wtime`, as the system tells them.
+
+    Returns
+    -------
+    float
+    """
+    return time.get_clock_info("monotonic").resolution
+
+
+def Get_processor_name() -> str:
+    """Return the name of the host.
+
+    Returns
+    -------
+    str
+    """
+    return os.uname().nodename
 
 
 # the last that is registered is the first that runs: MPI goes when nothing of ours needs it any more

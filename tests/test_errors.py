@@ -103,6 +103,16 @@ def test_python_s_own_hint_comes_where_it_helps(run_command, what, hint):
     assert hint is None or f"Did you mean: '{hint}'?" in output
 
 
+def test_mpi4py_s_name_of_the_base_class_stands_only_where_it_is_asked_for():
+    assert nvcoll.Exception is nvcoll.Error
+    with pytest.raises(nvcoll.Exception, match="Split: color"):
+        COMM_SELF.Split(-1)
+    named = {}
+    exec("from nvcoll import *", named)
+    assert "Exception" not in named
+    assert named["Wtime"] is nvcoll.Wtime
+
+
 def test_mpi_is_not_a_module():
     with pytest.raises(
         ImportError, match=r"^cannot import name 'MPI' .* `import nvcoll as MPI`, .* COMM_WORLD, SUM`; .* mpi4py"

@@ -61,7 +61,7 @@ def test_operators_are_constants_of_the_module(op):
 def test_a_datatype_agrees_with_its_numpy_dtype(datatype):
     dtype = datatype.dtype
     assert (dtype.name, dtype.itemsize, dtype.isnative) == (datatype.name, datatype.itemsize, True)
-    assert (datatype.Get_size(), datatype.Get_name()) == (datatype.itemsize, datatype.name)
+    assert (datatype.Get_size(), datatype.size, datatype.Get_name()) == (datatype.itemsize, dtype.itemsize, dtype.name)
     kinds = {"b": "bool", "i": "int", "u": "uint", "f": "float", "c": "complex", "V": "float"}  # V: of ml_dtypes
     assert datatype.kind == kinds[dtype.kind]
 
