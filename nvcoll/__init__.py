@@ -129,7 +129,7 @@ from nvcoll.session import (
     Wtick,
     Wtime,
 )
-from nvcoll.splitting import COMM_TYPE_SHARED
+from nvcoll.splitting import COMM_TYPE_SHARED, CONGRUENT, IDENT, SIMILAR, UNEQUAL
 
 Exception = Error  # noqa: A001 - mpi4py's name; not in __all__, for a star must not put it before Python's own
 
@@ -144,6 +144,8 @@ __all__ = [
     "COMM_SELF",
     "COMM_TYPE_SHARED",
     "COMM_WORLD",
+    "CONGRUENT",
+    "IDENT",
     "INFO_NULL",
     "IN_PLACE",
     "LAND",
@@ -153,8 +155,10 @@ __all__ = [
     "MIN",
     "PROD",
     "REQUEST_NULL",
+    "SIMILAR",
     "SUM",
     "UNDEFINED",
+    "UNEQUAL",
     "AllocationError",
     "ArgumentError",
     "BootstrapError",

@@ -98,3 +98,14 @@ def judge_explain(verb: str, nbytes: Any, dtype: Any, op: Any) -> tuple[int, Dat
             f"explain: nbytes is {nbytes!r}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
         )
     return nbytes // datatype.itemsize, datatype, handle
+
+
+def integer(verb: str, name: str, value: Any) -> int:
+    """Return an argument as an integer of 64 bits."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{verb}: {name} is {value!r}, expected an integer") from None
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ArgumentError(f"{verb}: {name} is {number}, expected an integer of 64 bits")
+    return number

@@ -98,6 +98,23 @@ class Comm(Splitting):
         """
         return self.name
 
+    def Set_name(self, name: str) -> None:
+        """Set `name`.
+
+        Parameters
+        ----------
+        name
+            The new one. Nothing is sent.
+
+        Raises
+        ------
+        ArgumentError
+            It is no text.
+        StateError
+            The communicator was freed, or is `COMM_NULL`.
+        """
+        self.name = name
+
     def Barrier(self) -> None:
         """Wait until every rank has called it.
 

@@ -91,7 +91,7 @@ def missing_name(owner: str, name: str, comm: type) -> AttributeError:
     text = f"{owner} has no attribute {name!r}"
     if name.startswith("_"):  # Python and other libraries ask for these, and know what it means
         return AttributeError(text)
-    verbs = [one for one in dir(comm) if one[0].isupper() and not one.startswith("Get_")]
+    verbs = [one for one in dir(comm) if one[0].isupper() and one[:4] not in {"Get_", "Set_"}]
     text += (
         f"; nvcoll's verbs are {', '.join(verbs)}, for arrays: take mpi4py for all else, which may be used beside "
         "nvcoll on ranks that mpiexec or srun starts"

@@ -13,7 +13,7 @@ import numpy as np
 
 from nvcoll._plan import Plan, Plans
 from nvcoll.buffers import Spec, parse
-from nvcoll.errors import StateError, missing_name
+from nvcoll.errors import ArgumentError, StateError, missing_name
 from nvcoll.hosts import Between
 from nvcoll.world import World
 
@@ -49,7 +49,7 @@ class Living:
 
     def __init__(self, opener: Callable[[], World] | None, name: str, first: "Living | None" = None) -> None:
         self._opener = opener
-        self.name = name
+        self._name = name
         self._first = None if first is None else weakref.ref(first)
         self._derived: list[Living] = []  # those that are alive, which end with this one
         _all.add(self)
@@ -62,6 +62,21 @@ class Living:
             if attribute not in self.__dict__:
                 self._open()
         return self.__dict__[attribute]
+
+    @property
+    def name(self) -> str:
+        """What messages call it, and what is made from it from then on; may be set, on each rank for itself."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise ArgumentError(f"Set_name: name is of type {type(name).__name__}, expected str; pass str() of it")
+        if self._opener is None:
+            if not self.alive:
+                raise StateError(f"Set_name: {gone(self.name)}")
+            self._world.of = self._world.exchange.of = f" of {name}"
+        self._name = name
 
     @property
     def alive(self) -> bool:

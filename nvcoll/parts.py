@@ -25,10 +25,12 @@ class Parted:
 
     heap: Any
     topology: Any
+    size: int
 
     def __init__(self, whole: Any) -> None:
         self.whole = whole
         self.opened = whole is None  # false for a part that has ended with its whole, too, and refers to it no more
+        self.origins = tuple(range(self.size))  # of each rank, its rank in the whole
         self.of = ""  # for messages: by which name ranks are counted, if not those of the whole
         self._parts: list[Any] = []
         self._failed = self._stuck = False  # whether a part that has ended had failed, or still had a call under way
@@ -50,7 +52,9 @@ class Parted:
         """
         memory = Part(self.heap.memory, exchange, ranks)
         topology = _topology.part(self.topology, exchange.rank, ranks)
-        return self._part(exchange, topology, memory, ranks)
+        made = self._part(exchange, topology, memory, ranks)
+        made.origins = tuple(self.origins[rank] for rank in ranks)
+        return made
 
     def _part(self, exchange: Any, topology: Any, memory: Part, ranks: Sequence[int]) -> Any:
         """Build what `part` returns."""

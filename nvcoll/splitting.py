@@ -1,11 +1,10 @@
 """Communicators made from others: of all their ranks again, or of some of them."""
 
-import operator
 import re
 from typing import Any, ClassVar, Self
 
 from nvcoll.allocation import Allocating
-from nvcoll.arguments import judge_info
+from nvcoll.arguments import integer, judge_info
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError, MismatchError, StateError
 from nvcoll.lifecycle import gone
 from nvcoll.ops import mpi_module
@@ -15,6 +14,8 @@ AGREED = (AllocationError, DeviceError, MismatchError)
 """What is raised on all ranks together, which are in step then."""
 COMM_TYPE_SHARED = 1
 """What `Comm.Split_type` divides by: ranks of a node, which share memory."""
+IDENT, CONGRUENT, SIMILAR, UNEQUAL = range(4)
+"""What `Comm.Compare` tells; mpi4py's values."""
 DUPLICATE = re.compile(r"\.Dup\(\)(#\d+)?$")
 """The end of the name of a communicator that `Comm.Dup` made."""
 
@@ -110,10 +111,10 @@ class Splitting(Allocating):
         Buffers of this communicator are symmetric to the new ones too, and theirs to this one where all of its ranks
         have them at the same place.
         """
-        number = _integer("Split", "color", color)
+        number = integer("Split", "color", color)
         if number < 0 and number != UNDEFINED:
             raise ArgumentError(f"Split: color is {color!r}, expected 0 or more, or UNDEFINED for no communicator")
-        return self._made("Split", number, _integer("Split", "key", key), f"{self.name}.Split({number})")
+        return self._made("Split", number, integer("Split", "key", key), f"{self.name}.Split({number})")
 
     def Split_type(self, split_type: int, key: int = 0, info: Any = None) -> Self:
         """Make communicators of the ranks that share a node, and with it memory. Collective over all ranks.
@@ -143,9 +144,47 @@ class Splitting(Allocating):
         theirs = getattr(mpi_module(), "COMM_TYPE_SHARED", COMM_TYPE_SHARED)
         if split_type not in (COMM_TYPE_SHARED, theirs, UNDEFINED):
             raise ArgumentError(f"Split_type: split_type is {split_type!r}, expected COMM_TYPE_SHARED or UNDEFINED")
-        number = _integer("Split_type", "key", key)
+        number = integer("Split_type", "key", key)
         color = UNDEFINED if split_type == UNDEFINED else self._world.topology.node
         return self._made("Split_type", color, number, f"{self.name}.Split_type()")
+
+    def Compare(self, comm: "Splitting") -> int:
+        """Tell how this communicator is like another one. Not collective, and nothing is sent.
+
+        Parameters
+        ----------
+        comm
+            Another communicator of nvcoll.
+
+        Returns
+        -------
+        int
+            `IDENT` if it is the same; `CONGRUENT` if it has the same ranks in the same order; `SIMILAR` if in another
+            order; else `UNEQUAL`.
+
+        Raises
+        ------
+        ArgumentError
+            `comm` is no communicator of nvcoll.
+        StateError
+            One of them was freed, or is `COMM_NULL`.
+        """
+        if not isinstance(comm, Splitting):
+            raise ArgumentError(
+                f"Compare: comm is of type {type(comm).__name__}, expected nvcoll.Comm; to compare what is mpi4py's, "
+                "take its own"
+            )
+        mine: Any = self._world
+        its: Any = comm._world
+        if self is comm:
+            return IDENT
+        if mine.size == its.size == 1:  # this process, from whichever it was made
+            return CONGRUENT
+        if (mine.whole or mine) is not (its.whole or its):
+            return UNEQUAL
+        if mine.origins == its.origins:
+            return CONGRUENT
+        return SIMILAR if sorted(mine.origins) == sorted(its.origins) else UNEQUAL
 
     def Free(self) -> None:
         """End this communicator and give its memory back; its buffers are gone. Collective.
@@ -216,13 +255,3 @@ class Splitting(Allocating):
                 made._numbers[verb] = numbers[verb]
             first._derived.append(made)
         return made
-
-
-def _integer(verb: str, name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"{verb}: {name} is {value!r}, expected an integer") from None
-    if not -(1 << 63) <= number < 1 << 63:
-        raise ArgumentError(f"{verb}: {name} is {number}, expected an integer of 64 bits")
-    return number

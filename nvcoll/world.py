@@ -66,15 +66,13 @@ class World(Parted):
         What it has in common with its parts.
     whole
         The world that was opened, if this is a part of it.
-    origins
-        Of each rank, its rank in that.
     """
 
     target = "host"
 
     def __init__(
         self, exchange: Any, topology: Any, planner: Planner, heap: Heap, area: Piece, common: Common,
-        whole: "World | None" = None, origins: Sequence[int] | None = None,
+        whole: "World | None" = None,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.topology = topology
@@ -85,7 +83,6 @@ class World(Parted):
         self.backend = common.backend
         self.rank: int = exchange.rank
         self.size: int = exchange.size
-        self.origins = tuple(range(self.size)) if origins is None else tuple(origins)
         self.queue = Queue(planner.state)  # has no thread before the first nonblocking call
         super().__init__(whole)  # from here on, the whole ends it
 
@@ -93,8 +90,7 @@ class World(Parted):
         """Do nothing: calls have ended when they return, and those of the queue need not have."""
 
     def _part(self, exchange: Any, topology: Any, memory: Part, ranks: Sequence[int]) -> "World":
-        origins = [self.origins[rank] for rank in ranks]
-        return _build(exchange, topology, memory, self.common, self.whole or self, origins)
+        return _build(exchange, topology, memory, self.common, self.whole or self)
 
     def leave(self) -> bool:
         """Take no more part, and tell the ranks that share memory. Returns whether no thread is in a call any more."""
@@ -219,7 +215,6 @@ def _build(
     memory: Member,
     common: Common,
     whole: World | None = None,
-    origins: Sequence[int] | None = None,
 ) -> World:
     """Set up the area of the ranks that share memory. Collective."""
     here, settings = topology, common.settings
@@ -233,4 +228,4 @@ def _build(
     state = open_area(memory, piece, here, layout, settings, slices)
     exchange.allgather(b"")  # nobody looks at the board of a rank that has none yet
     planner = Planner(state, layout, here, slices, common.rules, common.compiler, common.crowded, settings.timeout)
-    return World(exchange, topology, planner, heap, piece, common, whole, origins)
+    return World(exchange, topology, planner, heap, piece, common, whole)

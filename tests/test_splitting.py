@@ -1,7 +1,5 @@
 """Communicators made from others: who is in them, whose calls they match, what memory they have, and their ends."""
 
-import copy
-import pickle
 import threading
 import time
 
@@ -97,28 +95,6 @@ class TestWho:
         assert [one[1:] for one in found] == [(2 * (k // 2 * 2) + 1.0, 4 * (k // 4 * 4) + 6.0, 28.0) for k in range(8)]
         assert found[6][0] == "emulated rank 6.Split(1).Split(1)"
 
-    def test_each_has_a_name_of_its_own(self):
-        """It is the same on all ranks, whatever colors they gave before."""
-
-        def main(comm):
-            parts = [comm.Dup(), comm.Dup(), comm.Split(0 if comm.rank else UNDEFINED), comm.Split(0), comm.Dup()]
-            refusal(comm.Dup if comm.rank else comm.Split)
-            parts += [parts[1].Dup(), parts[1].Split(1), comm.Split_type(COMM_TYPE_SHARED), comm.Split(2)]
-            return [part.name.removeprefix(comm.name) for part in parts]
-
-        names = [".Dup()", ".Dup()#2", ".Split(0)", ".Split(0)#2", ".Dup()#3"]
-        names += [".Dup()#4", ".Dup()#2.Split(1)", ".Split_type()", ".Split(2)#3"]
-        found = nvcoll.emulate(3).run(main)
-        assert found[1:] == [names] * 2
-        assert found[0] == [*names[:2], "COMM_NULL", *names[3:]]
-
-    def test_names_begin_anew_with_the_world(self):
-        names = []
-        for _ in range(2):
-            COMM_SELF._close()
-            names += [COMM_SELF.Dup().name, COMM_SELF.Dup().name]
-        assert names == ["COMM_SELF.Dup()", "COMM_SELF.Dup()#2"] * 2
-
     def test_of_one_rank(self):
         dup, alone = COMM_SELF.Dup(), COMM_SELF.Split(3, 5)
         assert [dup.size, alone.size, dup.rank, total(alone, 4)] == [1, 1, 0, [4.0] * 3]
@@ -160,39 +136,6 @@ class TestArguments:
             return node.size, comm.Split(0, -(1 << 63)).size, all(same), dup == COMM_NULL, comm == COMM_NULL
 
         assert nvcoll.emulate(2).run(main) == [(2, 2, True, True, False)] * 2
-
-    @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy])
-    def test_a_copy_is_the_communicator_itself(self, again):
-        """So what it is kept in may be copied; also before it is used, and after its end."""
-
-        def main(comm):
-            part = comm.Dup()
-            kept = again({"comm": comm, "parts": [part, COMM_NULL, COMM_SELF]})
-            part.Free()
-            return kept["comm"] is comm, kept["parts"] == [part, COMM_NULL, COMM_SELF], again(part) is part
-
-        assert nvcoll.emulate(2).run(main) == [(True, True, True)] * 2
-        assert again(nvcoll.COMM_WORLD) is nvcoll.COMM_WORLD
-
-    @pytest.mark.parametrize("comm", [COMM_SELF, COMM_NULL])
-    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-    def test_it_cannot_be_pickled(self, comm, protocol):
-        kind, text = refusal(pickle.dumps, [comm], protocol)
-        assert kind is ArgumentError
-        assert text == (
-            f"pickle: {comm.name} is a communicator of this process, expected data; leave it out of what is pickled, "
-            "and take nvcoll.COMM_WORLD, or make the same one, in the process that gets the rest"
-        )
-
-    def test_no_communicator_is_mpi4py_s(self):
-        mpi = pytest.importorskip("mpi4py.MPI")
-        freed = COMM_SELF.Dup()
-        freed.Free()
-        for none in (COMM_NULL, freed):
-            assert none == mpi.COMM_NULL == none == mpi.Comm()
-            assert none not in (mpi.COMM_SELF, mpi.REQUEST_NULL, None, 0, "")
-            assert (none == np.ones(2)) is False
-        assert COMM_SELF != mpi.COMM_NULL != COMM_SELF != mpi.COMM_SELF
 
     def test_no_communicator(self):
         assert not COMM_NULL

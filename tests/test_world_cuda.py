@@ -116,7 +116,7 @@ class TestParts:
     @pytest.fixture
     def part(self, monkeypatch):
         """``part(ranks)``: for each of the ranks of two nodes of three, what its part is built with."""
-        monkeypatch.setattr(world_cuda, "build_world", lambda *args: args)
+        monkeypatch.setattr(world_cuda, "build_world", lambda *args: SimpleNamespace(args=args))
 
         def make(ranks):
             found, hub = {}, Hub(len(ranks), 10)
@@ -128,7 +128,9 @@ class TestParts:
                 exchange = SimpleNamespace(rank=rank, size=6)
                 common = DeviceCommon(settings.read({}), {}, Device(0), 2, "nvshmem")
                 world = DeviceWorld(exchange, topology, None, heap, common, None, far, 0)
-                found[rank] = (*world.part(LocalExchange(hub, ranks.index(rank)), ranks), world)
+                made = world.part(LocalExchange(hub, ranks.index(rank)), ranks)
+                assert made.origins == tuple(ranks)
+                found[rank] = (*made.args, world)
 
             threads = [threading.Thread(target=one, args=(rank,)) for rank in ranks]
             for thread in threads:
