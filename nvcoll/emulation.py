@@ -120,6 +120,7 @@ def _rank(
 ) -> None:
     """Run one rank; its end, by return or by exception, is told to the others so that none waits for it."""
     comm = Comm(lambda: world, f"emulated rank {rank}")
+    comm._emulated = True
     try:
         outcomes[rank] = fn(comm, *args)
     except BaseException as exc:  # handed to the caller of run

@@ -1,5 +1,6 @@
 """How a communicator comes to life, ends, and what becomes of it in a forked child."""
 
+import contextlib
 import os
 import threading
 import weakref
@@ -7,14 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
+from nvcoll.arguments import integer
 from nvcoll.buffers import Spec, parse
 from nvcoll.errors import ArgumentError, StateError, missing_name
 from nvcoll.hosts import Between
+from nvcoll.ops import mpi_module
 from nvcoll.world import World
 
 LIVING = ("_world", "_between", "_plans", "_kept", "_token", "_calls", "_numbers")
@@ -45,6 +48,7 @@ class Living:
     _calls: Any  # `DeviceCalls`, on GPUs
     _numbers: defaultdict[str, Iterator[int]]  # by verb: of the communicators that it makes of this one
     _opening = threading.RLock()  # one opens at a time
+    _emulated = False  # whether its ranks are threads of this process
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
 
     def __init__(self, opener: Callable[[], World] | None, name: str, first: "Living | None" = None) -> None:
@@ -82,6 +86,41 @@ class Living:
     def alive(self) -> bool:
         """Whether it is in use: opened, and not closed since."""
         return "_world" in self.__dict__
+
+    def Abort(self, errorcode: int = 0) -> NoReturn:
+        """End this process at once, and with it the program on all ranks: for an error that nothing can mend.
+
+        Parameters
+        ----------
+        errorcode
+            The exit status: its lower eight bits, or 1 where they are 0, which launchers take for success.
+
+        Raises
+        ------
+        ArgumentError
+            `errorcode` is no integer.
+        SystemExit
+            On emulated ranks, instead of ending the process: `Emulation.run` raises it.
+
+        Notes
+        -----
+        Nothing is cleaned up, and what Python holds back of its output is lost. A line on standard error tells who
+        called it. ``nvcoll run`` ends all other ranks, and has the exit status of this one; so does torchrun, which may
+        start them anew. Where MPI runs, it is asked to abort, and ``mpiexec`` ends the whole job; it may not notice the
+        end of a process that has not started MPI yet, as `Init` does. Until then it is as if this rank was killed:
+        others that wait for it raise PeerLostError soon, on GPUs TimeoutError.
+        """
+        status = integer("Abort", "errorcode", errorcode) & 0xFF or 1
+        if self._emulated:
+            raise SystemExit(status)
+        world = self.__dict__.get("_world")  # looked up as an attribute, it would wait for the other ranks to open it
+        who = "a process" if world is None else f"rank {world.rank}"
+        with contextlib.suppress(OSError):
+            os.write(2, f"nvcoll: {who} of {self.name} calls Abort({errorcode})\n".encode())
+        mpi = None if self._forked else mpi_module()
+        if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.size > 1:
+            mpi.COMM_WORLD.Abort(status)
+        os._exit(status)
 
     def _open(self) -> None:
         if self._forked:

@@ -250,6 +250,7 @@ class Splitting(Allocating):
             part.of = exchange.of = f" of {name}"
             first: Any = self if self._first is None else self._first()
             made = type(self)(None, name, first)
+            made._emulated = self._emulated
             made._enter(part)
             if verb == "Dup":
                 made._numbers[verb] = numbers[verb]

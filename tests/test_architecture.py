@@ -6,6 +6,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -195,7 +196,7 @@ def test_public_callables_have_numpy_docstrings(name, function):
     signature = inspect.signature(function)
     if [parameter for parameter in signature.parameters if parameter not in {"self", "cls"}]:
         assert re.search(r"^Parameters\n-+$", doc, re.MULTILINE), f"{name}: no Parameters section"
-    if signature.return_annotation not in {None, "None", inspect.Signature.empty}:
+    if signature.return_annotation not in {None, "None", NoReturn, inspect.Signature.empty}:
         assert re.search(r"^(Returns|Yields)\n-+$", doc, re.MULTILINE), f"{name}: no Returns section"
 
 
