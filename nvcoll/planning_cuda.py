@@ -20,6 +20,8 @@ from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_s
 
 PACK = 16
 """Bytes that a thread moves at a time."""
+ROOM = 8
+"""Where ranks run side by side on a GPU, one multiprocessor in so many is left to what else they run."""
 LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
 
@@ -45,7 +47,7 @@ class Kernels:
     def __init__(self, device: Any, cache_dir: Path | None, remote: bool = False, together: bool = False) -> None:
         self.device = device
         self.remote = remote
-        self._together = together
+        self.together = together
         self._cubins = CubinCache(cache_dir)
         self._loaded: dict[tuple[Any, ...], int] = {}
         self._lock = threading.Lock()
@@ -64,13 +66,13 @@ class Kernels:
                     if self.remote:
                         nvshmem.introduce(module.handle)
                     function = module.function(ENTRY)
-                    if self._together:
+                    if self.together:
                         driver.share_multiprocessors(function)
                     self._loaded[key] = function
             return self._loaded[key]
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
-        return siblings.quiet(self.device.ordinal) if self._together else contextlib.nullcontext()
+        return siblings.quiet(self.device.ordinal) if self.together else contextlib.nullcontext()
 
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""
@@ -141,6 +143,8 @@ class DevicePlanner(Chooser):
                 f"start {resident} ranks at most on it"
             )
         most = min(BLOCKS, limit or BLOCKS, resident // self.sharers)
+        if self.kernels.together:
+            most = min(most, max(1, (self.multiprocessors - self.multiprocessors // ROOM) // self.sharers))
         packs = max(1, -(-nbytes // PACK))
         each = -(-packs // (threads * most))  # of a thread: the same number in all blocks, but for the last
         return -(-packs // (threads * each)), crew

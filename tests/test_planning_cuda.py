@@ -26,8 +26,9 @@ SIZES = [0, 1, 4, 1000, 4096, 1 << 16, 1 << 20, 100_000_001, 1 << 33]
 class FakeKernels:
     """Stands for `Kernels`: a multiprocessor holds `registers` blocks of 64 threads, and fewer larger ones."""
 
-    def __init__(self, registers=16):
+    def __init__(self, registers=16, together=False):
         self.registers = registers
+        self.together = together
         self.asked = []
 
     def get(self, *key):
@@ -67,6 +68,13 @@ class TestGrid:
             assert threads <= MOST_THREADS
             assert 1 <= blocks <= BLOCKS
             assert blocks * sharers <= registers * 64 // threads * multiprocessors
+
+    @pytest.mark.parametrize("sharers", [1, 2, 3, 7, 64, 116, 117])
+    def test_where_ranks_run_side_by_side_there_is_room_for_what_else_they_run(self, sharers):
+        for nbytes in SIZES:
+            blocks, _ = planner((2,), sharers, kernels=FakeKernels(together=True)).grid(nbytes, 0)
+            assert blocks * sharers <= H200 - H200 // 8 or blocks == 1
+            assert blocks <= planner((2,), sharers).grid(nbytes, 0)[0]
 
     def test_no_more_threads_than_there_is_to_do(self):
         one = planner((2,))
@@ -331,7 +339,7 @@ class TestKernels:
             quiet.append(None)
 
         def load_module(cubin):
-            assert quiet == [gpu.ordinal] * kernels._together
+            assert quiet == [gpu.ordinal] * kernels.together
             return SimpleNamespace(function=lambda name: 5)
 
         monkeypatch.setattr(planning_cuda.siblings, "quiet", moment)

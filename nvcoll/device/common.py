@@ -17,7 +17,7 @@ from typing import Any
 BLOCK = 16128
 """Bytes of accumulators that are worked on at a time: half of a first-level cache, and whole lines of any protocol."""
 STAMP_BITS = 24
-"""Bits of a tag that tell calls of the same epoch apart; the other 40 are for the epoch."""
+"""Bits of a tag that tell calls of the same epoch apart; the other 40, on GPUs 39, are for the epoch."""
 
 
 def part_at(c: Any, count: int, parts: int, k: int) -> int:

@@ -244,3 +244,25 @@ except nvcoll.StateError as error:
 """
     status, output = run_command([sys.executable, "-c", program])
     assert (status, output) == (0, "this communicator was freed or finalized; make a new one, or call Init\n")
+
+
+def test_a_kernel_that_needs_a_whole_multiprocessor_runs_beside_ranks_that_wait():
+    """As torch's products of matrices do: in registers, there is no room for them beside any block."""
+    torch = pytest.importorskip("torch")
+
+    def main(comm):
+        x = comm.array(np.full(50_000, comm.rank + 1, np.float32))
+        stream = torch.cuda.ExternalStream(comm.stream)
+        with torch.cuda.stream(stream):
+            matrix = torch.ones(4096, 4096, dtype=torch.bfloat16, device="cuda")
+            product = matrix @ matrix  # loads the kernel
+            comm.Allreduce(x)
+            comm.Barrier()
+            for turn in range(4):
+                if comm.rank == turn % 2:
+                    time.sleep(0.2)
+                    torch.matmul(matrix, matrix, out=product)
+                comm.Allreduce(x)
+        return product[0, 0].item(), x.copy_to().max().item()
+
+    assert nvcoll.emulate(2, device=0).run(main) == [(4096.0, 3.0 * 2**4)] * 2

@@ -16,7 +16,7 @@ from typing import Any
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.common import STAMP_BITS, around, everyone, fold, heaps, unfold, without
 from nvcoll.device.cuda import ptx
-from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY, LINE, NEAR
+from nvcoll.device.cuda.layout import BLOCKS, EPOCH, EPOCHS, FAILED, HISTORY, LAST, LINE, NEAR
 from nvcoll.device.cuda.packs import BYTES
 
 LOOK = 256
@@ -92,7 +92,8 @@ def verbs(jit: Any, a: SimpleNamespace, p: SimpleNamespace, deep: bool) -> Simpl
         """
         sync()  # all threads have read the epoch
         if thread() == 0:
-            store(epoch_at(c, block()), (e & ~FAILED) >> STAMP_BITS)
+            epoch = (e & ~FAILED) >> STAMP_BITS
+            store(epoch_at(c, block()), 1 if epoch == LAST else epoch)  # 2 is next then: beyond it, tags are negative
             if block() == 0 and e >= 0:
                 store_relaxed(board(c), e)  # for those who wonder why nothing comes
                 history = state(c) + HISTORY

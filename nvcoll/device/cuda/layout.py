@@ -1,6 +1,7 @@
 """Where kernels find what the host has laid out for them; known to both."""
 
 from nvcoll._plan import DEVICE_FIELDS
+from nvcoll.device.common import STAMP_BITS
 
 LINE = 64
 """Bytes of a flag with its two values: flags of neighbours do not share a line."""
@@ -16,6 +17,8 @@ NEAR = sum(name.startswith("peer") and name != "peers" for name in DEVICE_FIELDS
 """Ranks whose areas are arguments, so that their addresses need not be loaded."""
 FAILED = -(1 << 63)
 """What says in the state that a wait was over its deadline, else 0: it makes tags negative."""
+LAST = (1 << 63 - STAMP_BITS) - 1
+"""The last epoch. Then comes 2, so that halves go on taking turns, and no tag is taken for memory that is empty."""
 
 
 def deepens(itemsize: int) -> bool:

@@ -126,7 +126,7 @@ def flags(jit: Any) -> SimpleNamespace:
         return ((got[0] & low) | (got[1] << 32), (got[2] & low) | (got[3] << 32))
 
     return SimpleNamespace(
-        spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of, as_sent=unchanged
+        spread=2, push=push, look=look, missing=missing, clear=clear, data_of=data_of, as_sent=unchanged(jit)
     )  # fmt: skip
 
 

@@ -176,14 +176,14 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
     )  # fmt: skip
 
 
-@intrinsic
-def unchanged(typing: Any, pack: Any) -> Any:
-    """Return a pack as it is."""
+def unchanged(jit: Any) -> Any:
+    """Return what leaves a pack as it is."""
 
-    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
+    @jit
+    def same(pack):
+        return pack
 
-    return pack(pack), emit
+    return same
 
 
 def partial(unit: int) -> SimpleNamespace:

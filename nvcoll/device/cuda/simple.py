@@ -79,6 +79,6 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
 
     return SimpleNamespace(
         put_data=put_data, put_end=put_end, arrival=arrival, arrivals=arrivals, pack_at=pack_at,
-        look=load_pack, settle=settle, settle_four=settle_four, as_sent=unchanged,
+        look=load_pack, settle=settle, settle_four=settle_four, as_sent=unchanged(jit),
         slot_at=slot_at, store_part=store_part, spread=1, signals=True,
     )  # fmt: skip

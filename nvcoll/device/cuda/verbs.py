@@ -157,7 +157,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
         return gather
 
-    gather_one, gather_partials = gathering(widen, reduce), gathering(packs.unchanged, reduce_pack)
+    gather_one, gather_partials = gathering(widen, reduce), gathering(packs.unchanged(jit), reduce_pack)
 
     @jit
     def wait_reduce_all(c, e, k, me, slot, mine, acc, n):

@@ -9,6 +9,7 @@ from itertools import accumulate
 import pytest
 
 from nvcoll.algorithms import ALGORITHMS, Shape
+from nvcoll.device.cuda.layout import LAST
 from nvcoll.planning import candidates
 from tests.device.cuda.machine import BLOCKS, FIELDS, WORD, World, machine, signed
 from tests.gpu.kernels import REACHING
@@ -61,6 +62,16 @@ def test_results_are_right_and_slots_are_left_clean(name, deep):
             shape = Shape(node_sizes, 1, WORD, (1 + widens) * WORD, min(node_sizes))
             assert world.reached(STRIDES[-1]) <= ALGORITHMS[name.split("/")[0]].slots(shape).number
             assert not any(world.arrived(rank, FIELDS["lines"], FIELDS["data"]) for rank in world.ranks)
+
+
+@pytest.mark.parametrize("name", candidates())
+def test_epochs_begin_anew_after_the_last_one(name):
+    with machine() as gpus:
+        world = World(gpus, *name.split("/"), (1, 2))
+        for rank, block in itertools.product(world.ranks, range(BLOCKS)):
+            gpus.memory[world.epoch_at(rank, block)] = LAST - 3
+        run_and_check(world, calls_for(name), 0)
+        assert all(0 < epoch < 1000 for rank in world.ranks for epoch in world.epochs(rank))
 
 
 @pytest.mark.parametrize("deep", [False, True], ids=["shallow", "deep"])
