@@ -81,6 +81,30 @@ side.wait_stream(torch.cuda.current_stream())
 comm.Allreduce(y, stream=side)
 side.synchronize()
 assert (y == 3).all()
+
+from nvcoll import StateError
+
+z = torch.full((1000,), mine, device="cuda")
+comm.Allreduce(z.clone())
+request = comm.Allreduce_init(z)
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    for call in (request.Start, comm.Barrier, lambda: comm.empty(3)):
+        try:
+            call()
+        except StateError:
+            continue
+        raise SystemExit(f"{call} was not refused in a capture")
+    comm.Allreduce(z)
+side.wait_stream(torch.cuda.current_stream())
+with torch.cuda.stream(side):
+    for _ in range(50):
+        graph.replay()
+    comm.Barrier()  # on this stream, behind the replays
+    z.fill_(mine)
+    request.Start()  # on this stream, behind the filling
+    request.Wait()
+assert (z == 3).all()
 """,
 }
 
