@@ -94,7 +94,8 @@ def test_a_nan_stays_one_whatever_its_payload(compiler, name):
     source = np.array(words * 7, np.uint32).view(np.float32)  # in a pack, and behind it
     found = convert(compiler.finisher(name, "float32", False), source, DATATYPES[name].dtype)
     assert np.isnan(found.astype("f4")).all()
-    np.testing.assert_array_equal(np.signbit(found.astype("f4")), np.signbit(source))
+    signs = np.signbit(source) & (DATATYPES[name].itemsize > 1)  # of 8 bits it has none
+    np.testing.assert_array_equal(np.signbit(found.astype("f4")), signs)
 
 
 @SMALL
