@@ -190,6 +190,15 @@ def nothing_remains():
 
 
 @pytest.fixture
+def mpich_leftovers():
+    """Remove what MPICH leaves in shared memory where one of its ranks is killed, or aborts."""
+    before = set(SHM.glob("mpich_shm_*"))
+    yield
+    for left in set(SHM.glob("mpich_shm_*")) - before:
+        left.unlink()
+
+
+@pytest.fixture
 def homeless(monkeypatch):
     """A user whom the system does not know, and who has no home directory."""
 

@@ -40,6 +40,7 @@ def test_nvcoll_run_ends_the_others_and_has_the_status(run_ranks, meet, code, st
 
 
 @pytest.mark.mpi
+@pytest.mark.usefixtures("mpich_leftovers")
 @pytest.mark.parametrize(("meet", "code", "status"), [("yes", 7, 7), ("yes", 0, 1), ("MPI", 44, 44)])
 def test_mpiexec_ends_the_others_and_has_the_status(run_ranks, meet, code, status):
     ranks = run_ranks(ABORT, 3, meet, code, launcher="mpiexec", check=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SHM, segments, wait_until_empty
+from tests.conftest import segments, wait_until_empty
 from tests.crew import PRELUDE
 
 pytestmark = pytest.mark.mpi
@@ -297,16 +297,11 @@ tell(sum=total())
         assert one["seconds"] < SOON
 
 
+@pytest.mark.usefixtures("mpich_leftovers")
 def test_a_killed_rank_ends_the_run_and_nothing_remains(on_nodes):
-    before, of_mpich = segments(), segments_of_mpich()
+    before = segments()
     on_nodes("total()\nif comm.rank == 3: os.kill(os.getpid(), signal.SIGKILL)\ntotal()", 4, 2, check=False)
     assert not wait_until_empty(lambda: segments() - before)
-    for left in segments_of_mpich() - of_mpich:  # MPICH does not remove its own when a rank is killed
-        left.unlink()
-
-
-def segments_of_mpich():
-    return set(SHM.glob("mpich_shm_*"))
 
 
 def test_nodes_without_mpi_are_refused(run_command):
