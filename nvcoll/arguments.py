@@ -28,6 +28,17 @@ def judge_info(verb: str, info: Any) -> None:
         )
 
 
+def same_handle(one: Any, other: object, ours: type, name: str) -> bool:
+    """Tell whether two handles are equal: the same object, or both false, as what has ended or been freed is.
+
+    The other one is of the class `ours`, or of mpi4py's of that name.
+    """
+    if one is other or one:
+        return one is other
+    mpi = mpi_module()
+    return isinstance(other, ours if mpi is None else ours | getattr(mpi, name)) and not other
+
+
 def dimensions(verb: str, shape: Any) -> tuple[int, ...]:
     """Return a shape as whole numbers whose product fits an address."""
     try:

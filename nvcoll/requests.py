@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
+from nvcoll.arguments import same_handle
 from nvcoll.errors import ArgumentError, StateError
 from nvcoll.ops import mpi_module
 
@@ -49,10 +50,7 @@ class Request:
 
     def __eq__(self, other: object) -> bool:
         """Whether it is the same; all that are false are equal to `REQUEST_NULL`, and that to mpi4py's."""
-        if self is other or self:
-            return self is other
-        mpi = mpi_module()
-        return isinstance(other, Request if mpi is None else Request | mpi.Request) and not other
+        return same_handle(self, other, Request, "Request")
 
     __hash__ = object.__hash__
 

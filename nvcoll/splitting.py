@@ -4,7 +4,7 @@ import re
 from typing import Any, ClassVar, Self
 
 from nvcoll.allocation import Allocating
-from nvcoll.arguments import integer, judge_info
+from nvcoll.arguments import integer, judge_info, same_handle
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError, MismatchError, StateError
 from nvcoll.lifecycle import gone
 from nvcoll.ops import mpi_module
@@ -32,10 +32,7 @@ class Splitting(Allocating):
 
     def __eq__(self, other: object) -> bool:
         """Whether it is the same; what was freed is equal to `COMM_NULL`, and that to mpi4py's."""
-        if self is other or self:
-            return self is other
-        mpi = mpi_module()
-        return isinstance(other, Splitting if mpi is None else Splitting | mpi.Comm) and not other
+        return same_handle(self, other, Splitting, "Comm")
 
     __hash__ = object.__hash__
 

@@ -45,6 +45,17 @@ def out_of_order(comm, each):
     return comm.Split(0, place * comm.size + order[node])
 
 
+def zeros(datatype, rank):
+    """Zeros of both signs."""
+    signs = np.random.default_rng(rank).integers(0, 2, COUNT)
+    return np.where(signs, -0.0, 0.0).astype(DATATYPES[datatype].dtype)
+
+
+def apart(ranks, calls):
+    """The calls after which not all ranks have the same bits."""
+    return [call for call, *results in zip(calls, *ranks, strict=True) if len(set(results)) > 1]
+
+
 @pytest.mark.parametrize(("size", "each"), [(8, 2), (10, 2), (16, 2), (15, 3)])
 def test_ranks_that_are_not_in_the_order_of_their_nodes(size, each):
     """Which operand is the left one must not go by ranks."""
@@ -54,17 +65,16 @@ def test_ranks_that_are_not_in_the_order_of_their_nodes(size, each):
 
     def main(comm):
         part = out_of_order(comm, each)
-        results = [part.rank]
+        results = []
         for datatype, op, algorithm in calls:
             result = np.empty(COUNT, DATATYPES[datatype].dtype)
-            zeros = np.where(np.random.default_rng(part.rank).integers(0, 2, COUNT), -0.0, 0.0)
-            part.Allreduce(zeros.astype(result.dtype), result, OPS[op], algorithm=algorithm)
+            part.Allreduce(zeros(datatype, part.rank), result, OPS[op], algorithm=algorithm)
             results.append(result.tobytes())
-        return results
+        return part.rank, results
 
-    ranks, *outcomes = zip(*nvcoll.emulate(size, each).run(main), strict=True)
+    ranks, outcomes = zip(*nvcoll.emulate(size, each).run(main), strict=True)
     assert list(ranks) != sorted(ranks)
-    assert not [call for call, results in zip(calls, outcomes, strict=True) if len(set(results)) > 1]
+    assert not apart(outcomes, calls)
 
 
 @pytest.mark.parametrize(("size", "nodes"), WORLDS)
@@ -80,8 +90,7 @@ def test_all_ranks_have_the_same_bits(size, nodes):
         return results
 
     outcomes = nvcoll.emulate(size, nodes).run(main)
-    apart = [call for call, *results in zip(calls, *outcomes, strict=True) if len(set(results)) > 1]
-    assert not apart
+    assert not apart(outcomes, calls)
     # Which of several NaNs, and which zero, is a matter of the order.
     for ((datatype, op), algorithm), result in zip(calls, outcomes[0], strict=True):
         if op in {"MIN", "MAX"} and datatype in {"float32", "float64"}:

@@ -5,7 +5,7 @@ import pytest
 
 import nvcoll
 from nvcoll.ops import DATATYPES, OPS
-from tests.algorithms.test_special_values import WORLDS, out_of_order, words
+from tests.algorithms.test_special_values import WORLDS, apart, out_of_order, words, zeros
 from tests.gpu.kernels import EVERY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_every")]
@@ -16,11 +16,6 @@ CALLS = [
     for datatype, op in pairs
     if DATATYPES[datatype].kind in {"float", "complex"}
 ]
-
-
-def apart(ranks, calls):
-    """The calls after which not all ranks have the same bits."""
-    return [call for call, *results in zip(calls, *ranks, strict=True) if len(set(results)) > 1]
 
 
 def make(comm, calls, contribution):
@@ -50,10 +45,6 @@ def test_all_ranks_have_the_same_bits(size, nodes, contribution):
 def test_ranks_that_are_not_in_the_order_of_their_nodes(monkeypatch):
     monkeypatch.setenv("NVCOLL_HEAP", "1G")  # each communicator takes 128 MiB
     calls = [call for call in CALLS if call[2] in {"MIN", "MAX"} and call[0].startswith("nvrar/")]
-
-    def zeros(datatype, rank):
-        signs = np.random.default_rng(rank).integers(0, 2, 4096)
-        return np.where(signs, -0.0, 0.0).astype(DATATYPES[datatype].dtype)
 
     def main(comm):
         part = out_of_order(comm, 2)
