@@ -151,6 +151,8 @@ class DeviceBuffer(DeviceSpan):
         ------
         StateError
             If the buffer was freed before, or is a view.
+        TimeoutError, PeerLostError, MismatchError
+            If a rank does not come, has ended, or frees another buffer.
 
         Notes
         -----
