@@ -23,12 +23,10 @@ class DeviceBuffer(DeviceSpan):
     It holds memory, and leaves computing to other libraries, which take it without a copy: ``torch.from_dlpack(buf)``,
     ``cupy.asarray(buf)``, ``numba.cuda.as_cuda_array(buf)``, ``jax.dlpack.from_dlpack(buf)``. Slices along the first
     axis, and `reshape`, are views. Views and what other libraries made of it share its memory and keep it alive, so
-    dropping the buffer while they exist is safe.
+    dropping the buffer while they exist is safe. Elements lie in C order.
 
     After `free`, and after the communicator is finalized, the buffer and its views raise StateError, and what other
     libraries made of them must not be used: its memory may be gone or belong to another buffer.
-
-    Elements lie in C order.
 
     Notes
     -----
