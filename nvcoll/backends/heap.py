@@ -165,8 +165,9 @@ class Heap:
         Returns (offset, bytes) of what other communicators have taken of the heap of any of the ranks.
         """
         mine = list(self.dropped)
-        if mine and self.finish is not None:
-            self.finish()
+        finish = self.finish  # which another thread's `retire` may take away
+        if mine and finish is not None:
+            finish()
         beside = [number for taken in self.memory.room.beside(self._mark) for number in taken]
         data = struct.pack(f"<cqq{len(mine) + len(beside)}q", kind.encode(), value, len(mine), *mine, *beside)
         answers = [_read(answer) for answer in self.memory.exchange.allgather(data)]

@@ -31,7 +31,8 @@ def refusing(option: str, path: Path, cure: str) -> Iterator[None]:
 def replace(path: Path, text: str) -> None:
     """Write a file, and leave one that is there as it is unless all of the new one could be written."""
     path = path.resolve()
-    if path.exists() and not path.is_file():  # a pipe, for instance
+    in_place = path.exists() and not (path.is_file() and os.access(path.parent, os.W_OK))
+    if in_place:  # a pipe, for instance, or a file whose folder takes no other
         path.write_text(text, encoding="utf-8")
         return
     new = path.with_name(f".{path.name}.{os.getpid()}")

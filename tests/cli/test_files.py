@@ -75,6 +75,14 @@ class TestReplace:
         assert path.read_text() == "old"
         assert [one.name for one in tmp_path.iterdir()] == ["rules.json"]
 
+    def test_a_file_whose_folder_takes_no_other(self, tmp_path, monkeypatch):
+        path = tmp_path / "rules.json"
+        path.write_text("old")
+        monkeypatch.setattr(os, "access", lambda asked, mode: asked != tmp_path)
+        monkeypatch.setattr(Path, "replace", lambda *paths: pytest.fail("the folder was written to"))
+        _files.replace(path, "new")
+        assert path.read_text() == "new"
+
     def test_what_is_no_file(self):
         _files.replace(Path(os.devnull), "new")
         assert not Path(os.devnull).is_file()
