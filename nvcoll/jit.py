@@ -65,8 +65,9 @@ class Compiler:
     def finisher(self, datatype: str, accumulator: str, average: bool) -> int:
         """Return the address of ``finish(to, source, count, ranks)``."""
         name = f"finish-{datatype}-{'average' if average else 'round'}"
-        text = lambda: _converting(datatype).finisher(datatype, accumulator, average)  # noqa: E731
-        return self._address(name, text, PACK_SOURCES, 4)
+        return self._address(
+            name, lambda: _converting(datatype).finisher(datatype, accumulator, average), PACK_SOURCES, 4
+        )
 
     def _address(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> int:
         with self._lock:  # ranks that are threads share a compiler
@@ -77,12 +78,7 @@ class Compiler:
     def _object(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> bytes:
         """Return the object file of a text, from the cache if it is there."""
         digest = digest_of(_platform(), "jit.py", *sources)
-
-        def compiled() -> bytes:
-            _refuse_settings()
-            return compile_host(text(), arguments)
-
-        return self._cache.get(f"{name}-{digest}.o", compiled)
+        return self._cache.get(f"{name}-{digest}.o", lambda: compile_host(text(), arguments))
 
     def _load(self, code: bytes) -> int:
         llvm, machine = _llvm()
@@ -204,6 +200,7 @@ def compile_host(text: Any, arguments: int) -> bytes:
     """
     from numba import cfunc, types
 
+    _refuse_settings()
     llvm, machine = _llvm()
     with _left_unoptimised():
         compiled: Any = cfunc(types.int64(*[types.int64] * arguments), error_model="numpy")(text)

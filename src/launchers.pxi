@@ -204,12 +204,12 @@ def _from_mpi(settings):
             f"Init: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
             f"{world.Get_size()}; use the launcher of that library, or set NVCOLL_BOOTSTRAP=single for ranks apart"
         )
-    others = settings.size, _whole_number("WORLD_SIZE", os.environ.get("WORLD_SIZE") or "1")
-    if world.Get_size() == 1 and max(others[0] or 1, others[1]) > 1:
-        whose, count = ("nvcoll run", others[0]) if (others[0] or 1) > 1 else ("torchrun", others[1])
-        raise BootstrapError(
-            f"Init: NVCOLL_BOOTSTRAP is mpi, and MPI sees 1 rank, but {whose} started {count}; unset NVCOLL_BOOTSTRAP, "
-            "or set it to single for ranks apart"
-        )
+    by_torchrun = _whole_number("WORLD_SIZE", os.environ.get("WORLD_SIZE") or "1")
+    for whose, count in (("nvcoll run", settings.size or 1), ("torchrun", by_torchrun)):
+        if world.Get_size() == 1 < count:
+            raise BootstrapError(
+                f"Init: NVCOLL_BOOTSTRAP is mpi, and MPI sees 1 rank, but {whose} started {count}; unset "
+                "NVCOLL_BOOTSTRAP, or set it to single for ranks apart"
+            )
     comm = _duplicate(world, settings.timeout)
     return comm.Get_rank(), comm.Get_size(), _OverMPI(MPI, comm)
