@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,10 @@ def other_process(tmp_path):
     program = tmp_path / "auswertung-ger\u00e4t"
     shutil.copy(shutil.which("sleep"), program)
     with subprocess.Popen([program, "60"]) as process:
-        name = Path(f"/proc/{process.pid}/comm").read_bytes()
-        yield name.strip()
+        name = Path(f"/proc/{process.pid}/comm")
+        while not name.read_bytes().startswith(b"auswertung"):  # the system sets it last, when Popen has returned
+            time.sleep(0.001)
+        yield name.read_bytes().strip()
         process.kill()
 
 
