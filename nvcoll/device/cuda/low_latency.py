@@ -206,13 +206,15 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         polls, since = 0, 0
         while missing(got, e):
             got = look(where)  # three looks for each count: counting takes as long as a look
-            if missing(got, e):
-                got = look(where)
-            if missing(got, e):
-                polls, since, gone = in_vain(c, e, polls, since)
-                if gone:
-                    leave()
-                got = look(where)
+            if not missing(got, e):
+                break  # at once, for whatever is tested again after the look that found the data is waited for
+            got = look(where)
+            if not missing(got, e):
+                break
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                leave()
+            got = look(where)
         clear(where)
         return data_of(got)
 

@@ -53,7 +53,9 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
-    itemsize, width, accumulates, several = a.itemsize, a.width, a.words // 2, deepens(a.itemsize)
+    itemsize, width, accumulates, several, ordered = (
+        a.itemsize, a.width, a.words // 2, deepens(a.itemsize), a.ordered,
+    )  # fmt: skip
     thread, threads, store_pack, meet = ptx.thread, ptx.threads, ptx.store_pack, ptx.meet
     _, store_wide = common.wide(jit, accumulates)
 
@@ -104,7 +106,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         while i < nbytes:
             mine = as_sent(get(acc + i, nbytes - i))  # before the wait
             left, right = mine, one(c, e, at, i)
-            if lower:
+            if ordered and lower:  # else to exchange them would take time for nothing
                 left, right = right, left
             put_back(acc + i, reduce_pack(left, right), nbytes - i)
             i += threads() * BYTES
@@ -131,7 +133,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             own = as_sent(own)
             if k == 2:  # the shortest way for the pair
                 left, right = own, one(c, e, at, i)
-                if me != 0:
+                if ordered and me != 0:
                     left, right = right, left
                 return combine(lift(left), lift(right))
             acc = lift(own)  # which counts only where I am the first
