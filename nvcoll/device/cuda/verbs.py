@@ -7,8 +7,8 @@ from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.opening import (
-    MAPPED,
     TAG,
+    known_ways,
     opening_of,
     own_storer,
     plain_opening,
@@ -283,10 +283,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     at_once = not (w.signals or deep)
     store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
-    ask_now, ask_before = far.askers(jit, v, remote, ptx.field(MAPPED))
+    ways = far.ways(jit, v, w) if remote else None
     if remote:
-        put = far.over(jit, v, w, put, w.store_part, ask_now)
-        put_own = far.over(jit, v, w, put_own, store_own, ask_before) if at_once else put
+        put = far.over(jit, v, w, put, w.store_part, ways)
+        put_own = far.over(jit, v, w, put_own, store_own, known_ways(jit, v, ways)) if at_once else put
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
     if w.signals or at_once:
@@ -298,7 +298,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     else:
         anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
         share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
-    opening = opening_of(jit, v, w, ask_now[1]) if at_once else plain_opening(jit, v)
+    opening = opening_of(jit, v, w, ways) if at_once else plain_opening(jit, v)
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}
