@@ -14,7 +14,7 @@ from nvcoll.ops import Datatype, as_datatype
 from .array import Allocation
 from .device_memory import DeviceOwner, Driver, Gpu
 from .dlpack import CUDA, DLPACK_TYPES
-from .streams import as_stream
+from .streams import as_stream, refuse_capture
 
 
 class DeviceBuffer(DeviceSpan):
@@ -150,7 +150,7 @@ class DeviceBuffer(DeviceSpan):
         Raises
         ------
         StateError
-            If the buffer was freed before, or is a view.
+            If the buffer was freed before, or is a view, or torch or CuPy captures a graph.
 
         Notes
         -----
@@ -160,6 +160,7 @@ class DeviceBuffer(DeviceSpan):
         if not self._whole:
             raise StateError("free: this is a view of a DeviceBuffer, expected a whole one; free what comm.empty gave")
         self._refuse_freed("free")
+        refuse_capture("free")
         self._owner.allocation.free()
         self._owner.end()
 
