@@ -35,6 +35,8 @@ class Allocating(Living):
             On all ranks, if one of them has no room.
         MismatchError
             On all ranks, if they ask for different sizes.
+        TimeoutError, PeerLostError
+            A rank does not come, or has ended.
         StateError
             An earlier call failed. On GPUs, the error of that call if none has raised it yet.
 

@@ -58,7 +58,10 @@ class Comm(Splitting):
 
     @property
     def bootstrap(self) -> str:
-        """How its ranks found each other: ``"run"``, ``"torchrun"``, ``"mpi"``, ``"single"`` or ``"emulated"``."""
+        """How its ranks found each other: ``"run"``, ``"torchrun"``, ``"mpi"``, ``"single"`` or ``"emulated"``.
+
+        Of `COMM_SELF`, it is the last.
+        """
         return str(self._world.exchange.kind)
 
     @property
@@ -151,8 +154,8 @@ class Comm(Splitting):
         Parameters
         ----------
         sendbuf
-            This rank's contribution: an array, or ``[buf, count]``, ``[buf, datatype]``, ``[buf, count, datatype]``.
-            `IN_PLACE` takes it from `recvbuf`.
+            This rank's contribution: an array, or ``[buf, count]``, ``[buf, datatype]``, ``[buf, count, datatype]``, or
+            ``[buf, count, displacement, datatype]``. `IN_PLACE` takes it from `recvbuf`.
         recvbuf
             Where the result goes, of the same count and datatype. None, or `sendbuf` itself, reduces in place.
             Contents are undefined after an error in the call.
@@ -162,25 +165,28 @@ class Comm(Splitting):
             The CUDA stream on which arrays on a GPU are reduced; None is that on which their library works now, and
             the only choice for arrays of the host. A call on a GPU returns before it has run.
         algorithm
-            Name of an algorithm (``"ring"``), or with a protocol (``"ring/simple"``), to use instead of the one that
-            would be chosen. The same on all ranks.
+            Name of an algorithm (``"ring"``), or with a protocol (``"ring/low_latency"``), to use instead of the one
+            that would be chosen. The protocol is simple if it is left out. The same on all ranks.
 
         Raises
         ------
         ArgumentError, DatatypeError
-            Before anything is sent: buffers of different counts or types, read-only, with gaps, or on a GPU.
+            Before anything is sent: buffers of different counts, types or orders, read-only, with gaps, that overlap,
+            or in memory that this communicator does not reach: a GPU's, or on GPUs the host's.
+        StateError
+            The buffer was freed, an earlier call failed, or another thread is in a call of this communicator.
         MismatchError
             Another rank's call differs in count, datatype, operator or algorithm.
         TimeoutError
             A rank did not arrive within ``NVCOLL_TIMEOUT`` seconds.
         PeerLostError
-            A rank ended, or failed. After these three the communicator is unusable. On GPUs, the call after the one
-            that failed raises them.
+            A rank ended, or failed; on GPUs that is a `TimeoutError`. After these three the communicator is unusable.
+            On GPUs, the call after the one that failed raises them.
 
         Notes
         -----
-        All ranks get bitwise equal results. Floats of 8 and 16 bits are summed in float32 and rounded once. A call on
-        arrays without elements is a call too: all ranks make it.
+        All ranks get bitwise equal results (between hosts without GPUs, if their MPI does). Floats of 8 and 16 bits are
+        summed in float32 and rounded once. A call on arrays without elements is a call too: all ranks make it.
         """
         plans = self._plans.get(algorithm)
         if plans is not None and stream is None:

@@ -16,7 +16,7 @@ class PeerLostError(Error, ConnectionError):
 
 
 class MismatchError(Error, RuntimeError):
-    """Ranks disagree: different verb, count, datatype, operator or settings."""
+    """Ranks disagree: different verb, count, datatype, operator or algorithm."""
 
 
 class ArgumentError(Error, ValueError):
@@ -32,7 +32,7 @@ class AllocationError(Error, MemoryError):
 
 
 class BootstrapError(Error, RuntimeError):
-    """The ranks could not find each other, or the launcher's variables contradict themselves."""
+    """The ranks could not find each other, the launcher's variables contradict themselves, or a GPU cannot be used."""
 
 
 class DeviceError(Error, RuntimeError):
@@ -40,7 +40,7 @@ class DeviceError(Error, RuntimeError):
 
 
 class StateError(Error, RuntimeError):
-    """The object cannot be used any more: finalized, freed, or inherited by a forked child."""
+    """The object cannot be used any more, or not now: finalized, freed, inherited by a forked child, in use."""
 
 
 class BuildError(Error, ImportError):

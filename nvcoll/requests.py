@@ -9,7 +9,7 @@ from nvcoll.errors import ArgumentError, StateError
 from nvcoll.ops import mpi_module
 
 UNDEFINED = -32766
-"""What `Request.Waitany` and `Request.Testany` return if no request is active; mpi4py's value."""
+"""What `Request.Waitany` returns if no request is active, `Request.Testany` also if none has ended: mpi4py's value."""
 LONGEST_SLEEP = 0.001
 """Seconds between two looks of `Request.Waitany` and `Request.Waitsome`, at most; a sixteenth of the time waited
 otherwise."""

@@ -20,7 +20,15 @@ def Init() -> None:
     Raises
     ------
     BootstrapError
-        If the ranks cannot find each other.
+        If the ranks cannot find each other, or a GPU that was asked for cannot be used.
+    TimeoutError, PeerLostError
+        If one of them does not come, or ends.
+    ArgumentError
+        If a variable of the environment, or the rules file, cannot be used.
+    AllocationError
+        If there is no memory for what they share.
+    StateError
+        In a child that was forked when the ranks had met.
     """
     COMM_WORLD.rank  # noqa: B018 - the first look opens it
 

@@ -86,10 +86,22 @@ TABLE: tuple[Variable, ...] = (
         "pages or auto",
         "auto",
         "Heap of a rank; auto: address space for the physical memory, on GPUs a quarter of the GPU for all its ranks; "
-        "for emulated ranks 1G at most, on a GPU no more than half of its free memory for all of them.",
+        "for COMM_SELF and emulated ranks 1G at most, on a GPU no more than half of its free memory for all of them.",
     ),
-    Variable("NVCOLL_CACHE_DIR", "cache_dir", "path", "$XDG_CACHE_HOME/nvcoll", "Where compiled kernels are kept."),
-    Variable("NVCOLL_SPIN", "spin", "microseconds or auto", "auto", "How long a rank spins before it yields its core."),
+    Variable(
+        "NVCOLL_CACHE_DIR",
+        "cache_dir",
+        "path",
+        "$XDG_CACHE_HOME/nvcoll",
+        "Where compiled kernels are kept; in XDG_CACHE_HOME if that is set.",
+    ),
+    Variable(
+        "NVCOLL_SPIN",
+        "spin",
+        "microseconds or auto",
+        "auto",
+        "How long a rank spins before it yields its core; auto: 100, or hardly at all where ranks share cores.",
+    ),
     Variable(
         "NVCOLL_KEY",
         "key",

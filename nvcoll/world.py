@@ -143,6 +143,7 @@ def open_world() -> Any:
         exchange = _bootstrap.connect(settings)
         undo.callback(exchange.close)
         settings, rules = _agree_on_settings(exchange, settings)
+        exchange.timeout = settings.timeout
         cores = exchange.allgather(_topology.usable_cpus())
         identities = _identities(exchange)
         topology = _topology.detect(exchange.rank, identities, settings.ranks_per_node, cores)

@@ -188,6 +188,8 @@ class Buffer(np.ndarray[Any, Any]):
         ------
         StateError
             If the buffer was freed before.
+        TimeoutError, PeerLostError, MismatchError
+            If a rank does not come, has ended, or frees another buffer.
 
         Notes
         -----

@@ -23,12 +23,10 @@ class DeviceBuffer(DeviceSpan):
     It holds memory, and leaves computing to other libraries, which take it without a copy: ``torch.from_dlpack(buf)``,
     ``cupy.asarray(buf)``, ``numba.cuda.as_cuda_array(buf)``, ``jax.dlpack.from_dlpack(buf)``. Slices along the first
     axis, and `reshape`, are views. Views and what other libraries made of it share its memory and keep it alive, so
-    dropping the buffer while they exist is safe.
+    dropping the buffer while they exist is safe. Elements lie in C order.
 
     After `free`, and after the communicator is finalized, the buffer and its views raise StateError, and what other
     libraries made of them must not be used: its memory may be gone or belong to another buffer.
-
-    Elements lie in C order.
 
     Notes
     -----
@@ -151,6 +149,8 @@ class DeviceBuffer(DeviceSpan):
         ------
         StateError
             If the buffer was freed before, or is a view, or torch or CuPy captures a graph.
+        TimeoutError, PeerLostError, MismatchError
+            If a rank does not come, has ended, or frees another buffer.
 
         Notes
         -----
@@ -386,9 +386,7 @@ class DeviceBuffer(DeviceSpan):
                 "is; move the array that you get"
             )
         if stream is not None and (isinstance(stream, bool) or not hasattr(type(stream), "__index__")):
-            raise BufferError(
-                f"__dlpack__: stream is of type {type(stream).__name__}, expected an integer; pass the handle"
-            )
+            raise BufferError(f"__dlpack__: stream is a {type(stream).__name__}, expected an integer; pass the handle")
         versioned = max_version is not None and max_version[0] >= DLPACK_VERSION[0]
         address = self.address if self.size else 0
         if stream != -1:

@@ -23,7 +23,8 @@ examples:
   nvcoll run -n 2 -- ./program --flag
 
 The first rank that fails ends the others, and its exit status is returned: 128 + N if signal N killed it.
-SIGINT, SIGTERM and SIGHUP are passed on; a second one ends the run. Standard input goes to rank 0.
+SIGINT, SIGTERM and SIGHUP are passed on. After one of the last two, a second signal or a failure, ranks have 5 s to
+end before they are killed. Standard input goes to rank 0.
 OMP_NUM_THREADS is set to the CPUs' share of a rank where it is not set already.
 """
 

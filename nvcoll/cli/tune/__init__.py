@@ -2,8 +2,9 @@
 
 All candidates run at every fourth size, and between two of these those that were not several times slower than the
 fastest at both. A rule covers a range of sizes in which its algorithm was within --margin of the fastest; there are as
-few rules as that allows. They speak of this kind of hardware and this number of ranks and nodes only. Rules that FILE
-has already, or if there is no FILE those in force, stay behind them, but for those of exactly these ranks.
+few rules as that allows. They speak of this kind of hardware and this number of ranks and nodes only, and of ranks that
+share cores or a GPU, or do not. Rules that FILE has already, or if there is no FILE those in force, stay behind them,
+but for those of exactly these ranks.
 
 Each line is checked on every rank before it is timed, as by `nvcoll bench`. After a wrong answer nothing is written,
 and the exit status is 1.
