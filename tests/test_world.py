@@ -263,10 +263,8 @@ class TestSettings:
 
     def test_of_rank_0_are_in_force(self):
         program = """
-os.environ["NVCOLL_SCRATCH"] = ("512K", "1M", "2M")[rank]
-os.environ["NVCOLL_HEAP"] = ("64M", "32M", "16M")[rank]
-os.environ["NVCOLL_SPIN"] = ("1", "2", "auto")[rank]
-os.environ["NVCOLL_TIMEOUT"] = ("60", "60", "1")[rank]
+for name, values in [("SCRATCH", "512K 1M 2M"), ("HEAP", "64M 32M 16M"), ("SPIN", "1 2 auto"), ("TIMEOUT", "60 60 1")]:
+    os.environ["NVCOLL_" + name] = values.split()[rank]
 x = np.arange(100_000.0)  # many rounds through scratch memory
 comm.Allreduce(x)
 time.sleep(2 * (rank == 1))  # for allocations, too
