@@ -228,7 +228,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         One loop for all: code that is seldom run stands once, and packs are looked at together.
         """
         polls, since = 0, 0
-        while missing(a0, e) | missing(a1, e) | missing(a2, e) | missing(a3, e):  # all at once, without a branch
+        while missing(a0, e) or missing(a1, e) or missing(a2, e) or missing(a3, e):
             polls, since, gone = in_vain(c, e, polls, since)
             if gone:
                 leave()
