@@ -167,9 +167,9 @@ def agrees_with_lstsq(comm: Comm, fit: Fit, places: Array, heights: Array, grid:
 
 def natural(text: str, least: int = 0) -> int:
     """An argument that must be a whole number of at least zero."""
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    value = int(text) if text.removeprefix("-").isdecimal() else None
+    if value is None or value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return value
 
 

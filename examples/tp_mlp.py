@@ -356,9 +356,9 @@ def summarize(run: Training, digits: Digits) -> None:
 
 def natural(text: str, least: int = 0) -> int:
     """An argument that must be a whole number of at least zero."""
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    value = int(text) if text.removeprefix("-").isdecimal() else None
+    if value is None or value < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
     return value
 
 

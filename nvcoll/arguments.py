@@ -97,16 +97,22 @@ def judge_buffers(
     return send, recv, handle
 
 
+def judge_verb(asked: str, verb: Any) -> None:
+    """Refuse what is no collective that there is."""
+    if not isinstance(verb, str) or verb.lower() != "allreduce":
+        raise ArgumentError(f"{asked}: verb is {verb!r}, expected 'allreduce'")
+
+
 def judge_explain(verb: str, nbytes: Any, dtype: Any, op: Any) -> tuple[int, Datatype, Op]:
     """Check the arguments of `explain`; return the count, the datatype and the operator."""
-    if not isinstance(verb, str) or verb.lower() != "allreduce":
-        raise ArgumentError(f"explain: verb is {verb!r}, expected 'allreduce'")
+    judge_verb("explain", verb)
     datatype, handle = as_datatype(dtype, "explain", "dtype"), as_op(op, "explain")
     if reason := handle.supports(datatype):
         raise DatatypeError(f"explain: {reason}")
     if not hasattr(nbytes, "__index__") or nbytes < 0 or nbytes % datatype.itemsize:
         raise ArgumentError(
-            f"explain: nbytes is {nbytes!r}, expected a multiple of the {datatype.itemsize} bytes of {datatype.name}"
+            f"explain: nbytes is {nbytes!r}, expected a whole number, 0 or more, and a multiple of the "
+            f"{datatype.itemsize} bytes of {datatype.name}; pass count * itemsize"
         )
     return nbytes // datatype.itemsize, datatype, handle
 

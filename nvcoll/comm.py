@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import Plan, Plans
-from nvcoll.arguments import judge, judge_explain, judge_info
+from nvcoll.arguments import judge, judge_explain, judge_info, judge_verb
 from nvcoll.buffers import IN_PLACES, Spec, while_alive
 from nvcoll.errors import StateError
 from nvcoll.failures import failure
@@ -363,6 +363,7 @@ class Comm(Splitting):
         -------
         list of str
         """
+        judge_verb("algorithms", verb)
         return [one.name for one in self.explain(verb, 4).candidates]
 
 

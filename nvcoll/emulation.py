@@ -52,6 +52,11 @@ class Emulation:
             What `fn` raised on the first rank that failed by itself, with a note that names the rank. Ranks that
             failed only because that one did are not reported.
         """
+        if not callable(fn):
+            raise ArgumentError(
+                f"emulate: run got a {type(fn).__name__}, expected a function, to which each rank's communicator is "
+                "given; pass the function itself"
+            )
         with self._on_gpu():
             return self._run(fn, args)
 
@@ -141,9 +146,10 @@ def _first(failures: list[tuple[int, BaseException]]) -> BaseException:
 def _node_sizes(size: int, ranks_per_node: int | list[int] | tuple[int, ...] | None) -> tuple[int, ...]:
     if ranks_per_node is None:
         return (size,)
-    try:
+    given = None
+    with contextlib.suppress(TypeError):
         given = list(ranks_per_node)  # type: ignore[arg-type]
-    except TypeError:  # one number
+    if given is None:  # one number
         each = _number(ranks_per_node, 1, f"ranks_per_node is {ranks_per_node!r}, expected 1 or more")
         full, rest = divmod(size, each)
         return (each,) * full + ((rest,) if rest else ())

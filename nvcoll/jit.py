@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from nvcoll.codecache import CodeCache, digest_of
+from nvcoll.errors import ArgumentError, DatatypeError
 
 ENTRY = "nvcoll_entry"
 C_FUNCTIONS = {"memcpy", "memmove", "memset"}
 """What compiled code may call besides what it is handed."""
+HALVES = {"float16", "float8_e4m3fn", "float8_e5m2"}
+"""Datatypes that are converted by way of float16."""
+NUMBA_SETTINGS = {
+    "DISABLE_JIT": "NUMBA_DISABLE_JIT",
+    "ENABLE_PROFILING": "NUMBA_ENABLE_PROFILING",
+    "DEBUGINFO_DEFAULT": "NUMBA_DEBUGINFO",  # set by the one before, too
+}
+"""Settings of Numba with which it makes no kernels."""
 VERB_SOURCES = tuple(f"device/{name}.py" for name in ("host", "common", "simple", "low_latency", "groups", "verbs"))
 PACK_SOURCES = ("device/packs.py", "device/reduce.py")
 
@@ -51,12 +60,13 @@ class Compiler:
 
     def widener(self, datatype: str) -> int:
         """Return the address of ``widen(to, source, count, _)``."""
-        return self._address(f"widen-{datatype}", lambda: _packs().widener(datatype), PACK_SOURCES, 4)
+        return self._address(f"widen-{datatype}", lambda: _converting(datatype).widener(datatype), PACK_SOURCES, 4)
 
     def finisher(self, datatype: str, accumulator: str, average: bool) -> int:
         """Return the address of ``finish(to, source, count, ranks)``."""
         name = f"finish-{datatype}-{'average' if average else 'round'}"
-        return self._address(name, lambda: _packs().finisher(datatype, accumulator, average), PACK_SOURCES, 4)
+        text = lambda: _converting(datatype).finisher(datatype, accumulator, average)  # noqa: E731
+        return self._address(name, text, PACK_SOURCES, 4)
 
     def _address(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> int:
         with self._lock:  # ranks that are threads share a compiler
@@ -67,7 +77,12 @@ class Compiler:
     def _object(self, name: str, text: Callable[[], Any], sources: tuple[str, ...], arguments: int) -> bytes:
         """Return the object file of a text, from the cache if it is there."""
         digest = digest_of(_platform(), "jit.py", *sources)
-        return self._cache.get(f"{name}-{digest}.o", lambda: compile_host(text(), arguments))
+
+        def compiled() -> bytes:
+            _refuse_settings()
+            return compile_host(text(), arguments)
+
+        return self._cache.get(f"{name}-{digest}.o", compiled)
 
     def _load(self, code: bytes) -> int:
         llvm, machine = _llvm()
@@ -82,6 +97,37 @@ def _packs() -> Any:
     from nvcoll.device import packs
 
     return packs
+
+
+def _converting(datatype: str) -> Any:
+    """Return `_packs`, if this processor converts a datatype: where it cannot, LLVM ends the process."""
+    import platform
+
+    if datatype in HALVES and platform.machine() in ("x86_64", "AMD64"):
+        from numba.core import config
+
+        llvm, _ = _llvm()
+        features = config.CPU_FEATURES
+        if features is None:
+            features = "" if config.CPU_NAME else llvm.get_host_cpu_features().flatten()
+        if "+f16c" not in features.split(","):
+            raise DatatypeError(
+                f"{datatype} needs instructions (F16C) which this processor lacks, or NUMBA_CPU_NAME leaves out; "
+                "unset that, or pass a copy in float32 or bfloat16"
+            )
+    return _packs()
+
+
+def _refuse_settings() -> None:
+    """Raise ArgumentError where Numba was told to leave functions as they are, or to add to them."""
+    from numba.core import config
+
+    for name, variable in NUMBA_SETTINGS.items():
+        if getattr(config, name, 0):
+            raise ArgumentError(
+                f"{variable} is set, expected it unset while nvcoll compiles its kernels; run the program once without "
+                "it, and they are kept"
+            )
 
 
 def _schedule_text(name: str, protocol: str) -> Any:

@@ -352,7 +352,8 @@ def as_datatype(datatype: object, verb: str = "as_datatype", name: str = "dataty
         dtype = np.dtype(datatype)  # type: ignore[call-overload]
     except (TypeError, ValueError, SyntaxError):
         given = repr(datatype) if isinstance(datatype, str | None) else f"of type {type(datatype).__name__}"
-        raise DatatypeError(f"{where} is {given}, expected a datatype; pass for example nvcoll.FLOAT") from None
+        more = ", and a shape of several dimensions as a tuple" if isinstance(datatype, int) else ""
+        raise DatatypeError(f"{where} is {given}, expected a datatype; pass for example nvcoll.FLOAT{more}") from None
     return _from_dtype(dtype, where)
 
 

@@ -142,6 +142,8 @@ class Request:
             try:
                 request.Wait()
             except Exception as exc:
+                if request._pending is not None:  # it has not ended: a handler of a signal raised this
+                    raise
                 problem = problem or exc
         if problem is not None:
             raise problem

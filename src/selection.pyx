@@ -93,12 +93,23 @@ def _each_rule(where, listed, needed, known):
         raise ValueError(f"{where}: expected a list of rules")
     for number, rule in enumerate(listed):
         place = f"{where}, rule {number + 1}"
-        if not isinstance(rule, dict) or not set(needed) <= set(rule):
-            raise ValueError(f"{place}: needs {' and '.join(needed)}")
-        unknown = sorted(set(rule) - known)
+        unknown = sorted(set(rule) - known) if isinstance(rule, dict) else []
         if unknown:
             raise ValueError(f"{place}: key {unknown[0]} is not known; known are {', '.join(sorted(known))}")
+        if not isinstance(rule, dict) or not set(needed) <= set(rule):
+            raise ValueError(f"{place}: needs {' and '.join(needed)}")
         yield place, rule
+
+
+def _check_number(where, rule, key, least):
+    if not _is_number(rule.get(key, least), least):
+        of = " of bytes" if key == "upto" else ""
+        raise ValueError(f"{where}: {key} is {rule[key]!r}, expected a whole number{of}, {least} or more")
+
+
+def _check_truth(where, rule, key):
+    if not isinstance(rule.get(key, True), bool):
+        raise ValueError(f"{where}: {key} is {rule[key]!r}, expected true or false")
 
 
 def _check_range(where, key, limits):
@@ -116,8 +127,8 @@ def _check_choices(kind, listed, names, verbs):
             raise ValueError(f"{where}: verb is {rule['verb']!r}, expected one of {', '.join(verbs)}")
         if rule["use"] not in names:
             raise ValueError(f"{where}: use is {rule['use']!r}, expected one of {', '.join(sorted(names))}")
-        if not _is_number(rule.get("upto", 0), 0) or not isinstance(rule.get("oversubscribed", True), bool):
-            raise ValueError(f"{where}: upto is a number of bytes, 0 or more, oversubscribed is true or false")
+        _check_number(where, rule, "upto", 0)
+        _check_truth(where, rule, "oversubscribed")
         for key in ("ranks", "nodes"):
             _check_range(where, key, rule.get(key, [None, None]))
 
@@ -129,10 +140,10 @@ def check_launch(rules):
         if not _is_number(rule["threads"], 1) or rule["threads"] not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {sizes}")
-        if not all(_is_number(rule.get(key, 1), 1) for key in ("upto", "blocks")):
-            raise ValueError(f"{where}: upto is a number of bytes, blocks a number, above 0")
-        if not all(isinstance(rule.get(key, True), bool) for key in ("deep", "far")):
-            raise ValueError(f"{where}: deep and far are true or false")
+        for key in ("upto", "blocks"):
+            _check_number(where, rule, key, 1)
+        for key in ("deep", "far"):
+            _check_truth(where, rule, key)
     for far in (False, True):
         if not any("upto" not in rule and rule.get("far", far) == far for rule in rules):
             raise ValueError(f"launch: needs a rule without upto, for far {str(far).lower()}")

@@ -263,6 +263,17 @@ def test_a_launcher_of_another_library(run_command):
 
 
 @mpi
+@pytest.mark.parametrize(
+    ("env", "whose"), [({"NVCOLL_RANK": "0", "NVCOLL_SIZE": "2"}, "nvcoll run"), ({"WORLD_SIZE": "2"}, "torchrun")]
+)
+def test_mpi_is_asked_for_where_another_launcher_started_the_ranks(run_command, env, whose):
+    code = "from nvcoll import settings, _bootstrap; _bootstrap.connect(settings.read())"
+    status, output = run_command([sys.executable, "-c", code], env={"NVCOLL_BOOTSTRAP": "mpi"} | env)
+    assert status == 1
+    assert f"MPI sees 1 rank, but {whose} started 2; unset NVCOLL_BOOTSTRAP" in output
+
+
+@mpi
 def test_finalized(run_command):
     code = (
         "from mpi4py import MPI; MPI.Finalize(); from nvcoll import settings, _bootstrap\n"
@@ -329,5 +340,5 @@ def test_an_mpi_that_nvcoll_started_does_not_wait_after_a_failure(run_ranks, bef
 
 def test_a_launcher_without_mpi4py_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(BootstrapError, match=r"mpi4py does not load .* `pip install nvcoll\[mpich\]`"):
+    with pytest.raises(BootstrapError, match=r"mpi4py does not load .* `pip install 'nvcoll\[mpich\]'`"):
         connect(settings.read({"NVCOLL_BOOTSTRAP": "mpi"}))

@@ -277,6 +277,8 @@ class TestExplain:
     def test_algorithms_are_the_names_that_allreduce_takes(self):
         def main(comm):
             assert comm.algorithms() == comm.algorithms("allreduce") == candidates()
+            with pytest.raises(nvcoll.ArgumentError, match=r"^algorithms: verb is 'bcast', expected"):
+                comm.algorithms("bcast")
             for name in comm.algorithms():
                 x = contribution(comm)
                 comm.Allreduce(x, algorithm=name)
@@ -289,8 +291,8 @@ class TestExplain:
         ("args", "message"),
         [
             (("bcast", 4), "explain: verb is 'bcast', expected 'allreduce'"),
-            (("allreduce", 5), "explain: nbytes is 5, expected a multiple of the 4 bytes of float32"),
-            (("allreduce", -4), "explain: nbytes is -4, expected a multiple of the 4 bytes of float32"),
+            (("allreduce", 5), "explain: nbytes is 5, expected a whole number, 0 or more, and a multiple of the 4 "),
+            (("allreduce", -4), "explain: nbytes is -4, expected a whole number, 0 or more"),
             (("allreduce", 4, "float80"), "explain: dtype is 'float80', expected a datatype"),
             (("allreduce", 4, "float32", "SUM"), "explain: op is 'SUM', expected one of SUM"),
             (("allreduce", 4, bool), "explain: SUM is defined for numbers, the buffers hold bool"),

@@ -172,6 +172,10 @@ class TestNodes:
         with pytest.raises(nvcoll.ArgumentError, match=f"^{message}$"):
             nvcoll.emulate(size, ranks_per_node)
 
+    def test_what_is_no_function(self):
+        with pytest.raises(nvcoll.ArgumentError, match=r"^emulate: run got a list, expected a function, to"):
+            nvcoll.emulate(2).run([1.0])
+
     def test_numbers_of_numpy(self):
         assert nvcoll.emulate(np.int64(5), np.int8(2)).node_sizes == (2, 2, 1)
         assert nvcoll.emulate(4, np.array(2)).node_sizes == (2, 2)

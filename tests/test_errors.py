@@ -64,7 +64,7 @@ def test_an_extension_that_does_not_load_tells_why():
 
 VERBS = (
     "; nvcoll's verbs are Abort, Allreduce, Allreduce_init, Barrier, Compare, Dup, Free, Iallreduce, Split, "
-    "Split_type, for arrays: take mpi4py for all else"
+    "Split_type, for arrays, which empty, zeros, full and array make, or others: take mpi4py for all else"
 )
 
 
@@ -83,6 +83,11 @@ def test_names_that_mpi4py_has_say_where_to_find_them(owner, name, told):
     with pytest.raises(AttributeError, match="^" + re.escape(told + VERBS)) as caught:
         getattr(owner, name)
     assert "beside nvcoll on ranks that mpiexec or srun starts" in str(caught.value)
+
+
+def test_verbs_are_those_of_communicators():
+    with pytest.raises(AttributeError, match=r"no attribute 'Allreduce'; it is a verb of communicators: COMM_WORLD\."):
+        getattr(nvcoll, "Allreduce")  # noqa: B009 - the look-up is what is tried
 
 
 def test_names_of_pythons_own_protocols_say_nothing_of_mpi():

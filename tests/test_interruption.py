@@ -95,6 +95,33 @@ tell(sum=total())
             assert [crew.told(1)["kind"] for _ in range(2)] == ["PeerLostError", "StateError"]
             assert [told["sum"] for told in crew.all_told().values()] == [[3.0] * 3] * 2
 
+    @pytest.mark.parametrize(
+        "wait", ["comm.Allreduce(np.ones(4))", "nvcoll.Request.Waitall([comm.Iallreduce(np.ones(4)), request])"]
+    )
+    def test_what_a_handler_raises_ends_the_wait_that_it_meets(self, wait):
+        program = f"""
+class Alarm(Exception):
+    pass
+
+def ring(number, frame):
+    raise Alarm
+
+signal.signal(signal.SIGALRM, ring)
+tell(sum=total())
+if comm.rank == 1:
+    gate()
+request = comm.Iallreduce(np.ones(4))
+if comm.rank == 0:
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    tell(**attempt(lambda: {wait}))
+"""
+        with Crew(program, 2) as crew:
+            crew.all_told()
+            told = crew.told(0)
+            assert told["kind"] == "Alarm"
+            assert told["seconds"] < SOON
+            crew.let_go(1)
+
     def test_handlers_that_do_not_raise_let_it_go_on(self):
         program = """
 signal.signal(signal.SIGUSR1, lambda number, frame: tell(handled=number))

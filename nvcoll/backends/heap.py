@@ -4,6 +4,7 @@ Garbage collection never communicates: what a rank drops is queued, the queues t
 free, and what every rank has dropped is freed then.
 """
 
+import mmap
 import struct
 import threading
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from nvcoll.backends.group import Member, agree
 from nvcoll.buffers import invalidate
 from nvcoll.errors import MismatchError, StateError
 
-ALIGN = 4096
-"""Allocations begin at pages, so that memory can be given back to the system one by one."""
+ALIGN = max(4096, mmap.PAGESIZE)
+"""Allocations begin at pages, so that memory can be given back to the system one by one, and is of zeros afterwards."""
+MOMENT = 0.2
+"""Seconds that the end waits for threads which allocate or free, and may be about to be done."""
 DOES = {"a": "allocates {} bytes", "f": "frees allocation {}", "e": "frees the communicator"}
 """What ranks tell each other here, by the letter with which it begins."""
 OTHERS = {"c": "finalizes", "s": "makes communicators"}
@@ -130,19 +133,23 @@ class Heap:
     def close(self) -> None:
         """Give everything back. Buffers become freed ones.
 
-        While views of them live on, so does memory that can: to touch a view must not crash the process.
+        While views of them live on, so does memory that can: to touch a view must not crash the process. So it does
+        where another thread waits for the other ranks in here, which may be for long.
         """
-        with self._lock:
-            self._closed, self.finish = True, None
+        self.retire()
+        if not self._lock.acquire(timeout=MOMENT):
+            return
+        try:
             self._pieces.clear()
             viewed = invalidate(self.memory.address(self.memory.place), self.memory.extent)
             if not (viewed and self.memory.lingers):
                 self.memory.close()
+        finally:
+            self._lock.release()
 
     def retire(self) -> None:
         """Refuse to allocate and free from here on, but leave the memory where it is."""
-        with self._lock:
-            self._closed, self.finish = True, None
+        self._closed, self.finish = True, None
 
     def _begin(self, verb: str) -> str:
         """Return what the call is, for messages: the verb, and of which communicator if that was made from another."""

@@ -67,7 +67,7 @@ def find() -> Found:
     except Exception as exc:  # the bindings' own class: a library that lacks what they know
         raise BootstrapError(
             f"nvshmem4py {__version__} does not fit the host library at {path} ({type(exc).__name__}: {exc}); install "
-            'both anew: pip install --upgrade --force-reinstall "nvcoll[cuda]"'
+            "both anew: pip install --upgrade --force-reinstall nvshmem4py-cu13 nvidia-nvshmem-cu13"
         ) from exc
     library = ".".join(str(part.value) for part in parts)
     folder = find_nvidia_header_directory("nvshmem")

@@ -104,7 +104,8 @@ def invalidate(address: int, nbytes: int) -> bool:
     Parameters
     ----------
     address, nbytes
-        The memory of a heap. Verbs refuse views into it from here on.
+        The memory of a heap. Views into it must not be used from here on: verbs refuse them where they look for it,
+        which those that have seen a call of the same kind do not.
 
     Returns
     -------

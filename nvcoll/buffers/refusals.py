@@ -7,6 +7,7 @@ call is given.
 from typing import Any
 
 from nvcoll.errors import ArgumentError, DatatypeError
+from nvcoll.ops import Op, mpi_module
 
 CONTIGUOUS = {
     "numpy": ("numpy.ascontiguousarray()", ": t = numpy.ascontiguousarray(x); ...; x[...] = t"),
@@ -41,6 +42,17 @@ def gaps(where: str, buf: object, writable: bool, contiguous: str) -> ArgumentEr
     copy, back = next((CONTIGUOUS[name] for name in libraries if name in CONTIGUOUS), (contiguous, ""))
     cure = f"a contiguous copy{BACK}{back}" if writable else f"{copy} of it"
     return ArgumentError(f"{where} has gaps between its elements, expected contiguous memory; pass {cure}")
+
+
+def refuse_no_arrays(where: str, buf: object) -> None:
+    """Refuse what is given in the place of an array by mistake, or by who knows MPI."""
+    mpi = mpi_module()
+    if buf is None:
+        raise ArgumentError(f"{where} is None, expected an array; pass the array, or IN_PLACE as sendbuf")
+    if isinstance(buf, Op) or (mpi is not None and isinstance(buf, mpi.Op)):
+        raise ArgumentError(f"{where} is an operator, expected an array; pass the operator as op=")
+    if mpi is not None and buf is mpi.BOTTOM:
+        raise ArgumentError(f"{where} is MPI.BOTTOM, expected an array, for addresses are not taken; pass the array")
 
 
 def refuse_uncomputed(where: str, tensor: Any, strided: object, writable: bool) -> None:

@@ -3,6 +3,7 @@
 `parse` takes what mpi4py 4.1 takes, and refuses with a reason what it cannot reduce.
 """
 
+import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from nvcoll.ops import Datatype, as_datatype, mpi_module
 
 from .array import Buffer, Owner
 from .dlpack import HOST_DEVICES
-from .refusals import BACK, MAKE, gaps, no_memory, read_only, refuse_uncomputed
+from .refusals import BACK, MAKE, gaps, no_memory, read_only, refuse_no_arrays, refuse_uncomputed
 
 T = TypeVar("T")
 DATA = (bool, int, float, complex, list, tuple)
@@ -242,22 +243,19 @@ def _memory(where: str, buf: Any, typed: bool, writable: bool) -> Memory:
     if torch is not None and isinstance(buf, torch.Tensor):
         return _from_tensor(where, buf, torch.strided, writable)
     refuse_sentinels(where, buf)
-    try:
+    view = None
+    with contextlib.suppress(TypeError, ValueError, BufferError):
         view = memoryview(buf)
-    except (TypeError, ValueError, BufferError):
+    if view is None:
         return _from_protocol(where, buf, writable)
     return _from_array(where, _array_of(where, view, typed))
 
 
 def refuse_sentinels(where: str, buf: object) -> None:
     """Refuse the values that stand for no memory."""
-    mpi = mpi_module()
-    if buf is None:
-        raise ArgumentError(f"{where} is None, expected an array; pass the array, or IN_PLACE as sendbuf")
     if is_in_place(buf):
         raise ArgumentError(f"{where} is IN_PLACE, expected an array; pass IN_PLACE alone, for one of the two buffers")
-    if mpi is not None and buf is mpi.BOTTOM:
-        raise ArgumentError(f"{where} is MPI.BOTTOM, expected an array, for addresses are not taken; pass the array")
+    refuse_no_arrays(where, buf)
 
 
 def _array_of(where: str, view: memoryview, typed: bool) -> np.ndarray[Any, Any]:

@@ -30,6 +30,7 @@ def parser(names: Sequence[str]) -> argparse.ArgumentParser:
     subparsers = found.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     for name in names:
         importlib.import_module(f"nvcoll.cli.{name}").add_parser(subparsers)
+        subparsers.choices[name].set_defaults(refuse=subparsers.choices[name].error)
     return found
 
 
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     known = commands()
     # import only the module that is asked for: `nvcoll run` should start fast
-    args = parser(argv[:1] if argv and argv[0] in known else known).parse_args(argv)
+    args, unknown = parser(argv[:1] if argv and argv[0] in known else known).parse_known_args(argv)
+    if unknown:  # with the usage of the subcommand
+        args.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         status = int(importlib.import_module(f"nvcoll.cli.{args.subcommand}").main(args))
         print(end="", flush=True)  # what the reader does not take is told here, not as the interpreter ends

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,22 @@ def refusing(option: str, path: Path, cure: str) -> Iterator[None]:
         yield
     except OSError as exc:
         raise ArgumentError(f"{option}: cannot write {path} ({exc.strerror or exc}); {cure}") from exc
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file, and leave one that is there as it is unless all of the new one could be written."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():  # a pipe, for instance
+        path.write_text(text, encoding="utf-8")
+        return
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        if path.exists():
+            shutil.copymode(path, new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def check(option: str, path: Path) -> None:

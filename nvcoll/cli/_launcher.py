@@ -38,7 +38,7 @@ class _Lines:
         self.held = b""
 
     def copy(self) -> bool:
-        """Copy what has come; return False at the end."""
+        """Copy what has come, of a line that is too long a part; return False at the end."""
         try:
             data = os.read(self.source.fileno(), LONGEST_LINE)
         except BlockingIOError:
@@ -47,9 +47,17 @@ class _Lines:
         if self.held and (not data or len(self.held) >= LONGEST_LINE):
             lines.append(self.held)
             self.held = b""
+        self._write(lines)
+        return bool(data)
+
+    def end(self) -> None:
+        """Copy the rest of a line whose end does not come, since who could write it is no rank."""
+        self._write([self.held] if self.held else [])
+        self.held = b""
+
+    def _write(self, lines: list[bytes]) -> None:
         self.target.write(b"".join(self.mark + line + b"\n" for line in lines))
         self.target.flush()
-        return bool(data)
 
 
 class Launcher:
@@ -109,6 +117,7 @@ class Launcher:
                 if isinstance(found.data, _Lines):
                     while found.data.copy() and _is_ready(found.fd):
                         pass
+                    found.data.end()
         finally:  # also where nothing more can be written
             self._selector.close()
             os.close(self._wake)
@@ -234,7 +243,7 @@ class Launcher:
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                pid, _, rest = stat.read_text().partition(" (")
+                pid, _, rest = stat.read_text(errors="replace").partition(" (")
             except OSError:  # it has ended meanwhile
                 continue
             state, _, group = rest.rpartition(") ")[2].split()[:3]

@@ -1,6 +1,7 @@
 """Tell what nvcoll sees here: versions, settings and where they come from, launcher, hardware, compiled kernels."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -128,12 +129,16 @@ def cache(environ: Mapping[str, str]) -> dict[str, Any]:
     folder = settings.value(variable, environ)
     if folder is None:
         return {"folder": None, "files": 0, "bytes": 0, "writable": False}
-    files = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    sizes = []
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process has renamed or removed it
+                sizes.append(Path(place, name).lstat().st_size)
     there = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
     return {
         "folder": str(folder),
-        "files": len(files),
-        "bytes": sum(path.lstat().st_size for path in files),
+        "files": len(sizes),
+        "bytes": sum(sizes),
         "writable": os.access(there, os.W_OK),
     }
 

@@ -2,7 +2,9 @@
 
 import errno
 import gc
+import mmap
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -52,6 +54,29 @@ def outcome(call, *args):
     except Exception as exc:
         return type(exc), str(exc)
     return None
+
+
+def test_pages_of_any_size_are_given_back_whole():
+    assert ALIGN % mmap.PAGESIZE == 0
+
+
+def test_the_end_does_not_wait_for_a_thread_that_waits_for_others():
+    def act(heap, rank):
+        waiting = threading.Thread(target=lambda: outcome(heap.allocate, 1))
+        if rank == 0:
+            waiting.start()
+            while not heap._lock.locked():
+                time.sleep(0.001)
+            start = time.monotonic()
+            heap.close()
+            seconds = time.monotonic() - start
+            heap.memory.exchange.abandon()
+            waiting.join()
+            return seconds < 5, outcome(heap.allocate, 1)
+        return None
+
+    told = (StateError, "empty: the heap was given back; its buffers are gone")
+    assert on_ranks(act, n=2)[0] == (True, told)
 
 
 class TestAllocate:

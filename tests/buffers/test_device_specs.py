@@ -12,7 +12,7 @@ import pytest
 
 from nvcoll.buffers import IN_PLACE, Spec, as_stream, check_pair, parse, parse_device
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
-from nvcoll.ops import DATATYPES, FLOAT
+from nvcoll.ops import DATATYPES, FLOAT, MAX
 from tests.buffers.gpu import CudaCapsule, CudaInterface, OldCudaCapsule, empty_on_gpu, on_gpu
 from tests.buffers.memory import Capsule, Interface
 from tests.buffers.test_specs import FORMS, N, bytes_of, numbers
@@ -183,6 +183,7 @@ HOST = (
 # Name: (spec, exception, what the message says)
 REFUSALS = {
     "None": (None, ArgumentError, "recvbuf is None, expected an array"),
+    "operator": (MAX, ArgumentError, "recvbuf is an operator, expected an array; pass the operator as op="),
     "IN_PLACE": (IN_PLACE, ArgumentError, "recvbuf is IN_PLACE, expected an array"),
     "number": (3.5, DatatypeError, r"is of type float, expected memory of a GPU \(comm\.empty\(\), .+; pass an array"),
     "long list": ([1.0] * 9, ArgumentError, "is a list of 9 items"),

@@ -10,7 +10,7 @@ import pytest
 
 from nvcoll.buffers import IN_PLACE, is_in_place, parse, parse_device
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
-from nvcoll.ops import FLOAT
+from nvcoll.ops import FLOAT, MAX
 from tests.buffers.gpu import CudaCapsule, CudaInterface
 from tests.buffers.memory import Capsule, on_heap
 
@@ -61,6 +61,7 @@ FOREIGN = np.zeros(3, np.dtype("f4").newbyteorder("S"))
 # Name: (spec, exception, what the message says); messages about recvbuf all have the form checked below.
 REFUSALS = {
     "None": (None, ArgumentError, "recvbuf is None, expected an array; pass"),
+    "operator": (MAX, ArgumentError, "recvbuf is an operator, expected an array; pass the operator as op="),
     "None in a spec": ([None, 3, FLOAT], ArgumentError, r"recvbuf\[0\] is None, expected an array"),
     "IN_PLACE": (IN_PLACE, ArgumentError, "recvbuf is IN_PLACE, .+; pass IN_PLACE alone, for one of the two buffers"),
     "number": (3.0, DatatypeError, "recvbuf is of type float, expected memory .+; make an array first, pass that"),

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -53,3 +54,27 @@ def test_what_turns_out_at_the_end(tmp_path, error, reason):
         _files.refusing("--json", tmp_path / "x", "the table is above"),
     ):
         raise error
+
+
+class TestReplace:
+    def test_a_file_that_is_there(self, tmp_path):
+        path = tmp_path / "rules.json"
+        path.write_text("old")
+        path.chmod(0o640)
+        (tmp_path / "link").symlink_to(path)
+        _files.replace(tmp_path / "link", "new")
+        assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", 0o640)
+        assert (tmp_path / "link").is_symlink()
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "rules.json"]
+
+    def test_it_stays_if_the_new_one_cannot_be_written(self, tmp_path):
+        path = tmp_path / "rules.json"
+        path.write_text("old")
+        with pytest.raises(UnicodeEncodeError):
+            _files.replace(path, "new \udcff")
+        assert path.read_text() == "old"
+        assert [one.name for one in tmp_path.iterdir()] == ["rules.json"]
+
+    def test_what_is_no_file(self):
+        _files.replace(Path(os.devnull), "new")
+        assert not Path(os.devnull).is_file()

@@ -215,6 +215,13 @@ def test_a_user_without_a_home(homeless, facts, told):
     assert "none: this user has no home directory; set NVCOLL_CACHE_DIR" in told()[1]
 
 
+def test_a_file_that_vanishes_meanwhile(facts, tmp_path, monkeypatch):
+    (tmp_path / "kernel.o").write_bytes(bytes(100))
+    monkeypatch.setattr(os, "walk", lambda folder: [(folder, [], ["kernel.o", "kernel.o.part"])])
+    _, found = facts(NVCOLL_CACHE_DIR=str(tmp_path))
+    assert found["cache"] == {"folder": str(tmp_path), "files": 1, "bytes": 100, "writable": True}
+
+
 def test_a_cache_that_is_not_there_yet(facts, tmp_path):
     _, found = facts(NVCOLL_CACHE_DIR=str(tmp_path / "not/yet"))
     assert found["cache"] == {"folder": str(tmp_path / "not/yet"), "files": 0, "bytes": 0, "writable": True}

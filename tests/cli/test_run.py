@@ -175,7 +175,9 @@ class TestMistakes:
     def test_of_options(self, capsys, words, message):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["run", *words])
-        assert message in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.startswith("usage: nvcoll run ")
 
     @pytest.mark.parametrize(
         ("words", "env"), [((), {"NVCOLL_TIMOUT": "3"}), (("--env", "NVCOLL_TIMOUT=3"), {"NVCOLL_RANK": "1"})]

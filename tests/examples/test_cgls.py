@@ -90,4 +90,4 @@ def test_numbers_that_are_too_small_are_refused(cgls, option, least, capsys):
     cgls.parse_options([option, str(least)])
     with pytest.raises(SystemExit):
         cgls.parse_options([option, str(least - 1)])
-    assert f"argument {option}: must be at least {least}, got {least - 1}" in capsys.readouterr().err
+    assert f"argument {option}: must be a whole number of at least {least}, got " in capsys.readouterr().err

@@ -133,4 +133,4 @@ def write(path: Path, rules: Rules) -> None:
     """
     check(rules)
     with _files.refusing("--output", path, "the rules are above"):
-        path.write_text(text(rules), encoding="utf-8")
+        _files.replace(path, text(rules))
