@@ -47,12 +47,12 @@ class Living:
     _token: Spec  # what is sent where ranks only meet
     _calls: Any  # `DeviceCalls`, on GPUs
     _numbers: defaultdict[str, Iterator[int]]  # by verb: of the communicators that it makes of this one
-    _opening = threading.RLock()  # one opens at a time
     _emulated = False  # whether its ranks are threads of this process
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
 
     def __init__(self, opener: Callable[[], World] | None, name: str, first: "Living | None" = None) -> None:
         self._opener = opener
+        self._opening = threading.RLock()  # one thread opens it
         self._name = name
         self._first = None if first is None else weakref.ref(first)
         self._derived: list[Living] = []  # those that are alive, which end with this one
@@ -185,9 +185,9 @@ def gone(name: str) -> str:
 
 def _in_child() -> None:
     """In a forked child the parent's ranks are strangers: forget them, and say so on use."""
-    Living._opening = threading.RLock()  # a thread that held it is not in this process
     Living._forked = Living._used
     for one in list(_all):
+        one._opening = threading.RLock()  # a thread that held it is not in this process
         if one.alive and one._world.target == "host":
             one._world.queue.close(
                 "this process was forked from a rank and is none itself; its requests are the rank's"

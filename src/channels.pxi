@@ -70,6 +70,11 @@ class _Client:
         try:
             self.sock = socket.create_connection(_split_address(self.address), max(0.1, left))
         except OSError as error:
+            if error.errno in (EMFILE, ENFILE):
+                raise BootstrapError(
+                    f"{self.verb}: rank {self.rank} gets no more descriptors from the system ({error}); free what "
+                    "communicators and files are not needed, or raise the limit (ulimit -n)"
+                ) from error
             if left > 0:
                 return False
             # whoever splits has met the server before

@@ -50,7 +50,7 @@ cdef extern from *:
     """
     ctypedef long long off_t
     int errno
-    const int EINTR, EINVAL, EAGAIN, EACCES, EEXIST, EPERM, ENOMEM
+    const int EINTR, EINVAL, EAGAIN, EACCES, EEXIST, EPERM, ENOMEM, EMFILE, ENFILE
     const int O_CREAT, O_EXCL, O_RDWR
     const int F_SETLK, F_GETLK
     const short F_UNLCK

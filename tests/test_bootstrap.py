@@ -1,5 +1,6 @@
 """How ranks find each other: real processes, started by each kind of launcher."""
 
+import errno
 import signal
 import socket
 import sys
@@ -306,3 +307,13 @@ tell(attempt(exchange.allgather, b"")) if rank != 1 else time.sleep(100)
         status, output = run_command([torchrun, "--nproc-per-node", "2", tmp_path / "program.py"])
         assert status == 0, output
         assert output.count("got torchrun [b'0', b'1']") == 2
+
+
+def test_a_process_without_descriptors_is_told_at_once(monkeypatch):
+    def create_connection(address, timeout):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    told = r"^Init: rank 0 gets no more descriptors from the system \(.*Too many open files\); free what"
+    with pytest.raises(BootstrapError, match=told):
+        connect(settings.read(RUN))

@@ -1,10 +1,13 @@
-"""A communicator that another thread finalizes while this one prepares a call."""
+"""Communicators that several threads bring to life, or to an end."""
+
+import threading
 
 import numpy as np
 import pytest
 
 import nvcoll
 from nvcoll import COMM_SELF
+from nvcoll.comm import Comm
 
 
 @pytest.mark.parametrize("call", [COMM_SELF.Barrier, lambda: COMM_SELF.Allreduce(np.ones(3))])
@@ -24,3 +27,28 @@ def test_finalized_while_a_call_is_planned(monkeypatch, call):
         call()
     assert not COMM_SELF.alive
     call()
+
+
+def test_one_that_waits_for_other_ranks_keeps_no_other_from_coming_to_life():
+    nvcoll.Finalize()
+    begun, come = threading.Event(), threading.Event()
+
+    def wait_for_others():
+        begun.set()
+        come.wait(60)
+        raise nvcoll.BootstrapError("nobody came")
+
+    def use():
+        with pytest.raises(nvcoll.BootstrapError, match="nobody came"):
+            waiting.Barrier()
+
+    waiting = Comm(wait_for_others, "COMM_WORLD")
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        COMM_SELF.Barrier()
+        assert thread.is_alive()
+    finally:
+        come.set()
+        thread.join()

@@ -34,7 +34,7 @@ def test_every_row_is_complete(variable):
 def test_the_table_tells_what_memory_is_taken():
     docs = {variable.field: variable.doc for variable in settings.TABLE}
     assert f"on GPUs at least {device_area.SCRATCH >> 20}M" in docs["scratch"]
-    assert f"for emulated ranks {emulated.EXTENT >> 30}G at most" in docs["heap"]
+    assert f"for COMM_SELF and emulated ranks {emulated.EXTENT >> 30}G at most" in docs["heap"]
     assert agreement.SHARE == 4
     assert "on GPUs a quarter of the GPU" in docs["heap"]
 

@@ -85,7 +85,7 @@ class TestUsable:
         fake.fail["vendor_get_version_info"] = NVSHMEMError("function is not found")
         assert nvshmem.usable() == (
             "nvshmem4py 0.4.1 does not fit the host library at /lib/libnvshmem_host.so.3 (NVSHMEMError: function is "
-            'not found); install both anew: pip install --upgrade --force-reinstall "nvcoll[cuda]"'
+            "not found); install both anew: pip install --upgrade --force-reinstall nvshmem4py-cu13 nvidia-nvshmem-cu13"
         )
 
     def test_without_a_device_part(self, driver, monkeypatch, tmp_path):
