@@ -204,7 +204,7 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return at + i * spread
 
     @jit
-    def settle(c, e, where, got):
+    def settle_soon(c, e, where, got):
         """Wait until a pack that was looked at is there, clear it, and return it."""
         polls, since = 0, 0
         while missing(got, e):
@@ -220,6 +220,20 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
             got = look(where)
         clear(where)
         return data_of(got)
+
+    @jit
+    def settle_plainly(c, e, where, got):
+        """The same in fewer registers, where a message is large."""
+        polls, since = 0, 0
+        while missing(got, e):
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                leave()
+            got = look(where)
+        clear(where)
+        return data_of(got)
+
+    settle = settle_plainly if deep else settle_soon
 
     @jit
     def settle_four(c, e, w0, w1, w2, w3, a0, a1, a2, a3):
