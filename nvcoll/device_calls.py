@@ -21,6 +21,8 @@ from nvcoll.buffers import (
     current_stream,
     keep_for,
     parse_device,
+    refuse_capture,
+    refuse_to_miss_a_graph,
     working_stream,
 )
 from nvcoll.buffers.refusals import BACK
@@ -57,7 +59,7 @@ class DeviceCalls:
     def allocate(self, verb: str, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
         self.check(verb)
-        self.refuse_capture(verb)
+        refuse_capture(verb)
         nbytes = math.prod(dims) * datatype.itemsize
         world = self._world
         sweep()
@@ -69,7 +71,7 @@ class DeviceCalls:
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here, and see whether all calls matched."""
         self.check("Barrier")
-        self.refuse_capture("Barrier")
+        refuse_capture("Barrier")
         area, world = self._world.planner.area, self._world
         owner = world.stream or working_stream(world.device.ordinal)  # where a library replays a graph, most likely
         stream = as_stream(owner, None, "Barrier")
@@ -147,16 +149,6 @@ class DeviceCalls:
                     "Allreduce"
                 )
 
-    def refuse_capture(self, verb: str) -> None:
-        """Raise StateError while a library captures a graph: what waits for the GPU would spoil it."""
-        captured = captured_stream()
-        if captured is not None:
-            library = type(captured).__module__.partition(".")[0]
-            raise StateError(
-                f"{verb}: {library} captures a graph, expected none, for this waits for the GPU; call it before or "
-                "after"
-            )
-
     def freed(self, failed: bool) -> None:
         """Raise what has failed on a communicator that was freed, unless a call has raised it."""
         if failed and not self._raised:
@@ -212,7 +204,7 @@ class DeviceCalls:
         arrays = (recvbuf,) if sendbuf is recvbuf else (recvbuf, sendbuf)
         owner = self._world.stream or current_stream(*arrays, verb=verb)  # emulated ranks have one each
         queue = as_stream(owner, None, verb)
-        _refuse_to_miss_a_graph(verb, queue)
+        refuse_to_miss_a_graph(verb, queue)
         return queue, owner
 
     def _matched(
@@ -275,18 +267,4 @@ class DeviceCalls:
         return TimeoutError(
             f"{where}: no answer within NVCOLL_TIMEOUT ({world.planner.timeout:g} s); {late}. See what those ranks do, "
             "or raise NVCOLL_TIMEOUT if they are only slow"
-        )
-
-
-def _refuse_to_miss_a_graph(verb: str, queue: int) -> None:
-    """Raise StateError where a library captures a graph, and a call that names no stream would not become part of it.
-
-    It would be made once, now, and every replay would lack it.
-    """
-    captured = captured_stream()
-    if captured is not None and as_stream(captured) != queue:
-        library = type(captured).__module__.partition(".")[0]
-        raise StateError(
-            f"{verb}: a graph is being captured on the current stream of {library}, and this call would go to another "
-            "one; name the stream with stream="
         )

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Self
 
 from nvcoll.allocation import Allocating
 from nvcoll.arguments import integer, judge_info, same_handle
+from nvcoll.buffers import refuse_capture
 from nvcoll.errors import AllocationError, ArgumentError, DeviceError, MismatchError, StateError
 from nvcoll.lifecycle import gone
 from nvcoll.ops import mpi_module
@@ -203,7 +204,7 @@ class Splitting(Allocating):
             raise StateError(f"Free: {gone(self.name)}")
         calls, exchange = self._calls, self._world.exchange
         if calls is not None:
-            calls.refuse_capture("Free")
+            refuse_capture("Free")
         else:
             self._world.planner.state.drain()
         with self._world.making("Free"):
@@ -225,7 +226,7 @@ class Splitting(Allocating):
         world: Any = self._world
         numbers = self._numbers  # looked up now: should another thread finalize, it would begin anew
         if self._calls is not None:
-            self._calls.refuse_capture(verb)
+            refuse_capture(verb)
         world.finish()  # what a GPU is told to prepare may have to wait for calls that run there
         if self._calls is not None:
             self._calls.check(verb)

@@ -14,7 +14,7 @@ from nvcoll.ops import Datatype, as_datatype
 from .array import Allocation
 from .device_memory import DeviceOwner, Driver, Gpu
 from .dlpack import CUDA, DLPACK_TYPES
-from .streams import as_stream
+from .streams import as_stream, refuse_capture
 
 
 class DeviceBuffer(DeviceSpan):
@@ -148,7 +148,7 @@ class DeviceBuffer(DeviceSpan):
         Raises
         ------
         StateError
-            If the buffer was freed before, or is a view.
+            If the buffer was freed before, or is a view, or torch or CuPy captures a graph.
         TimeoutError, PeerLostError, MismatchError
             If a rank does not come, has ended, or frees another buffer.
 
@@ -160,6 +160,7 @@ class DeviceBuffer(DeviceSpan):
         if not self._whole:
             raise StateError("free: this is a view of a DeviceBuffer, expected a whole one; free what comm.empty gave")
         self._refuse_freed("free")
+        refuse_capture("free")
         self._owner.allocation.free()
         self._owner.end()
 
@@ -385,9 +386,7 @@ class DeviceBuffer(DeviceSpan):
                 "is; move the array that you get"
             )
         if stream is not None and (isinstance(stream, bool) or not hasattr(type(stream), "__index__")):
-            raise BufferError(
-                f"__dlpack__: stream is of type {type(stream).__name__}, expected an integer; pass the handle"
-            )
+            raise BufferError(f"__dlpack__: stream is a {type(stream).__name__}, expected an integer; pass the handle")
         versioned = max_version is not None and max_version[0] >= DLPACK_VERSION[0]
         address = self.address if self.size else 0
         if stream != -1:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nvcoll._plan import DeviceSpan
-from nvcoll.errors import ArgumentError
+from nvcoll.errors import ArgumentError, StateError
 
 LEGACY = 0
 """Handle of the legacy default stream, which waits for all streams but those that were made non-blocking."""
@@ -191,3 +191,30 @@ def captured_stream() -> Any:
     except RuntimeError:  # of CUDA: the launch meets it too, and says what is wrong
         return None
     return None
+
+
+def refuse_capture(verb: str) -> None:
+    """Raise StateError while a library captures a graph: what waits for the GPU would spoil it."""
+    captured = captured_stream()
+    if captured is not None:
+        raise StateError(
+            f"{verb}: {_library(captured)} captures a graph, expected none, for this waits for the GPU; call it before "
+            "or after"
+        )
+
+
+def refuse_to_miss_a_graph(verb: str, queue: int) -> None:
+    """Raise StateError where a library captures a graph, and a call that names no stream would not become part of it.
+
+    It would be made once, now, and every replay would lack it.
+    """
+    captured = captured_stream()
+    if captured is not None and as_stream(captured) != queue:
+        raise StateError(
+            f"{verb}: a graph is being captured on the current stream of {_library(captured)}, and this call would go "
+            "to another one; name the stream with stream="
+        )
+
+
+def _library(stream: Any) -> str:
+    return type(stream).__module__.partition(".")[0]

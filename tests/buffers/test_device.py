@@ -239,8 +239,8 @@ def test_dlpack_of_nothing_has_no_address():
         ({"copy": True}, "copy is True, expected False or None; copy"),
         ({"dl_device": (1, 0)}, r"dl_device is \(1, 0\), expected \(2, 3\), where the buffer is; move"),
         ({"dl_device": (2, 0)}, r"dl_device is \(2, 0\), expected"),
-        ({"stream": "high"}, "stream is of type str, expected an integer; pass"),
-        ({"stream": True}, "stream is of type bool"),
+        ({"stream": "high"}, "stream is a str, expected an integer; pass"),
+        ({"stream": True}, "stream is a bool"),
     ],
 )
 def test_dlpack_refuses(options, message):

@@ -7,6 +7,7 @@ import pytest
 
 import nvcoll
 from nvcoll import IN_PLACE, device_calls
+from nvcoll.buffers import streams
 from nvcoll.device.common import STAMP_BITS
 from nvcoll.ops import DATATYPES, MAX, SUM
 from nvcoll.planning import EMPTY
@@ -198,14 +199,17 @@ class TestBarrier:
         assert world.planner.waited == [99, 99]
 
     def test_a_library_that_captures_a_graph(self, world, calls, monkeypatch):
-        monkeypatch.setattr(device_calls, "captured_stream", SimpleNamespace)
+        x = calls.allocate("empty", (3,), DATATYPES["int8"])
+        monkeypatch.setattr(streams, "captured_stream", SimpleNamespace)
         for verb, call in [
             ("Barrier", calls.barrier),
             ("empty", lambda: calls.allocate("empty", (3,), DATATYPES["int8"])),
+            ("free", x.free),
         ]:
             with pytest.raises(nvcoll.StateError, match=rf"^{verb}: types captures a graph, expected none, for this"):
                 call()
         assert world.planner.plans == []
+        assert not x.freed
 
     def test_calls_before_it_that_did_not_match(self, world, calls):
         world.planner.same = False

@@ -29,35 +29,37 @@ EMPTY = -1
 def sentinels(jit: Any, lane: int) -> SimpleNamespace:
     """Return the form for floats, of lanes of 4 or 8 bytes in which a NaN of all ones can be told from data."""
     load_shared, store_shared = ptx.load_shared, ptx.store_shared
-    vector = ir.VectorType(ir.IntType(8 * lane), BYTES // lane)
-    pair = ir.VectorType(I64, 2)
+    half, pair = ir.IntType(32), ir.VectorType(I64, 2)
 
-    def lanes_of(builder: Any, pack: Any) -> tuple[Any, Any]:
-        """Return a pack as lanes, and which of them are empty."""
+    def lanes_of(builder: Any, pack: Any, scalar: Any) -> Any:
         packed = ir.Constant(pair, ir.Undefined)
         for k in range(2):
-            packed = builder.insert_element(packed, builder.extract_value(pack, k), ir.Constant(ir.IntType(32), k))
-        value = builder.bitcast(packed, vector)
-        return value, builder.icmp_signed("==", value, ir.Constant(vector, [EMPTY] * vector.count))
+            packed = builder.insert_element(packed, builder.extract_value(pack, k), ir.Constant(half, k))
+        return builder.bitcast(packed, ir.VectorType(scalar, 8 * BYTES // scalar.width))
 
     @intrinsic
     def missing(typing: Any, got: Any, e: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _, empty = lanes_of(builder, args[0])
-            any_of_them = ir.Constant(ir.IntType(1), 0)
-            for k in range(vector.count):
-                any_of_them = builder.or_(any_of_them, builder.extract_element(empty, ir.Constant(ir.IntType(32), k)))
-            return any_of_them
+            value = lanes_of(builder, args[0], half)
+            words = [builder.extract_element(value, ir.Constant(half, k)) for k in range(BYTES // 4)]
+            if lane == 8:  # a lane is empty if both of its words are
+                words = [builder.and_(*words[:2]), builder.and_(*words[2:])]
+            while len(words) > 1:  # the largest one, in pairs: comparisons in a row take longer
+                pairs = zip(words[::2], words[1::2], strict=True)
+                words = [builder.select(builder.icmp_unsigned(">", a, b), a, b) for a, b in pairs]
+            return builder.icmp_unsigned("==", words[0], ir.Constant(half, EMPTY))
 
         return types.boolean(PACK, types.int64), emit
 
     @intrinsic
     def as_sent(typing: Any, pack: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value, empty = lanes_of(builder, args[0])
-            other = ir.Constant(vector, [(1 << (8 * lane - 1)) - 1] * vector.count)
-            value = builder.bitcast(builder.select(empty, other, value), pair)
-            words = [builder.extract_element(value, ir.Constant(ir.IntType(32), k)) for k in range(2)]
+            value = lanes_of(builder, args[0], ir.IntType(8 * lane))
+            empty, other = (
+                ir.Constant(value.type, [bits] * value.type.count) for bits in (EMPTY, (1 << 8 * lane - 1) - 1)
+            )
+            value = builder.bitcast(builder.select(builder.icmp_unsigned("==", value, empty), other, value), pair)
+            words = [builder.extract_element(value, ir.Constant(half, k)) for k in range(2)]
             return context.make_tuple(builder, PACK, words)
 
         return PACK(PACK), emit
@@ -98,8 +100,9 @@ def flags(jit: Any) -> SimpleNamespace:
         return data | (flag + data * factor) << 32
 
     @jit
-    def fits(word, flag):
-        return (word >> 32) & low == (flag + (word & low) * factor) & low
+    def unfit(word, flag):
+        """Return 0 if a word's flag is the one of its data."""
+        return (word >> 32 ^ flag + (word & low) * factor) & low
 
     @jit
     def push(at, pack, e):
@@ -114,7 +117,7 @@ def flags(jit: Any) -> SimpleNamespace:
     @jit
     def missing(got, e):
         flag = flag_of(e)
-        return not (fits(got[0], flag) and fits(got[1], flag) and fits(got[2], flag) and fits(got[3], flag))
+        return unfit(got[0], flag) | unfit(got[1], flag) | unfit(got[2], flag) | unfit(got[3], flag) != 0
 
     @jit
     def clear(at):
@@ -201,20 +204,36 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return at + i * spread
 
     @jit
-    def settle(c, e, where, got):
+    def settle_soon(c, e, where, got):
         """Wait until a pack that was looked at is there, clear it, and return it."""
         polls, since = 0, 0
         while missing(got, e):
             got = look(where)  # three looks for each count: counting takes as long as a look
-            if missing(got, e):
-                got = look(where)
-            if missing(got, e):
-                polls, since, gone = in_vain(c, e, polls, since)
-                if gone:
-                    leave()
-                got = look(where)
+            if not missing(got, e):
+                break  # at once, for whatever is tested again after the look that found the data is waited for
+            got = look(where)
+            if not missing(got, e):
+                break
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                leave()
+            got = look(where)
         clear(where)
         return data_of(got)
+
+    @jit
+    def settle_plainly(c, e, where, got):
+        """The same in fewer registers, where a message is large."""
+        polls, since = 0, 0
+        while missing(got, e):
+            polls, since, gone = in_vain(c, e, polls, since)
+            if gone:
+                leave()
+            got = look(where)
+        clear(where)
+        return data_of(got)
+
+    settle = settle_plainly if deep else settle_soon
 
     @jit
     def settle_four(c, e, w0, w1, w2, w3, a0, a1, a2, a3):

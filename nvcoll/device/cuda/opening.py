@@ -13,13 +13,16 @@ from typing import Any
 from nvcoll._plan import DEVICE_FIELDS
 from nvcoll.device.cuda import ptx
 from nvcoll.device.cuda.packs import BYTES
+from nvcoll.device.cuda.remote import STORED_TO
 
-TAG, LOW, HIGH, FIRST, AHEAD, HERE, MAPPED = range(len(DEVICE_FIELDS), len(DEVICE_FIELDS) + 7)
-"""What follows the fields of a call: its tag, the words of the thread's first pack, and four addresses.
+TAG, LOW, HIGH, HERE, FIRST, AHEAD = range(len(DEVICE_FIELDS), len(DEVICE_FIELDS) + 6)
+"""What follows the fields of a call: its tag, the words of the thread's first pack, and three addresses.
 
-Three are for `share`: where that pack goes at the rank after me, and where two slots begin in the first half, the one
-that the rank after me has for me, and my first one. The last tells how the rank after me is reached (`remote.askers`).
+These are where my first slot begins in the first half and, for `share`, where that pack goes at the rank after me, and
+where the slot begins that it has for me, in the first half.
 """
+WAY = FIRST
+"""Where some ranks are far, what stands in place of the last two: how the rank after me is reached (`remote.ways`)."""
 OPENERS = "share", "reduce_shared", "put_own", "count_epoch"
 """Verbs that rely on what was loaded, or replace what entry does at the end: only for schedules known to use them."""
 
@@ -45,23 +48,50 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
 
     @jit
     def start(c, ready, at, nbytes):
-        return begin(c), 0, 0, 0, 0, 0, 0
+        return begin(c), 0, 0, 0, 0, 0
 
     return SimpleNamespace(
         prepare=prepare, start=start, renew=v.renew, advance=v.advance, count_epoch=_nothing(jit)
     )  # fmt: skip
 
 
-def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, asked: Any) -> SimpleNamespace:
+def opening_of(
+    jit: Any, v: SimpleNamespace, w: SimpleNamespace, ways: SimpleNamespace | None = None
+) -> SimpleNamespace:
     """Return the same, with all that there is to know, for schedules that begin with ``share`` or ``put_own``.
 
-    They count their epochs themselves, so nothing is left to do at the end. ``asked(c, p)`` returns `MAPPED`.
+    They count their epochs themselves, so nothing is left to do at the end. Where some ranks are far, `ways` says how
+    they are reached.
     """
-    epoch_at, tag_after, take, rank, size, around, without, private, slots_half = (
-        v.epoch_at, v.tag_after, v.take, v.rank, v.size, v.around, v.without, v.private, v.slots_half,
+    tag_after, take = v.tag_after, v.take
+    settled, load_pack = ptx.settled, ptx.load_pack
+    prepare, chosen = (_near if ways is None else _far)(jit, v, w, ways)
+
+    @jit
+    def start(c, ready, at, nbytes):
+        epoch = ready[0]
+        last, failed = load_pack(epoch)
+        low, high = 0, 0
+        if nbytes >= BYTES and at & (BYTES - 1) == 0:
+            low, high = load_pack(at)
+        elif nbytes > 0:
+            low, high = take(at, nbytes)
+            # Words, for the compiler: else it takes packs that were loaded whole to pieces too, hence waits for them.
+            low, high = settled(low), settled(high)
+        return (tag_after(c, last, failed), low, high, *chosen(ready, last, failed))
+
+    return SimpleNamespace(
+        prepare=prepare, start=start, renew=v.go_on, advance=_nothing(jit), count_epoch=v.advance
     )  # fmt: skip
-    slot_in, pack_at, settled, pinned, load_pack, block, thread = (
-        w.slot_in, w.pack_at, ptx.settled, ptx.pinned, ptx.load_pack, ptx.block, ptx.thread,
+
+
+def _near(jit: Any, v: SimpleNamespace, w: SimpleNamespace, ways: None) -> tuple[Any, Any]:
+    """Return ``prepare``, and ``chosen(ready, last, failed)``: the addresses, by the epoch before and what failed."""
+    epoch_at, rank, size, around, without, private, slots_half = (
+        v.epoch_at, v.rank, v.size, v.around, v.without, v.private, v.slots_half,
+    )  # fmt: skip
+    slot_in, pack_at, settled, pinned, block, thread = (
+        w.slot_in, w.pack_at, ptx.settled, ptx.pinned, ptx.block, ptx.thread,
     )  # fmt: skip
 
     @jit
@@ -71,26 +101,66 @@ def opening_of(jit: Any, v: SimpleNamespace, w: SimpleNamespace, asked: Any) -> 
         first = pack_at(ahead, thread() * BYTES)
         return (
             pinned(epoch_at(c, block())), settled(ahead), settled(here),
-            pinned(first), pinned(first + slots_half(c)), pinned(private(c)), settled(asked(c, p)),
+            pinned(first), pinned(first + slots_half(c)), pinned(private(c)),
         )  # fmt: skip
 
     @jit
-    def start(c, ready, at, nbytes):
-        epoch, ahead, here, even, odd, nowhere, after = ready
-        last, failed = load_pack(epoch)
-        low, high = 0, 0
-        if nbytes >= BYTES and at & (BYTES - 1) == 0:
-            low, high = load_pack(at)
-        elif nbytes > 0:
-            low, high = take(at, nbytes)
-            # Words, for the compiler: else it takes packs that were loaded whole to pieces too, hence waits for them.
-            low, high = settled(low), settled(high)
+    def chosen(ready, last, failed):
+        _, ahead, here, even, odd, nowhere = ready
         first = odd if last & 1 == 0 else even  # by the epoch that begins: the tag takes longer to make
-        return tag_after(c, last, failed), low, high, nowhere if failed < 0 else first, ahead, here, after
+        return here, nowhere if failed < 0 else first, ahead
 
-    return SimpleNamespace(
-        prepare=prepare, start=start, renew=v.go_on, advance=_nothing(jit), count_epoch=v.advance
-    )  # fmt: skip
+    return prepare, chosen
+
+
+def _far(jit: Any, v: SimpleNamespace, w: SimpleNamespace, ways: SimpleNamespace) -> tuple[Any, Any]:
+    """Return the same where some ranks are far. None sends with a negative tag: all threads of the block meet first."""
+    epoch_at, rank, size, around = v.epoch_at, v.rank, v.size, v.around
+    way, slot_in, pinned, block = ways.way, w.slot_in, ptx.pinned, ptx.block
+
+    @jit
+    def prepare(c):
+        return (
+            pinned(epoch_at(c, block())),
+            pinned(slot_in(c, rank(c), 0)),
+            pinned(way(c, around(rank(c) + 1, size(c)))),
+        )
+
+    @jit
+    def chosen(ready, last, failed):
+        _, here, there = ready
+        return here, there, 0
+
+    return prepare, chosen
+
+
+def known_ways(jit: Any, v: SimpleNamespace, ways: SimpleNamespace) -> SimpleNamespace:
+    """Return what `remote.ways` gives, with the answers for the rank after me, and for my slots, that `start` returned.
+
+    That they were asked for brought NVSHMEM's tables into caches, too.
+    """
+    half, rank, size, stride, slots_half, around = v.half, v.rank, v.size, v.stride, v.slots_half, v.around
+    here, known, cells, lines = ptx.field(HERE), ptx.field(WAY), v.cells, v.lines
+    stored_to_now, way_now = ways.stored_to, ways.way
+
+    @jit
+    def stored_to(c, p):
+        if p == around(rank(c) + 1, size(c)):
+            return known(c) == STORED_TO
+        return stored_to_now(c, p)
+
+    @jit
+    def way(c, p):
+        if p == around(rank(c) + 1, size(c)):
+            return known(c)
+        return way_now(c, p)
+
+    @jit
+    def places(c, e, slot):
+        to = here(c) + half(e) * slots_half(c) + slot * stride(c)
+        return to - lines(c) + cells(c), to
+
+    return SimpleNamespace(stored_to=stored_to, way=way, places=places)
 
 
 def _nothing(jit: Any) -> Any:

@@ -80,6 +80,14 @@ def _operator(op: str, accumulator: str) -> Any:
     return emit_one_nan
 
 
+def _is_ordered(op: str, accumulator: str) -> bool:
+    """Tell whether the bits of a result depend on the order of two operands: the sign of a zero, or a NaN's payload.
+
+    Sums and products have one NaN only, and the other zeros that one would expect of either order.
+    """
+    return op in ("MIN", "MAX") and accumulator.startswith(("float", "complex"))
+
+
 def _complex_product(builder: Any, left: Any, right: Any, datatype: str) -> Any:
     scalar = left.type.element
     bits, letter = (32, "f") if datatype == "complex64" else (64, "d")
@@ -114,7 +122,8 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
     SimpleNamespace
         ``widen(pack)`` gives accumulators, ``reduce(left, right)`` reduces those of a pack,
         ``finish(accumulators, ranks)`` gives a pack again; ``reduce_pack(left, right)`` reduces 16 bytes of
-        accumulators. Accumulators of one pack are of the type ``wide``.
+        accumulators. Accumulators of one pack are of the type ``wide``. What is ``ordered`` has results whose bits
+        depend on which operand is on the left.
     """
     words = 2 * width // itemsize
     wide = types.UniTuple(types.int64, words)
@@ -172,7 +181,7 @@ def arithmetic(op: str, datatype: str, accumulator: str, itemsize: int, width: i
     return SimpleNamespace(
         op=op, datatype=datatype, accumulator=accumulator, itemsize=itemsize, width=width, words=words,
         widen=widen, reduce=reducer(wide, sums), reduce_pack=reducer(PACK, narrow_sums), finish=finish,
-        finishes=widens or op == "AVG", widens=widens, unit=min(itemsize, 8),
+        finishes=widens or op == "AVG", widens=widens, unit=min(itemsize, 8), ordered=_is_ordered(op, accumulator),
     )  # fmt: skip
 
 

@@ -80,44 +80,41 @@ def number_of(area: Any) -> Any:
 
 
 STORED_TO = -1
-"""What `askers` tell of a rank whose memory can be stored to."""
+"""The way to a rank whose memory can be stored to. Others' is twice their number, and 1 if NVSHMEM has mapped them."""
 
 
-def askers(jit: Any, v: SimpleNamespace, remote: bool, known: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """Return twice ``stored_to(c, p)`` and ``asked(c, p)``: whether rank p can be stored to, and how it is reached.
+def ways(jit: Any, v: SimpleNamespace, w: SimpleNamespace) -> SimpleNamespace:
+    """Return how ranks are reached.
 
-    The answer is `STORED_TO`, or where NVSHMEM has mapped a far rank, or 0. The second two take ``known(c)`` for the
-    rank after me: the answer of the first, which was asked as the call began. That brings NVSHMEM's tables into caches,
-    too.
+    ``stored_to(c, p)`` tells whether rank p can be stored to, ``way(c, p)`` returns how it is reached (`STORED_TO`),
+    and ``places(c, e, slot)`` where what goes to a slot of a far rank is staged, and my own counterpart of that slot.
     """
-    area, rank, size, around, number = v.area, v.rank, v.size, v.around, jit(number_of)
+    area, half, rank, number, slot_at = v.area, v.half, v.rank, jit(number_of), w.slot_at
+    stage, stride, slots_half, slots_block, block = v.cells, v.stride, v.slots_half, v.slots_block, ptx.block
 
     @jit
-    def stored_to_now(c, p):
+    def stored_to(c, p):
         return area(c, p) > 0
 
     @jit
-    def asked_now(c, p):
-        if not remote or area(c, p) > 0:
+    def way(c, p):
+        there = area(c, p)
+        if there > 0:
             return STORED_TO
-        return mapped(area(c, rank(c)), number(area(c, p)))
+        near = mapped(area(c, rank(c)), number(there))
+        return 2 * number(there) + (1 if near != 0 else 0)
 
     @jit
-    def stored_to_before(c, p):
-        if p == around(rank(c) + 1, size(c)):
-            return known(c) == STORED_TO
-        return stored_to_now(c, p)
+    def places(c, e, slot):
+        staged = area(c, rank(c)) + stage(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
+        return staged, slot_at(c, e, rank(c), slot)
 
-    @jit
-    def asked_before(c, p):
-        if p == around(rank(c) + 1, size(c)):
-            return known(c)
-        return asked_now(c, p)
-
-    return (stored_to_now, asked_now), (stored_to_before, asked_before)
+    return SimpleNamespace(stored_to=stored_to, way=way, places=places)
 
 
-def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, ask: tuple[Any, Any]) -> Any:
+def over(
+    jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_part: Any, ways: SimpleNamespace
+) -> Any:
     """Return ``put`` that reaches far ranks too.
 
     Parameters
@@ -132,36 +129,28 @@ def over(jit: Any, v: SimpleNamespace, w: SimpleNamespace, put_near: Any, store_
         ``put`` to the others.
     store_part
         ``store_part(c, e, to, source, nbytes)`` stages bytes in the form in which they travel.
-    ask
-        A pair of `askers`.
+    ways
+        What `ways` gives, or `opening.known_ways`.
     """
-    stored_to, asked = ask
-    area, half, flag, rank, stride, number = v.area, v.half, v.flag, v.rank, v.stride, jit(number_of)
-    stage, slots_half, slots_block = v.cells, v.slots_half, v.slots_block
-    slot_at, spread, signals = w.slot_at, w.spread, w.signals
-    sync, meet, fence, thread, block = ptx.sync, ptx.meet, ptx.fence, ptx.thread, ptx.block
-
-    @jit
-    def stage_at(c, e, slot):
-        """Return where what goes to a slot of a far rank is staged."""
-        return area(c, rank(c)) + stage(c) + half(e) * slots_half(c) + block() * slots_block(c) + slot * stride(c)
+    stored_to, way, places = ways.stored_to, ways.way, ways.places
+    flag, rank, spread, signals = v.flag, v.rank, w.spread, w.signals
+    sync, meet, fence, thread = ptx.sync, ptx.meet, ptx.fence, ptx.thread
 
     @jit
     def put_far(c, e, p, slot, source, nbytes):
         """Stage bytes and begin to put them. With a negative tag, none: earlier puts may still read the stage."""
         meet(e)
-        staged, to = stage_at(c, e, slot), slot_at(c, e, rank(c), slot)
-        near = asked(c, p)  # asked for before it is needed: the answer takes as long as to stage
+        staged, to = places(c, e, slot)
+        there = way(c, p)  # asked for before it is needed: the answer takes as long as to stage
         store_part(c, e, staged, source, nbytes)
-        if near == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
+        if there & 1 == 0:  # the network reads what all threads of the block have stored; a copy by them needs no fence
             sync()
             if thread() == 0:
                 fence()
-        pe = number(area(c, p))
         if signals:
-            begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, pe)
+            begin_put_signal(to, staged, nbytes, flag(c, e, rank(c), slot), e, there >> 1)
         else:
-            begin_put(to, staged, (nbytes + BYTES - 1) // BYTES * BYTES * spread, pe)
+            begin_put(to, staged, (nbytes + BYTES - 1 & -BYTES) * spread, there >> 1)
 
     @jit
     def put(c, e, p, slot, source, nbytes):

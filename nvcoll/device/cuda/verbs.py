@@ -7,8 +7,8 @@ from nvcoll.device.cuda import common, low_latency, packs, ptx, simple
 from nvcoll.device.cuda import remote as far
 from nvcoll.device.cuda.layout import deepens
 from nvcoll.device.cuda.opening import (
-    MAPPED,
     TAG,
+    known_ways,
     opening_of,
     own_storer,
     plain_opening,
@@ -53,7 +53,9 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     )  # fmt: skip
     widen, reduce, reduce_pack, finish, stride = a.widen, a.reduce, a.reduce_pack, a.finish, v.stride
     load, load_shared = ptx.load, ptx.load_shared
-    itemsize, width, accumulates, several = a.itemsize, a.width, a.words // 2, deepens(a.itemsize)
+    itemsize, width, accumulates, several, ordered = (
+        a.itemsize, a.width, a.words // 2, deepens(a.itemsize), a.ordered,
+    )  # fmt: skip
     thread, threads, store_pack, meet = ptx.thread, ptx.threads, ptx.store_pack, ptx.meet
     _, store_wide = common.wide(jit, accumulates)
 
@@ -104,7 +106,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
         while i < nbytes:
             mine = as_sent(get(acc + i, nbytes - i))  # before the wait
             left, right = mine, one(c, e, at, i)
-            if lower:
+            if ordered and lower:  # else to exchange them would take time for nothing
                 left, right = right, left
             put_back(acc + i, reduce_pack(left, right), nbytes - i)
             i += threads() * BYTES
@@ -131,7 +133,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
             own = as_sent(own)
             if k == 2:  # the shortest way for the pair
                 left, right = own, one(c, e, at, i)
-                if me != 0:
+                if ordered and me != 0:
                     left, right = right, left
                 return combine(lift(left), lift(right))
             acc = lift(own)  # which counts only where I am the first
@@ -281,10 +283,10 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
 
     at_once = not (w.signals or deep)
     store_own, put_own = (own_storer if at_once else plain_storer)(jit, v, w, put)
-    ask_now, ask_before = far.askers(jit, v, remote, ptx.field(MAPPED))
+    ways = far.ways(jit, v, w) if remote else None
     if remote:
-        put = far.over(jit, v, w, put, w.store_part, ask_now)
-        put_own = far.over(jit, v, w, put_own, store_own, ask_before) if at_once else put
+        put = far.over(jit, v, w, put, w.store_part, ways)
+        put_own = far.over(jit, v, w, put_own, store_own, known_ways(jit, v, ways)) if at_once else put
     group_of, wait_slices = puts_in_turn(jit, v, put), waits_in_turn(jit, v, wait_copy)
     anywhere_of = group_of
     if w.signals or at_once:
@@ -296,7 +298,7 @@ def vocabulary(jit: Any, a: SimpleNamespace, protocol: str, deep: bool, remote: 
     else:
         anyone_of = puts_in_turn(jit, v, put_own) if remote else anywhere_of
         share, reduce_shared = sharing(jit, v, anyone_of(v.everyone)[1], wait_reduce_finish)
-    opening = opening_of(jit, v, w, ask_now[1]) if at_once else plain_opening(jit, v)
+    opening = opening_of(jit, v, w, ways) if at_once else plain_opening(jit, v)
     own = {"group_of": group_of, "anywhere_of": anywhere_of, "wait_slices": wait_slices}
     own |= {"put": put, "put_own": put_own, "wait_copy": wait_copy, "wait_reduce": wait_reduce}
     own |= {"wait_reduce_all": wait_reduce_all, "wait_reduce_finish": wait_reduce_finish, "jit": jit}

@@ -212,8 +212,8 @@ def arithmetic(combine, *, widens):
 
     return SimpleNamespace(
         op="SUM", datatype="int64", accumulator="int64", itemsize=WORD, width=2 * WORD if widens else WORD,
-        words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens, reduce=reduce, reduce_pack=reduce,
-        widen=lambda pack: (pack[0], 0, pack[1], 0) if widens else pack,
+        words=4 if widens else 2, unit=WORD, widens=widens, finishes=widens, ordered=True,
+        reduce=reduce, reduce_pack=reduce, widen=lambda pack: (pack[0], 0, pack[1], 0) if widens else pack,
         finish=lambda acc, ranks: (acc[0], acc[2]) if widens else acc,
     )  # fmt: skip
 
