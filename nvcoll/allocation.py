@@ -38,7 +38,8 @@ class Allocating(Living):
         TimeoutError, PeerLostError
             A rank does not come, or has ended.
         StateError
-            An earlier call failed. On GPUs, the error of that call if none has raised it yet.
+            An earlier call failed. On GPUs, the error of that call if none has raised it yet; and while torch or CuPy
+            captures a graph on its current stream.
 
         Notes
         -----

@@ -125,6 +125,8 @@ class Comm(Splitting):
         ------
         TimeoutError, PeerLostError, MismatchError
             As for `Allreduce`; on GPUs also if calls before it did not match.
+        StateError
+            On GPUs, while torch or CuPy captures a graph on its current stream.
         """
         others = self._calls or self._between
         if others is not None:

@@ -5,6 +5,7 @@ import os
 import time
 
 from nvcoll import _bootstrap
+from nvcoll.buffers import refuse_capture
 from nvcoll.comm import Comm
 from nvcoll.world import open_self, open_world
 
@@ -39,7 +40,18 @@ def Finalize() -> None:
     Ranks that still wait for this one in a call raise PeerLostError. It may wait for the other ranks to finalize too:
     under MPI, whose communicators end on all together, and on GPUs of several processes, for NVSHMEM does, there
     ``NVCOLL_TIMEOUT`` at most. A later use, or `Init`, starts anew.
+
+    Raises
+    ------
+    StateError
+        On GPUs, while torch or CuPy captures a graph on its current stream.
     """
+    if COMM_WORLD.alive and COMM_WORLD.target == "cuda":
+        refuse_capture("Finalize")
+    _finish()
+
+
+def _finish() -> None:
     global _finalized  # noqa: PLW0603 - it is the process that is in this state
     _finalized = True
     try:
@@ -101,4 +113,4 @@ def Get_processor_name() -> str:
 
 # the last that is registered is the first that runs: MPI goes when nothing of ours needs it any more
 atexit.register(_bootstrap.finalize_mpi)
-atexit.register(Finalize)
+atexit.register(_finish)

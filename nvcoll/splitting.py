@@ -68,7 +68,8 @@ class Splitting(Allocating):
         AllocationError
             On all ranks, if one of them has no room for the new communicator's scratch memory.
         StateError
-            An earlier call on this communicator failed.
+            An earlier call on this communicator failed; or, on GPUs, torch or CuPy captures a graph on its current
+            stream.
         TimeoutError, PeerLostError, BootstrapError, MismatchError
             A rank did not come, has ended, found no way to the others, or called something else.
 
@@ -193,7 +194,8 @@ class Splitting(Allocating):
         Raises
         ------
         StateError
-            It was made from no other (call `nvcoll.Finalize`), or is freed already.
+            It was made from no other (call `nvcoll.Finalize`), or is freed already; or, on GPUs, torch or CuPy captures
+            a graph on its current stream.
         TimeoutError, PeerLostError, MismatchError
             A rank did not come, or has ended; or, on GPUs, a call has failed. It is freed all the same, but for its
             memory, which goes with `Finalize`.

@@ -1,12 +1,14 @@
 """Communicators that several threads bring to life, or to an end."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import nvcoll
-from nvcoll import COMM_SELF
+from nvcoll import COMM_SELF, session
+from nvcoll.buffers import streams
 from nvcoll.comm import Comm
 
 
@@ -27,6 +29,19 @@ def test_finalized_while_a_call_is_planned(monkeypatch, call):
         call()
     assert not COMM_SELF.alive
     call()
+
+
+def test_no_end_while_a_library_captures_a_graph(monkeypatch):
+    """But the end of the process is one, whatever a library does."""
+    ends = []
+    world = SimpleNamespace(alive=True, target="cuda", _close=lambda: ends.append("closed"))
+    monkeypatch.setattr(session, "COMM_WORLD", world)
+    monkeypatch.setattr(streams, "captured_stream", type("Stream", (), {"__module__": "cupy.cuda"}))
+    with pytest.raises(nvcoll.StateError, match=r"^Finalize: cupy captures a graph, .+ call it before or after$"):
+        nvcoll.Finalize()
+    assert not ends
+    session._finish()
+    assert ends == ["closed"]
 
 
 def test_one_that_waits_for_other_ranks_keeps_no_other_from_coming_to_life():

@@ -148,7 +148,7 @@ class DeviceBuffer(DeviceSpan):
         Raises
         ------
         StateError
-            If the buffer was freed before, or is a view, or torch or CuPy captures a graph.
+            If the buffer was freed before, or is a view, or torch or CuPy captures a graph on its current stream.
         TimeoutError, PeerLostError, MismatchError
             If a rank does not come, has ended, or frees another buffer.
 
@@ -165,7 +165,8 @@ class DeviceBuffer(DeviceSpan):
         self._owner.end()
 
     def _queue(self, stream: Any, verb: str) -> int:
-        """Return the stream of a copy."""
+        """Return the stream of a copy, which is waited for."""
+        refuse_capture(verb)
         return self._owner.stream if stream is None else as_stream(stream, self, verb)
 
     def _refuse_freed(self, verb: str) -> None:
@@ -267,7 +268,7 @@ class DeviceBuffer(DeviceSpan):
         ArgumentError
             If the shapes differ.
         StateError
-            If the buffer was freed.
+            If the buffer was freed, or torch or CuPy captures a graph on its current stream.
         """
         source = np.asarray(host_array, self.dtype, order="C")
         if source.shape != self._shape:
@@ -297,7 +298,7 @@ class DeviceBuffer(DeviceSpan):
         ArgumentError
             If `host_array` is not such an array.
         StateError
-            If the buffer was freed.
+            If the buffer was freed, or torch or CuPy captures a graph on its current stream.
         """
         to = np.empty(self._shape, self.dtype) if host_array is None else host_array
         fits = isinstance(to, np.ndarray) and (to.shape, to.dtype) == (self._shape, self.dtype)
@@ -324,7 +325,7 @@ class DeviceBuffer(DeviceSpan):
         Raises
         ------
         StateError
-            If the buffer was freed.
+            If the buffer was freed, or torch or CuPy captures a graph on its current stream.
         """
         self._owner.fill(self.address, np.full((), value, self.dtype), self.size, self._queue(stream, "fill"))
 

@@ -194,7 +194,7 @@ def captured_stream() -> Any:
 
 
 def refuse_capture(verb: str) -> None:
-    """Raise StateError while a library captures a graph: what waits for the GPU would spoil it."""
+    """Raise StateError where a library's current stream is captured: what waits for the GPU would spoil the graph."""
     captured = captured_stream()
     if captured is not None:
         raise StateError(

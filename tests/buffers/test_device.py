@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nvcoll._plan import DLPackTensor
-from nvcoll.buffers import DeviceBuffer
+from nvcoll.buffers import DeviceBuffer, streams
 from nvcoll.buffers.dlpack import DLPACK_TYPES
 from nvcoll.errors import ArgumentError, DatatypeError, StateError
 from nvcoll.ops import DATATYPES
@@ -282,6 +282,16 @@ def test_a_freed_buffer_and_its_views_refuse(case):
             use(array)[case]()
         assert repr(array) == "<nvcoll.DeviceBuffer of float32, freed>"
         assert array.shape  # what needs no memory goes on
+
+
+@pytest.mark.parametrize("case", ["copy_from", "copy_to", "fill", "free"])
+def test_what_waits_is_refused_where_a_graph_is_made(monkeypatch, case):
+    buffer = empty_on_gpu(4, "f4")[0]
+    library = type("Stream", (), {"__module__": "torch.cuda"})
+    monkeypatch.setattr(streams, "captured_stream", library)
+    with pytest.raises(StateError, match=rf"^{case}: torch captures a graph, expected none, for .+ call it before or"):
+        ({"free": buffer.free} | use(buffer))[case]()
+    assert not buffer.freed
 
 
 def test_free_gives_the_memory_back_once():

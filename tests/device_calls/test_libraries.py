@@ -59,11 +59,11 @@ def test_a_persistent_request_goes_where_the_library_works_when_it_is_begun(worl
     for torch.current.cuda_stream in (77, 78):
         start()
     assert streams(world) == recorded == [77, 78]
-    torch.capturing = True
+    x, torch.capturing = on_gpu(values()), True
     world.capturing.add(78)
     with pytest.raises(nvcoll.StateError, match=r"^Allreduce_init: the stream is being captured"):
         start()
-    named = calls.begin("Allreduce_init", on_gpu(values()), None, nvcoll.SUM, 5, None)
+    named = calls.begin("Allreduce_init", x, None, nvcoll.SUM, 5, None)
     torch.current.cuda_stream = 5
     named()
     assert streams(world) == recorded == [77, 78, 5]
@@ -114,15 +114,15 @@ def test_torch_keeps_memory_that_the_stream_of_an_emulated_rank_uses(world, call
 
 
 def test_a_call_that_would_not_become_part_of_the_graph(world, calls, torch):
-    torch.capturing = True
+    x, torch.capturing = on_gpu(values()), True
     with pytest.raises(nvcoll.StateError) as caught:
-        reduce(calls, on_gpu(values()))
+        reduce(calls, x)
     assert str(caught.value) == (
         "Allreduce: a graph is being captured on the current stream of torch, and this call would go to another "
         "one; name the stream with stream="
     )
     assert world.planner.plans == []
     reduce(calls, torch.Tensor(values()))
-    reduce(calls, on_gpu(values()), stream=77)
-    reduce(calls, on_gpu(values()), stream=5)  # whoever names one means it
+    reduce(calls, x, stream=77)
+    reduce(calls, x, stream=5)  # whoever names one means it
     assert streams(world) == [77, 77, 5]
