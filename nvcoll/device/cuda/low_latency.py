@@ -204,36 +204,23 @@ def protocol(jit: Any, v: SimpleNamespace, a: SimpleNamespace, deep: bool, remot
         return at + i * spread
 
     @jit
-    def settle_soon(c, e, where, got):
+    def settle(c, e, where, got):
         """Wait until a pack that was looked at is there, clear it, and return it."""
         polls, since = 0, 0
         while missing(got, e):
-            got = look(where)  # three looks for each count: counting takes as long as a look
-            if not missing(got, e):
-                break  # at once, for whatever is tested again after the look that found the data is waited for
-            got = look(where)
-            if not missing(got, e):
-                break
+            if not deep:  # there, registers do not suffice for more than one look
+                got = look(where)  # three looks for each count: counting takes as long as a look
+                if not missing(got, e):
+                    break  # at once, for whatever is tested again after the look that found the data is waited for
+                got = look(where)
+                if not missing(got, e):
+                    break
             polls, since, gone = in_vain(c, e, polls, since)
             if gone:
                 leave()
             got = look(where)
         clear(where)
         return data_of(got)
-
-    @jit
-    def settle_plainly(c, e, where, got):
-        """The same in fewer registers, where a message is large."""
-        polls, since = 0, 0
-        while missing(got, e):
-            polls, since, gone = in_vain(c, e, polls, since)
-            if gone:
-                leave()
-            got = look(where)
-        clear(where)
-        return data_of(got)
-
-    settle = settle_plainly if deep else settle_soon
 
     @jit
     def settle_four(c, e, w0, w1, w2, w3, a0, a1, a2, a3):
