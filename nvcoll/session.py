@@ -52,6 +52,7 @@ def Finalize() -> None:
 
 
 def _finish() -> None:
+    """End both, at exit even where a graph is being captured."""
     global _finalized  # noqa: PLW0603 - it is the process that is in this state
     _finalized = True
     try:
