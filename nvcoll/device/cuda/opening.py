@@ -35,10 +35,11 @@ def without_openers(v: SimpleNamespace) -> SimpleNamespace:
 def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
     """Return how epochs begin and end with schedules of which nothing is known: only the tag is.
 
-    ``prepare(c)`` returns what can be computed before the kernel before has ended. ``start(c, ready, at, nbytes)`` gets
-    that and the address of the thread's first pack, of which so many bytes count, and returns what follows the fields
-    of a call; what is not known is 0. ``renew(c, e)`` ends an epoch that another one follows, ``advance(c, e)`` the
-    last one, and ``count_epoch(c, e)`` is the verb for schedules that ``opens``: here it leaves all to these two.
+    ``prepare(c)`` returns what can be computed before the kernel before has ended, and ``foresee(c, at, nbytes)`` what
+    can be of the thread's first pack: it lies at `at`, and so many bytes of it count. ``start(c, ready, foreseen, at,
+    nbytes)`` gets all that, and returns what follows the fields of a call; what is not known is 0. ``renew(c, e)`` ends
+    an epoch that another one follows, ``advance(c, e)`` the last one, and ``count_epoch(c, e)`` is the verb for
+    schedules that ``opens``: here it leaves all to these two.
     """
     begin = v.begin
 
@@ -47,11 +48,15 @@ def plain_opening(jit: Any, v: SimpleNamespace) -> SimpleNamespace:
         return (0,)
 
     @jit
-    def start(c, ready, at, nbytes):
+    def foresee(c, at, nbytes):
+        return 0, 0
+
+    @jit
+    def start(c, ready, foreseen, at, nbytes):
         return begin(c), 0, 0, 0, 0, 0
 
     return SimpleNamespace(
-        prepare=prepare, start=start, renew=v.renew, advance=v.advance, count_epoch=_nothing(jit)
+        prepare=prepare, foresee=foresee, start=start, renew=v.renew, advance=v.advance, count_epoch=_nothing(jit)
     )  # fmt: skip
 
 
@@ -63,25 +68,33 @@ def opening_of(
     They count their epochs themselves, so nothing is left to do at the end. Where some ranks are far, `ways` says how
     they are reached.
     """
-    tag_after, take = v.tag_after, v.take
-    settled, load_pack = ptx.settled, ptx.load_pack
+    tag_after, take, epoch_at, offset = v.tag_after, v.take, v.epoch_at, v.offset
+    settled, pinned, load_pack, block = ptx.settled, ptx.pinned, ptx.load_pack, ptx.block
     prepare, chosen = (_near if ways is None else _far)(jit, v, w, ways)
 
     @jit
-    def start(c, ready, at, nbytes):
-        epoch = ready[0]
-        last, failed = load_pack(epoch)
-        low, high = 0, 0
-        if nbytes >= BYTES and at & (BYTES - 1) == 0:
-            low, high = load_pack(at)
-        elif nbytes > 0:
+    def foresee(c, at, nbytes):
+        """Return whence to load 16 bytes, and whether the pack must be taken in parts instead.
+
+        A pack of the symmetric heap is loaded whole even if the message ends within it: what comes of the bytes behind
+        is part of no result. A thread without a pack loads the epoch once more, which is no branch and costs nothing.
+        """
+        whole = nbytes > 0 and at & (BYTES - 1) == 0 and (nbytes >= BYTES or offset(c, at, BYTES) >= 0)
+        return pinned(at if whole else epoch_at(c, block())), pinned(1 if nbytes > 0 and not whole else 0)
+
+    @jit
+    def start(c, ready, foreseen, at, nbytes):
+        last, failed = load_pack(ready[0])
+        if foreseen[1] == 0:
+            low, high = load_pack(foreseen[0])
+        else:
             low, high = take(at, nbytes)
             # Words, for the compiler: else it takes packs that were loaded whole to pieces too, hence waits for them.
             low, high = settled(low), settled(high)
         return (tag_after(c, last, failed), low, high, *chosen(ready, last, failed))
 
     return SimpleNamespace(
-        prepare=prepare, start=start, renew=v.go_on, advance=_nothing(jit), count_epoch=v.advance
+        prepare=prepare, foresee=foresee, start=start, renew=v.go_on, advance=_nothing(jit), count_epoch=v.advance
     )  # fmt: skip
 
 

@@ -328,7 +328,9 @@ def entry(
     )  # fmt: skip
     itemsize, unit = a.itemsize, BYTES // a.itemsize
     epoch_at, begin, opening = v.epoch_at, v.begin, v.opening if opens else plain_opening(jit, v)
-    prepare, start, renew, advance = opening.prepare, opening.start, opening.renew, opening.advance
+    prepare, foresee, start, renew, advance = (
+        opening.prepare, opening.foresee, opening.start, opening.renew, opening.advance,
+    )  # fmt: skip
     known = v if opens else without_openers(v)
     kernel = jit(text(SimpleNamespace(**{**vars(known), "begin": ptx.field(TAG)}) if rounds else known))
 
@@ -353,12 +355,14 @@ def entry(
             prefetch(at)
             prefetch(epoch_at(c, block()))
         while first < last:
+            mine = piece * itemsize - thread() * BYTES
+            foreseen = foresee(c, at, mine)
             if overlap:
                 # In the loop, for compilers compute in front of it what all pieces need; only the first one waits.
                 # Blocks without a part do not wait: block 0 has one, and the kernel ends no sooner.
                 await_predecessor()
                 let_successor()  # not before: a stream whose kernels wait in a row would keep those of another away
-            begun = start(c, ready, at, piece * itemsize - thread() * BYTES)
+            begun = start(c, ready, foreseen, at, mine)
             kernel(c + begun, send + shift, recv + shift, piece)
             first += piece
             if first < last:
