@@ -6,7 +6,7 @@ A local difference here is a deadlock, so nothing is read from the environment, 
 
 HARDWARE = ("host", "cuda")
 """What rules may be for: the kinds of planners."""
-BLOCK_SIZES = (32, 64, 128, 256, 512)
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512)
 """Threads that a block on a GPU may have."""
 
 

@@ -14,7 +14,9 @@ from nvcoll.cli.tune.rulebook import Rule, Rules, limited
 from nvcoll.errors import ArgumentError
 from nvcoll.planning import LAUNCH, read_rules
 
-THREADS = (64, 128, 256, 512)
+THREADS = (8, 16, 32, 64, 128, 256, 512)
+MANY = 64
+"""Least threads that have several packs under way: those are for large messages."""
 FEW = (8, 16, 32, 64)
 """Most blocks, for far ranks: through a network, what a block sends at a time is a message."""
 
@@ -37,7 +39,7 @@ class Form:
         return {"threads": self.threads} | ({"deep": True} if self.deep else {}) | limit
 
 
-_NEAR = [Form(threads, deep) for deep in (False, True) for threads in THREADS]
+_NEAR = [Form(threads, deep) for deep in (False, True) for threads in THREADS if threads >= MANY or not deep]
 _FAR = [*_NEAR, *(Form(THREADS[-1], deep, blocks) for deep in (False, True) for blocks in FEW)]
 FORMS = {far: {str(form): form for form in forms} for far, forms in ((False, _NEAR), (True, _FAR))}
 """Whether some ranks are far -> the shapes that are measured, by name."""
