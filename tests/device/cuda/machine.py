@@ -23,6 +23,7 @@ from nvcoll.algorithms import ALGORITHMS
 from nvcoll.device.common import log2
 from nvcoll.device.cuda import common, packs, ptx, remote, verbs
 from nvcoll.device.cuda.layout import EPOCH, EPOCHS, HISTORY
+from tests.device.cuda.barrier import Barrier
 
 WORD = 8
 BLOCKS = 2
@@ -31,6 +32,8 @@ SPACE = 1 << 32
 SLOTS = 1 << 18
 """Bytes of a block's slots."""
 FIRST_PE = 6  # what NVSHMEM calls rank 0: a communicator may have some of its ranks only
+BEHIND = 0x0DDBA11
+"""What lies behind every array: it may be loaded with the end of a message, but must not count, nor be stored to."""
 FIELDS = {"flags": 4096, "cells": 1 << 20, "lines": 1 << 24, "data": 1 << 28}
 """Where parts of an area begin."""
 
@@ -48,36 +51,6 @@ def signed(x):
     """Return 64 bits as the number that kernels see."""
     x &= (1 << 64) - 1
     return x - (1 << 64) if x >> 63 else x
-
-
-class Barrier:
-    """A block's barrier: threads that have ended are not waited for. `wait` gives the sum of what each has brought."""
-
-    def __init__(self, threads):
-        self._changed = threading.Condition()
-        self._threads, self._waiting, self._round = threads, 0, 0
-        self._sum = self._result = 0
-
-    def wait(self, brought=0):
-        with self._changed:
-            self._sum += brought
-            self._waiting += 1
-            mine = self._round
-            self._release_if_complete()
-            while self._round == mine:
-                self._changed.wait()
-            return self._result
-
-    def leave(self):
-        with self._changed:
-            self._threads -= 1
-            self._release_if_complete()
-
-    def _release_if_complete(self):
-        if 0 < self._threads <= self._waiting:
-            self._result, self._sum, self._waiting = self._sum, 0, 0
-            self._round += 1
-            self._changed.notify_all()
 
 
 class Gpus:
@@ -353,8 +326,13 @@ class World:
                 elsewhere = rank == 0 and call % 8 == 5
                 at = self._place(4 if elsewhere else 3, rank) + (call << 20) + WORD * (call // 2 % 2)
                 buffers[call, rank] = at, at if call % 2 else at + (1 << 19) + WORD * (call // 4 % 2)
+                ends = [place + WORD * (count + k) for place in buffers[call, rank] for k in range(2)]
+                self.gpus.memory |= dict.fromkeys(ends, BEHIND)
                 self.gpus.memory |= {at + WORD * i: value(call, rank, i) for i in range(count)}
         self._start(calls, buffers, self.ranks if ranks is None else ranks, seed, stamp)
+        for (call, _), places in buffers.items():
+            for place in places:
+                assert [self.gpus.memory[place + WORD * (calls[call][0] + k)] for k in range(2)] == [BEHIND] * 2
         return {
             key: [self.gpus.memory.get(to + WORD * i) for i in range(calls[key[0]][0])]
             for key, (_, to) in buffers.items()

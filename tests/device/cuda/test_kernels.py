@@ -115,6 +115,19 @@ def test_what_a_call_sends_first_is_loaded_before_its_epoch_is_used(built, case)
     assert pack[2] not in same_block
 
 
+@pytest.mark.parametrize("case", OPENING, ids=title)
+def test_how_the_first_pack_is_loaded_is_decided_before_the_epoch_is(built, case):
+    """Its load follows at once, behind a branch by what was known before the wait for the kernel before."""
+    beginning = built[case].result().beginning
+    lines = [line.split() for line in beginning[beginning.index("ld.global.v2.u64") :].splitlines()]
+    code = [words for words in lines if words and words[0] != "//"]
+    decided, branch = code[1:3]
+    assert decided[0].startswith("setp.eq")
+    assert decided[-1] == "0;"
+    assert branch[1] == "bra"
+    assert code[code.index([branch[2].replace(";", ":")]) + 1][0] == "ld.global.v2.u64"
+
+
 @pytest.mark.parametrize("case", [case for case in OPENING if case[0] == FASTEST], ids=title)
 def test_where_the_first_pack_goes_is_only_chosen_when_the_epoch_is_known(built, case):
     """To compute it then would take as long as some fifty instructions, with loads of constants among them."""
