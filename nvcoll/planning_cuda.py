@@ -20,6 +20,8 @@ from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_s
 
 PACK = 16
 """Bytes that a thread moves at a time."""
+FULL = 64
+"""Threads that a block of fewer may get, so that each has one pack, where not as many blocks fit as that takes."""
 ROOM = 8
 """Where ranks run side by side on a GPU, one multiprocessor in so many is left to what else they run."""
 LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
@@ -134,20 +136,31 @@ class DevicePlanner(Chooser):
     def grid(self, nbytes: int, function: int, datatype: str = "float32") -> tuple[int, int]:
         """Return blocks and threads for a message, equal on all ranks: what waits for each other must run together."""
         threads, limit, _ = self._shape(nbytes, datatype)
-        nbytes = self.launched(nbytes)
-        crew = min(threads * self.slices, THREADS) if self.remote else threads  # inside a node, all slices are moved
-        resident = self.kernels.occupancy(function, crew) * self.multiprocessors
+        packs = max(1, -(-self.launched(nbytes) // PACK))
+        most = self._most(function, threads)
+        while threads < FULL and threads * most < packs and limit is None:
+            threads *= 2
+            most = self._most(function, threads)
+        most = min(most, limit or most)
+        each = -(-packs // (threads * most))  # of a thread: the same number in all blocks, but for the last
+        return -(-packs // (threads * each)), self._crew(threads)
+
+    def _crew(self, threads: int) -> int:
+        """Return the threads of a block that has so many for a slice: inside a node, all slices are moved."""
+        return min(threads * self.slices, THREADS) if self.remote else threads
+
+    def _most(self, function: int, threads: int) -> int:
+        """Return how many blocks of so many threads may run at the same time."""
+        resident = self.kernels.occupancy(function, self._crew(threads)) * self.multiprocessors
         if resident < self.sharers:
             raise ArgumentError(
                 f"Allreduce: {self.sharers} ranks share a GPU that runs {resident} blocks of a kernel at a time; "
                 f"start {resident} ranks at most on it"
             )
-        most = min(BLOCKS, limit or BLOCKS, resident // self.sharers)
+        most = min(BLOCKS, resident // self.sharers)
         if self.kernels.together:
             most = min(most, max(1, (self.multiprocessors - self.multiprocessors // ROOM) // self.sharers))
-        packs = max(1, -(-nbytes // PACK))
-        each = -(-packs // (threads * most))  # of a thread: the same number in all blocks, but for the last
-        return -(-packs // (threads * each)), crew
+        return most
 
     def _stride(self, base: str, shape: Shape) -> int:
         """Return the bytes between the slots of a block."""

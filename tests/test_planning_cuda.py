@@ -47,12 +47,14 @@ LAUNCHES = [
 ]
 
 
-def planner(node_sizes, sharers=1, multiprocessors=H200, kernels=None, scratch=SCRATCH, remote=False):
+def planner(
+    node_sizes, sharers=1, multiprocessors=H200, kernels=None, scratch=SCRATCH, remote=False, launches=LAUNCHES
+):
     layout, topology = DeviceLayout(sum(node_sizes), scratch), SimpleNamespace(node_sizes=node_sizes)
     area = SimpleNamespace(state="state", layout=layout)
     kernels = kernels or FakeKernels()
     return DevicePlanner(
-        area, topology, min(node_sizes), {LAUNCH: LAUNCHES}, kernels, sharers, multiprocessors, 1.0, remote
+        area, topology, min(node_sizes), {LAUNCH: launches}, kernels, sharers, multiprocessors, 1.0, remote
     )
 
 
@@ -89,6 +91,18 @@ class TestGrid:
         assert one.grid(BLOCKS * 64 * PACK, 0) == (BLOCKS, 64)
         assert one.grid(BLOCKS * 64 * PACK + 1, 0) == (BLOCKS // 2 + 1, 64)
         assert one.grid(8 << 20, 0) == (256, 512)  # of 2 * H200 that fit
+
+    def test_small_blocks_grow_where_not_as_many_fit(self):
+        eight = [{"threads": 8}]
+        one = planner((2,), launches=eight)
+        assert one.grid(BLOCKS * 8 * PACK, 0) == (BLOCKS, 8)
+        assert one.grid(BLOCKS * 8 * PACK + 1, 0) == (BLOCKS // 2 + 1, 16)
+        one = planner((2,), 2, kernels=FakeKernels(together=True), launches=eight)
+        most = (H200 - H200 // 8) // 2
+        assert one.grid(most * 8 * PACK, 0) == (most, 8)
+        assert one.grid(most * 64 * PACK, 0) == (most, 64)
+        assert one.grid(most * 64 * PACK + 1, 0) == (most // 2 + 1, 64)  # of two packs a thread
+        assert planner((2,), launches=[{"threads": 8, "blocks": 4}]).grid(1 << 16, 0) == (4, 8)
 
     def test_through_a_network_a_slice_of_the_message_counts(self):
         one = planner((4, 4), remote=True)
