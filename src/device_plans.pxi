@@ -66,7 +66,8 @@ cdef class DevicePlan:
         if not error and not captured:
             error = self.state.order.launched(stream)
         self.state.order.exit(pushed)
-        self.state.sequence += 1
+        if not error:
+            self.state.sequence += 1
         return error
 
     def run(self, uintptr_t send, uintptr_t recv, uintptr_t stream, owner=None):

@@ -90,7 +90,7 @@ cdef enum:
     FIELDS = 42
     PROGRAMMATIC = 6        # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     PER_THREAD = 2          # CU_STREAM_PER_THREAD: means another stream in each thread
-    CAPTURING = 900         # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+    LATEST_CAPTURED = -1    # none of the driver's: the stream of the latest call is being captured
     GONE = 400              # CUDA_ERROR_INVALID_HANDLE
     GONE_TOO = 709          # CUDA_ERROR_CONTEXT_IS_DESTROYED: what some drivers say of a stream that was destroyed
 if len(DEVICE_FIELDS) != FIELDS:
@@ -102,6 +102,9 @@ cdef class StreamOrder:
 
     All its communicators have it in common. The kernels of each may fill the GPU, and wait for those of other ranks: if
     on one GPU those of a first communicator had begun, and on another those of a second, none would end.
+
+    An event is recorded when another stream has to wait, not behind each call, which would take longer than it gains in
+    programs with one stream: so that stream also waits for what else was queued behind the latest call by then.
 
     Parameters
     ----------
@@ -149,7 +152,7 @@ cdef class StreamOrder:
                 error = self.order(stream, &captured)
             self.exit(pushed)
         self.busy = False
-        if error and error != CAPTURING:
+        if error and error != LATEST_CAPTURED:
             raise refused("to put a stream behind a call", error)
         return 0
 
@@ -180,7 +183,7 @@ cdef class StreamOrder:
         if not self.recorded:
             error = nv_is_capturing(<void*>self.last_stream, &its)
             if not error and its:
-                return CAPTURING  # an event would become part of that graph
+                return LATEST_CAPTURED  # an event would become part of that graph
             if not error:
                 error = nv_record_event(self.event, <void*>self.last_stream)
             if error == GONE or error == GONE_TOO:
@@ -310,9 +313,14 @@ cdef extern from *:
 
 
 cdef refused(str what, int error):
-    """Return the exception for an error of the driver."""
+    """Return the exception for an error of the driver, or for `LATEST_CAPTURED`."""
     cdef const char* text = NULL
     from nvcoll.errors import StateError
 
+    if error == LATEST_CAPTURED:
+        return StateError(
+            "the stream of this rank's latest call is being captured, and a call on another stream cannot be put "
+            "behind it meanwhile; make this call after the capture, or before it"
+        )
     nv_error_string(error, &text)
     return StateError(f"the CUDA driver refuses {what}: {text.decode() if text else error}")
