@@ -2,6 +2,7 @@
 
 All ranks, and what they start, share one process group. It is led by a watchman: a shell that reads from a pipe of
 the launcher's and ends the group when that pipe breaks, so that nothing stays behind even if the launcher is killed.
+A rank that makes a group of its own, as `timeout` does, is found by its number; the watchman does not know of it.
 Only what makes itself a daemon, in a session of its own, escapes.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Self
 
+from nvcoll.cli._output import LONGEST_LINE, MOST, Lines, Outlet, outlets
+
 GRACE = 5.0
 """Seconds between asking a rank to end (SIGTERM) and killing it."""
 
@@ -25,39 +28,6 @@ PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # `read` succeeds on a line (all is well), and fails at the end of the pipe (the launcher is gone).
 WATCHMAN = "trap '' INT TERM HUP; read line || { kill -TERM 0; sleep 2; kill -KILL 0; }"
-
-LONGEST_LINE = 1 << 16  # a line without an end is written in pieces of this many bytes
-
-
-class _Lines:
-    """Copies whole lines of a rank to the launcher's own output, each with the rank in front."""
-
-    def __init__(self, rank: int, source: IO[bytes], target: IO[bytes]) -> None:
-        self.source, self.target = source, target
-        self.mark = f"[{rank}] ".encode()
-        self.held = b""
-
-    def copy(self) -> bool:
-        """Copy what has come, of a line that is too long a part; return False at the end."""
-        try:
-            data = os.read(self.source.fileno(), LONGEST_LINE)
-        except BlockingIOError:
-            return True
-        *lines, self.held = (self.held + data).split(b"\n")
-        if self.held and (not data or len(self.held) >= LONGEST_LINE):
-            lines.append(self.held)
-            self.held = b""
-        self._write(lines)
-        return bool(data)
-
-    def end(self) -> None:
-        """Copy the rest of a line whose end does not come, since who could write it is no rank."""
-        self._write([self.held] if self.held else [])
-        self.held = b""
-
-    def _write(self, lines: list[bytes]) -> None:
-        self.target.write(b"".join(self.mark + line + b"\n" for line in lines))
-        self.target.flush()
 
 
 class Launcher:
@@ -78,12 +48,13 @@ class Launcher:
         self.failed: int | None = None  # the rank that failed first
         self.passed: list[int] = []  # the signals that came for us
         self.kill_at: float | None = None  # when what is still there is killed
+        self._lines: list[Lines] = []  # of outputs of ranks that have not come to their end
+        self._apart: set[int] = set()  # process groups that ranks have made
 
     def __enter__(self) -> Self:
+        self._outlets = outlets((sys.stdout.fileno(), sys.stderr.fileno())) if self.prefix else []
         self._wake, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._handlers = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGCHLD)}
+        self._handlers = {number: signal.getsignal(number) for number in (*PASSED_ON, signal.SIGTSTP, signal.SIGCHLD)}
         # a signal for the group must not end the watchman: blocked, it waits until he ignores it
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         try:
@@ -98,13 +69,24 @@ class Launcher:
             for number in PASSED_ON:
                 if self._handlers[number] is not signal.SIG_IGN:  # nohup, and a shell's background jobs
                     signal.signal(number, self._pass_on)
+            if self._handlers[signal.SIGTSTP] is not signal.SIG_IGN:
+                signal.signal(signal.SIGTSTP, self._suspend)
             signal.signal(signal.SIGCHLD, lambda number, frame: None)  # a handler of any kind wakes the selector
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+            # whoever started us may have left SIGCHLD blocked, too
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*PASSED_ON, signal.SIGCHLD))
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         self._end_group()
+        try:
+            if kind is None or not issubclass(kind, OSError):  # else nothing more can be written
+                self._copy_rest()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Part from the watchman, and undo what `__enter__` did."""
         if self._watchman.stdin is not None:
             with contextlib.suppress(BrokenPipeError), self._watchman.stdin as pipe:
                 pipe.write(b"done\n")
@@ -112,16 +94,8 @@ class Launcher:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        try:
-            for found in list(self._selector.get_map().values()):
-                if isinstance(found.data, _Lines):
-                    while found.data.copy() and _is_ready(found.fd):
-                        pass
-                    found.data.end()
-        finally:  # also where nothing more can be written
-            self._selector.close()
-            os.close(self._wake)
-            os.close(self._waker)
+        os.close(self._wake)
+        os.close(self._waker)
 
     def start(self, command: list[str], environ: dict[str, str]) -> None:
         """Start one more rank.
@@ -146,10 +120,10 @@ class Launcher:
             process.send_signal(number)
         if process.stdin is not None:
             threading.Thread(target=_pump, args=(process.stdin,), daemon=True).start()
-        for source, target in (process.stdout, sys.stdout), (process.stderr, sys.stderr):
+        for source, outlet in zip((process.stdout, process.stderr), self._outlets, strict=False):
             if source is not None:
                 os.set_blocking(source.fileno(), False)
-                self._selector.register(source, selectors.EVENT_READ, _Lines(rank, source, target.buffer))
+                self._lines.append(Lines(rank, source, outlet))
 
     def wait(self) -> int:
         """Wait for all ranks; the first that fails ends the others.
@@ -173,13 +147,42 @@ class Launcher:
         return [rank for rank, process in enumerate(self.ranks) if process.returncode is None]
 
     def _attend(self, timeout: float | None) -> None:
-        for found, _ in self._selector.select(timeout):
-            if found.fd == self._wake:
-                os.read(self._wake, 4096)
-            elif not found.data.copy():
-                self._selector.unregister(found.fileobj)
+        """Wait for a signal, for what ranks write, if there is room for it, and for who takes what is held."""
+        with selectors.PollSelector() as selector:  # which knows ordinary files, too
+            selector.register(self._wake, selectors.EVENT_READ)
+            for lines in self._lines:
+                if not lines.outlet.full:
+                    selector.register(lines.source, selectors.EVENT_READ, lines)
+            for outlet in set(self._outlets):
+                if outlet.held:
+                    selector.register(outlet.descriptor, selectors.EVENT_WRITE, outlet)
+            for found, _ in selector.select(timeout):
+                if isinstance(found.data, Outlet):
+                    found.data.write()
+                elif found.data is None:
+                    os.read(self._wake, 4096)
+                elif not found.data.copy():
+                    self._lines.remove(found.data)
+
+    def _copy_rest(self) -> None:
+        """Copy what ranks have written to the end; once a signal has come, for so long only as somebody takes it."""
+        for lines in self._lines:
+            for _ in range(MOST // LONGEST_LINE):  # more than a pipe holds comes from a daemon that goes on
+                if not (_is_ready(lines.source) and lines.copy()):
+                    break
+            lines.end()
+        self._lines = []
+        left, since = self._held(), time.monotonic()
+        while left and not (self.passed and time.monotonic() - since > GRACE):
+            self._attend(GRACE if self.passed else None)
+            if self._held() < left:
+                left, since = self._held(), time.monotonic()
+
+    def _held(self) -> int:
+        return sum(len(outlet.held) for outlet in set(self._outlets))
 
     def _reap(self) -> None:
+        self._find_groups()
         ended = [rank for rank in self._running() if self.ranks[rank].poll() is not None]
         for rank in ended:
             if self.ranks[rank].returncode == 0:  # one that fails ends the others
@@ -214,8 +217,35 @@ class Launcher:
         self.kill_at = at if self.kill_at is None else min(at, self.kill_at)
 
     def _signal(self, number: int) -> None:
+        self._find_groups()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._watchman.pid, number)
+        if self._apart:
+            self._send(number, self._members(apart=True))
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Let the ranks stop and go on with this process: they are in no group that the terminal knows of."""
+        self._find_groups()
+        ranks = self._members()
+        self._send(signal.SIGSTOP, ranks)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # comes back when the job goes on
+        signal.signal(number, self._suspend)
+        self._send(signal.SIGCONT, ranks)
+
+    @staticmethod
+    def _send(number: int, processes: list[int]) -> None:
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
+
+    def _find_groups(self) -> None:
+        """Note the process groups that ranks have made; one that has ended, but is not reaped, still tells its own."""
+        for rank in self._running():
+            pid = self.ranks[rank].pid
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(pid) == pid:
+                    self._apart.add(pid)
 
     def _kill(self) -> None:
         slow = self._running()
@@ -239,7 +269,10 @@ class Launcher:
         for process in self.ranks:
             process.wait()
 
-    def _members(self) -> list[int]:
+    def _members(self, *, apart: bool = False) -> list[int]:
+        """Return what is in the groups of the ranks, or only in those which ranks have made."""
+        ended = {process.pid for process in self.ranks if process.returncode is not None}
+        groups = self._apart if apart else {*self._apart, self._watchman.pid}
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -247,9 +280,10 @@ class Launcher:
             except OSError:  # it has ended meanwhile
                 continue
             state, _, group = rest.rpartition(") ")[2].split()[:3]
-            if int(group) == self._watchman.pid != int(pid) and state != "Z":
-                found.append(int(pid))
-        return found
+            if int(group) in groups and int(pid) != self._watchman.pid and state != "Z":
+                found.append((int(group), int(pid)))
+        anew = {pid for group, pid in found if group == pid in ended}  # no process is called so while the group lives
+        return [pid for group, pid in found if group not in anew]
 
 
 def _input() -> int | None:
@@ -259,7 +293,10 @@ def _input() -> int | None:
     """
     if not os.isatty(0):
         return None
-    return subprocess.PIPE if os.tcgetpgrp(0) == os.getpgrp() else subprocess.DEVNULL
+    try:
+        return subprocess.PIPE if os.tcgetpgrp(0) == os.getpgrp() else subprocess.DEVNULL
+    except OSError:  # not the terminal of this session, so it stops nobody
+        return None
 
 
 def _pump(target: IO[bytes]) -> None:
@@ -269,9 +306,9 @@ def _pump(target: IO[bytes]) -> None:
             target.flush()
 
 
-def _is_ready(fd: int) -> bool:
-    with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
+def _is_ready(source: IO[bytes]) -> bool:
+    with selectors.PollSelector() as selector:
+        selector.register(source, selectors.EVENT_READ)
         return bool(selector.select(0))
 
 

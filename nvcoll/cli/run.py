@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nvcoll import settings
+from nvcoll import _topology, settings
 from nvcoll.cli._kinds import of_kind
 from nvcoll.cli._launcher import Launcher
 from nvcoll.errors import ArgumentError
@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    cpus = len(os.sched_getaffinity(0))
+    cpus = _usable_cpus()
     parser.add_argument(
         "-n",
         "-np",  # what users of mpiexec type
@@ -104,7 +104,7 @@ def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str,
         A setting in it has a value that is not accepted.
     """
     result = {name: value for name, value in environ.items() if name not in _internal()}
-    result.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // args.n)))
+    result.setdefault("OMP_NUM_THREADS", str(max(1, _usable_cpus() // args.n)))
     if args.prefix:
         if sys.stdout is None or sys.stderr is None:
             raise ArgumentError(
@@ -117,6 +117,11 @@ def variables(args: argparse.Namespace, environ: Mapping[str, str]) -> dict[str,
     result.update(args.env)
     settings.values(result)  # a mistake is told once, not by every rank
     return result
+
+
+def _usable_cpus() -> int:
+    """Return how many CPUs this process may use, by its affinity and its control group's quota."""
+    return _topology.detect(0, [b""], None, [_topology.usable_cpus()]).cores
 
 
 def _internal() -> set[str]:

@@ -18,7 +18,7 @@ from nvcoll.cli import run
 from tests.conftest import eventually
 
 NVCOLL = str(Path(sys.executable).with_name("nvcoll"))
-CPUS = len(os.sched_getaffinity(0))
+CPUS = run._usable_cpus()
 
 
 @pytest.fixture
@@ -140,6 +140,13 @@ class TestEnvironment:
             "OMP_NUM_THREADS": "3",
             "PYTHONUNBUFFERED": "1",
         }
+
+    def test_a_quota_counts(self, monkeypatch):
+        """As in containers."""
+        everything = run._topology.usable_cpus()
+        monkeypatch.setattr(run._topology, "usable_cpus", lambda: (1).to_bytes(4, "little") + everything[4:])
+        assert parse("x.py").n == 1
+        assert run.variables(parse("-n", "1", "x.py"), {})["OMP_NUM_THREADS"] == "1"
 
     @pytest.mark.parametrize(("n", "threads"), [(1, CPUS), (CPUS, 1), (5 * CPUS, 1)])
     def test_threads_are_shared_out(self, n, threads):
