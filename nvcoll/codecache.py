@@ -109,7 +109,12 @@ def _read(path: Path) -> bytes | None:
     except OSError:
         return None
     digest, code = stored[:HEADER], stored[HEADER:]
-    return code if digest == hashlib.sha256(code).digest() else None
+    return code if digest == _seal(path, code) else None
+
+
+def _seal(path: Path, code: bytes) -> bytes:
+    """Return what a file begins with, by which it is known to be whole, and to be the one of its name."""
+    return hashlib.sha256(path.name.encode() + b"\0" + code).digest()
 
 
 def _write(path: Path, code: bytes) -> None:
@@ -118,7 +123,7 @@ def _write(path: Path, code: bytes) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
+                file.write(_seal(path, code) + code)
             Path(temporary).replace(path)
         except OSError:
             Path(temporary).unlink()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import threading
 import weakref
 from collections import defaultdict
@@ -49,6 +50,7 @@ class Living:
     _numbers: defaultdict[str, Iterator[int]]  # by verb: of the communicators that it makes of this one
     _emulated = False  # whether its ranks are threads of this process
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
+    _ended = False  # of the process: whether all were ended as it exits
 
     def __init__(self, opener: Callable[[], World] | None, name: str, first: "Living | None" = None) -> None:
         self._opener = opener
@@ -126,10 +128,12 @@ class Living:
         if self._forked:
             raise StateError(
                 f"{self.name}: this process was forked from a rank and is none itself; start ranks with a launcher, "
-                "and use the 'spawn' start method for helper processes"
+                "and helper processes that use nvcoll with the 'spawn' start method and NVCOLL_BOOTSTRAP=single"
             )
         if self._opener is None:
             raise StateError(gone(self.name))
+        if sys.is_finalizing():  # in a `__del__`, where modules may be gone
+            raise StateError(f"{self.name}: the interpreter ends; make calls before that")
         Living._used = True
         self._enter(self._opener())
 

@@ -7,6 +7,7 @@ import time
 from nvcoll import _bootstrap
 from nvcoll.buffers import refuse_capture
 from nvcoll.comm import Comm
+from nvcoll.lifecycle import Living
 from nvcoll.world import open_self, open_world
 
 COMM_WORLD = Comm(open_world, "COMM_WORLD")
@@ -59,6 +60,14 @@ def _finish() -> None:
         COMM_WORLD._close()
     finally:
         COMM_SELF._close()
+
+
+def _exit() -> None:
+    """End both with the process; what is freed after that was."""
+    try:
+        _finish()
+    finally:
+        Living._ended = True
 
 
 def Is_initialized() -> bool:
@@ -114,4 +123,4 @@ def Get_processor_name() -> str:
 
 # the last that is registered is the first that runs: MPI goes when nothing of ours needs it any more
 atexit.register(_bootstrap.finalize_mpi)
-atexit.register(_finish)
+atexit.register(_exit)

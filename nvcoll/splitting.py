@@ -203,6 +203,8 @@ class Splitting(Allocating):
         if self._opener is not None:
             raise StateError(f"Free: {self.name} was made from no other communicator; call Finalize")
         if not self.alive:
+            if self._ended:  # in a `__del__`, as the program ends: it is freed
+                return
             raise StateError(f"Free: {gone(self.name)}")
         calls, exchange = self._calls, self._world.exchange
         if calls is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -138,6 +139,7 @@ class World(Parted):
 
 def open_world() -> Any:
     """Find the other ranks and set everything up. Collective: every rank of the launch does it."""
+    _fill_standard_streams()
     with contextlib.ExitStack() as undo:
         settings = settings_.read()
         exchange = _bootstrap.connect(settings)
@@ -160,6 +162,20 @@ def open_world() -> Any:
         world = _build(exchange, topology, memory, common)
         undo.pop_all()
     return world
+
+
+def _fill_standard_streams() -> None:
+    """Open /dev/null where a standard stream is closed: what takes its number is written to by whoever reports there.
+
+    That would be a connection, or the memory of all ranks.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest number, but for another thread
+            if opened != number:
+                os.close(opened)
 
 
 def _identities(exchange: Any) -> list[bytes]:

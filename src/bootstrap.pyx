@@ -174,7 +174,7 @@ class Exchange:
 def _forked(verb, rank):
     return (
         f"{verb}: this process was forked from rank {rank} and is no rank itself; only the ranks that the launcher "
-        "started may communicate (a child that wants to work alone sets NVCOLL_BOOTSTRAP=single)"
+        "started may communicate; a child works alone if the 'spawn' start method and NVCOLL_BOOTSTRAP=single made it"
     )
 
 

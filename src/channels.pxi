@@ -163,6 +163,11 @@ class _Client:
         if kind == REFUSED:
             raise BootstrapError(f"{verb}: {self.address} refused rank {self.rank}: {payload.decode()}")
         who, how = (part.decode() for part in _split_all(payload, 2))
+        if kind == LATE and how == "it":
+            raise TimeoutError(
+                f"{verb}: rank {self.rank} came too late: the others have given up, in this call or an earlier one; "
+                "all ranks must make the same calls, and NVCOLL_TIMEOUT sets how long they wait"
+            )
         if kind == LATE:
             raise TimeoutError(late(verb, who, timeout))
         raise PeerLostError(f"{verb}: {how} while rank {self.rank} waited; look at its own output for the cause")
@@ -204,6 +209,7 @@ class _OverMPI:
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     def allgather(self, data, timeout, verb):
+        self._refuse_finalized(verb)
         now = time.monotonic()
         if self.rank == 0:
             lengths = self._gather(len(data), now + timeout)
@@ -216,6 +222,12 @@ class _OverMPI:
         self.comm.Allgatherv([data, self.MPI.BYTE], [everything, lengths, self.MPI.BYTE])
         ends = list(itertools.accumulate(lengths, initial=0))
         return [bytes(everything[first:last]) for first, last in itertools.pairwise(ends)]
+
+    def _refuse_finalized(self, verb):
+        if self.MPI.Is_finalized():
+            raise StateError(
+                f"{verb}: MPI is finalized, and the ranks agree through it; finalize it after the last call"
+            )
 
     def _gather(self, length, deadline):
         parts = [bytearray(LENGTH.pack(-1)) for _ in range(self.size)]
@@ -255,6 +267,7 @@ class _OverMPI:
 
     def part(self, members, place, token, timeout, verb):
         """Split MPI's communicator, as all ranks do now: those of a part have the color of its first member."""
+        self._refuse_finalized(verb)
         try:
             comm = self.comm.Split(members[0] if members else self.MPI.UNDEFINED, place or 0)
         except self.MPI.Exception as error:

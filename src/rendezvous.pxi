@@ -262,10 +262,10 @@ class RendezvousServer:
         session.verdict = kind, ranks
         session.deadline = math.inf
         text = "; ".join(f"{_ranks([rank])} {session.gone[rank]}" for rank in ranks if rank in session.gone)
-        body = _join_all([_ranks(ranks).encode(), text.encode()])
         for rank in list(session.waiting):
             del session.waiting[rank]
-            self._say(session.members[rank], kind, body)
+            how = "it" if rank in ranks else text  # who is told may be the one that came late
+            self._say(session.members[rank], kind, _join_all([_ranks(ranks).encode(), how.encode()]))
 
     def _say(self, connection, kind, payload=b""):
         connection.to_send += _frame(kind, payload)

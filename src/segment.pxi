@@ -363,7 +363,7 @@ cdef class Segment(Anonymous):
         if self.fd >= 0:
             c_close(self.fd)
             self.fd = -1
-        if self._counted:
+        if self._counted and _opened is not None:  # None: the interpreter ends, and the module has
             _opened.discard((self._device, self._inode))
             self._counted = False
 

@@ -83,6 +83,14 @@ def test_what_is_no_file_is_replaced(get, tmp_path, place):
     assert held() == before
 
 
+def test_a_file_under_another_name_is_made_anew(get, tmp_path):
+    """A group that may write in the folder could give a kernel the name of another one."""
+    other = codecache.CodeCache(tmp_path).get("two.o", lambda: b"two")
+    assert (other, get()) == (b"two", b"1")
+    (tmp_path / "two.o").replace(tmp_path / "one.o")
+    assert get() == b"2"
+
+
 def test_a_folder_in_place_of_a_file_costs_time_only(get, tmp_path):
     (tmp_path / "one.o").mkdir()
     before = held()

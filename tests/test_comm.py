@@ -393,6 +393,6 @@ print("parent:", buffer.tolist())
 """
         status, output = run_command([sys.executable, "-c", program])
         assert status == 0, output
-        why = "this process was forked from a rank and is none itself; start ranks with a launcher, and use the 'spawn'"
+        why = "this process was forked from a rank and is none itself; start ranks with a launcher, and helper"
         assert re.findall(rf"^child: (\w+): {why}", output, re.MULTILINE) == ["COMM_WORLD", "COMM_SELF"]
         assert "parent: [0.0, 0.0, 0.0]" in output

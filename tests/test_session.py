@@ -42,3 +42,62 @@ def test_the_host_is_mpi4py_s(run_command):
     pytest.importorskip("mpi4py")
     program = "from mpi4py import MPI; print(MPI.Get_processor_name())"
     assert run_command([sys.executable, "-c", program]) == (0, nvcoll.Get_processor_name() + "\n")
+
+
+def test_what_is_freed_as_the_interpreter_ends(run_command):
+    program = """
+import numpy as np
+from nvcoll import COMM_WORLD, COMM_SELF
+class Solver:
+    def __init__(self):
+        self.comm = COMM_WORLD.Dup()
+        self.request = self.comm.Allreduce_init(np.ones(3))
+    def __del__(self):
+        self.request.Free()
+        self.comm.Free()
+solver = Solver()
+"""
+    assert run_command([sys.executable, "-c", program]) == (0, "")
+
+
+def test_no_communicator_comes_to_life_as_the_interpreter_ends(run_command):
+    program = """
+import os
+from nvcoll import COMM_WORLD
+class Late:
+    comm, write = COMM_WORLD, os.write
+    def __del__(self):
+        try:
+            self.comm.Barrier()
+        except Exception as error:
+            self.write(1, f"{type(error).__name__} {error}".encode())
+late = Late()
+late.comm.Barrier()
+"""
+    text = "StateError COMM_WORLD: the interpreter ends; make calls before that"
+    assert run_command([sys.executable, "-c", program]) == (0, text)
+
+
+def test_a_forked_child_ends_in_silence(run_command):
+    program = """
+import os, sys
+from nvcoll import COMM_WORLD
+x = COMM_WORLD.zeros(3)
+if os.fork() == 0:
+    sys.exit(0)
+sys.exit(os.wait()[1])
+"""
+    assert run_command([sys.executable, "-c", program]) == (0, "")
+
+
+def test_closed_standard_streams_are_not_taken_by_what_is_opened(run_ranks):
+    program = """
+import os
+names = lambda: [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+kept = os.dup(1)
+os.closerange(0, 3)
+from nvcoll import COMM_WORLD
+COMM_WORLD.Barrier()
+os.write(kept, " ".join(names()).encode())
+"""
+    assert run_ranks(program, 2).stdout == ["/dev/null /dev/null /dev/null"] * 2

@@ -216,7 +216,8 @@ process.join()
                 for call in told["calls"][:3]:
                     assert call["text"] == (
                         "COMM_WORLD: this process was forked from a rank and is none itself; start ranks with a "
-                        "launcher, and use the 'spawn' start method for helper processes"
+                        "launcher, and helper processes that use nvcoll with the 'spawn' start method and "
+                        "NVCOLL_BOOTSTRAP=single"
                     )
                 assert f"this process was forked from rank {rank} and is no rank itself" in told["calls"][3]["text"]
             for told in crew.all_told().values():

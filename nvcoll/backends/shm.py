@@ -11,6 +11,9 @@ from typing import Any
 from nvcoll import _bootstrap
 from nvcoll.backends.group import Member, agree, physical_memory
 
+SPACE = 1 << 45
+"""Most bytes of address space for the heaps of a node: a quarter of what a process has."""
+
 
 class SharedMemory(Member):
     """One rank's view of the heaps of its node.
@@ -24,12 +27,12 @@ class SharedMemory(Member):
     topology
         Which of them share a node.
     extent
-        Bytes of address space for each rank; None for as much as there is physical memory.
+        Bytes of address space for each rank; None for as much as there is physical memory, if all find room.
     """
 
     def __init__(self, exchange: Any, topology: Any, extent: int | None) -> None:
         members = topology.members
-        size = (extent or physical_memory()) // 4096 * 4096
+        size = (extent or min(physical_memory(), SPACE // len(members))) // 4096 * 4096
         self.segment = _map(exchange, topology.local_rank, members, size * len(members))
         super().__init__(exchange, members, topology.local_rank, size, self.segment.fd)
 

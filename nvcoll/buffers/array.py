@@ -126,7 +126,7 @@ class Buffer(np.ndarray[Any, Any]):
     It is a NumPy array in every respect but these: `free` gives the memory back; in-place operators
     keep it a Buffer; and what is made from it (slices and other views, copies, results of arithmetic,
     pickles) is a plain array. Views share its memory and keep it alive, so dropping the Buffer
-    while views exist is safe.
+    while views exist is safe. A forked child shares its memory too, and does not get a copy of it.
 
     After `free`, and after the communicator is finalized, views made earlier must not be used: their
     memory may be gone or belong to another buffer. The freed Buffer itself holds no elements.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nvcoll import _bootstrap, _topology
+from nvcoll.backends import shm
 from nvcoll.backends.emulated import Hub, LocalExchange
 from nvcoll.backends.group import physical_memory
 from nvcoll.backends.shm import SharedMemory
@@ -68,6 +69,14 @@ def test_memory_without_a_name(path):
 def test_as_much_as_there_is_by_default(path):
     memory = alone()
     assert memory.extent == physical_memory() // PAGE * PAGE
+    memory.close()
+
+
+def test_as_much_as_has_room_on_large_hosts(path, monkeypatch):
+    """The heaps of all ranks of a node are mapped by each."""
+    monkeypatch.setattr(shm, "physical_memory", lambda: 1 << 60)
+    memory = alone()
+    assert memory.extent == shm.SPACE
     memory.close()
 
 
