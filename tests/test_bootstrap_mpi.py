@@ -252,6 +252,27 @@ def test_an_mpi_that_this_program_started_is_used(run_ranks):
 
 
 @mpi
+@pytest.mark.parametrize("call", ["comm.Split(0, 0)", "comm.zeros(3)", "part.Free()"])
+def test_what_ranks_agree_on_after_mpi_was_finalized(run_ranks, call):
+    """MPI itself ends the process."""
+    code = f"""
+        from mpi4py import MPI
+        import nvcoll
+        from nvcoll import COMM_WORLD as comm
+        part = comm.Dup()
+        comm.Barrier()
+        MPI.Finalize()
+        try:
+            {call}
+        except nvcoll.StateError as error:
+            print(error)
+    """
+    text = "MPI is finalized, and the ranks agree through it; finalize it after the last call\n"
+    for told in run_ranks(code, 2, launcher="mpiexec").stdout:
+        assert told.endswith(text)
+
+
+@mpi
 def test_a_launcher_of_another_library(run_command):
     code = "from nvcoll import settings, _bootstrap; _bootstrap.connect(settings.read())"
     status, output = run_command(

@@ -206,9 +206,12 @@ tell(**attempt({{"Init": nvcoll.Init, "empty": lambda: comm.empty(100), "free": 
             crew.all_told()
             found = [crew.told(rank) for rank in (0, 2)]
             crew.let_go(1)
-            for told in [*found, crew.told(1)]:
+            for told in found:
                 assert told["kind"] == "TimeoutError"
                 assert told["text"].startswith(f"{verb}: rank 1 did not arrive within {SHORT} s; ")
+            late = crew.told(1)
+            assert late["kind"] == "TimeoutError"
+            assert late["text"].startswith(f"{verb}: rank 1 came too late: the others have given up")
 
 
 MISMATCHES = {  # name: what all ranks call but rank 1, what rank 1 calls, and words about it

@@ -169,3 +169,24 @@ def test_ends_of_ranks_are_noticed_where_their_signal_was_blocked(run_command):
         "os.execv(sys.argv[1], [sys.argv[1], 'run', '-n', '2', '-c', ''])"
     )
     assert run_command([sys.executable, "-c", code, NVCOLL], timeout=20) == (0, "")
+
+
+class TestInput:
+    def test_goes_to_rank_0_only(self):
+        words = [NVCOLL, "run", "-n", "3", "--", "sh", "-c", "echo $NVCOLL_RANK $(cat)"]
+        found = subprocess.run(words, input="text", capture_output=True, text=True, timeout=20, check=True)
+        assert sorted(found.stdout.splitlines()) == ["0 text", "1", "2"]
+
+    def test_comes_from_a_terminal_too(self):
+        """Ranks are no foreground processes; they would be stopped if they read from the terminal themselves."""
+        ours, theirs = pty.openpty()
+        # opened by the leader of a new session, it becomes the terminal of that session
+        command = f"exec < {os.ttyname(theirs)}; {NVCOLL} run -n 2 -- sh -c 'read line; echo $NVCOLL_RANK $line'"
+        with subprocess.Popen(
+            ["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            os.write(ours, b"typed\n")
+            output, _ = process.communicate(timeout=20)
+        os.close(ours)
+        os.close(theirs)
+        assert sorted(output.splitlines()) == ["0 typed", "1"]

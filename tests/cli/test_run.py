@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -381,24 +380,3 @@ class TestOutput:
         status, output = run_command(["sh", "-c", command.format("--prefix")])
         assert status == 2
         assert output.startswith("nvcoll run: --prefix: lines go to the standard output and error output, of which one")
-
-
-class TestInput:
-    def test_goes_to_rank_0_only(self):
-        words = [NVCOLL, "run", "-n", "3", *shell("echo $R $(cat)")]
-        found = subprocess.run(words, input="text", capture_output=True, text=True, timeout=20, check=True)
-        assert sorted(found.stdout.splitlines()) == ["0 text", "1", "2"]
-
-    def test_comes_from_a_terminal_too(self):
-        """Ranks are no foreground processes; they would be stopped if they read from the terminal themselves."""
-        ours, theirs = pty.openpty()
-        # opened by the leader of a new session, it becomes the terminal of that session
-        command = f"exec < {os.ttyname(theirs)}; {NVCOLL} run -n 2 -- sh -c 'read line; echo $NVCOLL_RANK $line'"
-        with subprocess.Popen(
-            ["sh", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
-            os.write(ours, b"typed\n")
-            output, _ = process.communicate(timeout=20)
-        os.close(ours)
-        os.close(theirs)
-        assert sorted(output.splitlines()) == ["0 typed", "1"]
