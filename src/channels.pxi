@@ -162,12 +162,12 @@ class _Client:
             return _split_all(payload, self.size)
         if kind == REFUSED:
             raise BootstrapError(f"{verb}: {self.address} refused rank {self.rank}: {payload.decode()}")
-        who, how = (part.decode() for part in _split_all(payload, 2))
-        if kind == LATE and how == "it":
+        if kind == TOO_LATE:
             raise TimeoutError(
                 f"{verb}: rank {self.rank} came too late: the others have given up, in this call or an earlier one; "
                 "all ranks must make the same calls, and NVCOLL_TIMEOUT sets how long they wait"
             )
+        who, how = (part.decode() for part in _split_all(payload, 2))
         if kind == LATE:
             raise TimeoutError(late(verb, who, timeout))
         raise PeerLostError(f"{verb}: {how} while rank {self.rank} waited; look at its own output for the cause")

@@ -9,7 +9,8 @@
 #   PROOF HMAC(key, "client", HELLO, both nonces) ->
 #                                               <- WELCOME, or REFUSED reason
 #   DATA timeout in ms, bytes                   ->
-#                                               <- RESULT the bytes of every rank, or LOST / LATE and which ranks
+#                                               <- RESULT the bytes of every rank, or LOST / LATE and which ranks, or
+#                                                  TOO_LATE: others have given up waiting for this one
 #   BYE                                         ->   leaves; a connection that ends without it is a rank that died
 #
 # A group is who meets under one name of 16 bytes: all ranks of the launch, or those of a part that `Exchange.split`
@@ -34,6 +35,7 @@ cdef enum:
     LOST
     LATE
     BYE
+    TOO_LATE
 cdef Py_ssize_t LARGEST = 16 << 20  # bytes a rank may give to one exchange
 cdef Py_ssize_t LARGEST_GREETING = 1024  # bytes of a frame from somebody who has not proved the key
 cdef Py_ssize_t STRANGERS = 64  # connections that have not proved the key, at most, beside one for each rank

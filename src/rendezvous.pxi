@@ -258,14 +258,14 @@ class RendezvousServer:
                 self._say(member, RESULT, everything)
 
     def _judge(self, session, kind, ranks):
-        # the verdict stays: who comes later hears the same
+        # the verdict stays: who comes later hears the same, or that it is what the others have waited for
         session.verdict = kind, ranks
         session.deadline = math.inf
         text = "; ".join(f"{_ranks([rank])} {session.gone[rank]}" for rank in ranks if rank in session.gone)
+        body = _join_all([_ranks(ranks).encode(), text.encode()])
         for rank in list(session.waiting):
             del session.waiting[rank]
-            how = "it" if rank in ranks else text  # who is told may be the one that came late
-            self._say(session.members[rank], kind, _join_all([_ranks(ranks).encode(), how.encode()]))
+            self._say(session.members[rank], TOO_LATE if kind == LATE and rank in ranks else kind, body)
 
     def _say(self, connection, kind, payload=b""):
         connection.to_send += _frame(kind, payload)

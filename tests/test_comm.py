@@ -393,6 +393,7 @@ print("parent:", buffer.tolist())
 """
         status, output = run_command([sys.executable, "-c", program])
         assert status == 0, output
-        why = "this process was forked from a rank and is none itself; start ranks with a launcher, and helper"
+        why = "this process was forked from a rank and is none itself; start ranks with a launcher, and helper "
+        why += "processes that use nvcoll with the 'spawn' start method and NVCOLL_BOOTSTRAP=single"
         assert re.findall(rf"^child: (\w+): {why}", output, re.MULTILINE) == ["COMM_WORLD", "COMM_SELF"]
         assert "parent: [0.0, 0.0, 0.0]" in output

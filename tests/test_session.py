@@ -47,7 +47,7 @@ def test_the_host_is_mpi4py_s(run_command):
 def test_what_is_freed_as_the_interpreter_ends(run_command):
     program = """
 import numpy as np
-from nvcoll import COMM_WORLD, COMM_SELF
+from nvcoll import COMM_WORLD
 class Solver:
     def __init__(self):
         self.comm = COMM_WORLD.Dup()

@@ -179,7 +179,7 @@ class TestFailures:
             halves[3].allgather(b"")
         assert 0.3 <= time.monotonic() - start < 10
         with pytest.raises(TimeoutError, match=r"rank 1 came too late: the others have given up"):
-            halves[0].allgather(b"")  # a latecomer hears the same
+            halves[0].allgather(b"")
         assert gather(halves[1:3], b"b", b"c") == [[b"b", b"c"]] * 2
         assert gather(ranks, b"a", b"b", b"c", b"d")[3] == [b"a", b"b", b"c", b"d"]
 

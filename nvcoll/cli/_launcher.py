@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Self
 
-from nvcoll.cli._output import LONGEST_LINE, MOST, Lines, Outlet, outlets
+from nvcoll.cli._output import Lines, Outlet, outlets
 
 GRACE = 5.0
 """Seconds between asking a rank to end (SIGTERM) and killing it."""
@@ -122,7 +122,6 @@ class Launcher:
             threading.Thread(target=_pump, args=(process.stdin,), daemon=True).start()
         for source, outlet in zip((process.stdout, process.stderr), self._outlets, strict=False):
             if source is not None:
-                os.set_blocking(source.fileno(), False)
                 self._lines.append(Lines(rank, source, outlet))
 
     def wait(self) -> int:
@@ -161,15 +160,12 @@ class Launcher:
                     found.data.write()
                 elif found.data is None:
                     os.read(self._wake, 4096)
-                elif not found.data.copy():
+                elif found.data.copy() == 0:
                     self._lines.remove(found.data)
 
     def _copy_rest(self) -> None:
         """Copy what ranks have written to the end; once a signal has come, for so long only as somebody takes it."""
         for lines in self._lines:
-            for _ in range(MOST // LONGEST_LINE):  # more than a pipe holds comes from a daemon that goes on
-                if not (_is_ready(lines.source) and lines.copy()):
-                    break
             lines.end()
         self._lines = []
         left, since = self._held(), time.monotonic()
@@ -304,12 +300,6 @@ def _pump(target: IO[bytes]) -> None:
         while data := os.read(0, 1 << 16):
             target.write(data)
             target.flush()
-
-
-def _is_ready(source: IO[bytes]) -> bool:
-    with selectors.PollSelector() as selector:
-        selector.register(source, selectors.EVENT_READ)
-        return bool(selector.select(0))
 
 
 def _how(status: int) -> str:

@@ -57,7 +57,7 @@ class Lines:
     rank
         Is put in front of each line.
     source
-        Where the rank's lines are read from; no read waits.
+        Where the rank's lines are read from. From now on no read waits.
     outlet
         Where they go.
     """
@@ -66,22 +66,26 @@ class Lines:
         self.source, self.outlet = source, outlet
         self._mark = f"[{rank}] ".encode()
         self._begun = b""
+        os.set_blocking(source.fileno(), False)
 
-    def copy(self) -> bool:
-        """Copy what has come, of a line that is too long a part; return False at the end."""
+    def copy(self) -> int | None:
+        """Copy what has come, of a line that is too long a part; return how many bytes: 0 at the end, None so far."""
         try:
             data = os.read(self.source.fileno(), LONGEST_LINE)
         except BlockingIOError:
-            return True
+            return None
         *lines, self._begun = (self._begun + data).split(b"\n")
         if self._begun and (not data or len(self._begun) >= LONGEST_LINE):
             lines.append(self._begun)
             self._begun = b""
         self._put(lines)
-        return bool(data)
+        return len(data)
 
     def end(self) -> None:
-        """Copy the rest of a line whose end does not come, since who could write it is no rank."""
+        """Copy what is still there, and the rest of a line whose end does not come: who could write it is no rank."""
+        for _ in range(MOST // LONGEST_LINE):  # more than a pipe holds comes from a daemon that goes on
+            if not self.copy():
+                break
         self._put([self._begun] if self._begun else [])
         self._begun = b""
 

@@ -68,7 +68,10 @@ plan.run(1, 2, 0x60)
 """
     told = see(program, "[captured, refused, calls(), state.sequence]")
     assert told[0] == ["launch(f0,50)"] * 2
-    assert told[1].startswith("the stream of this rank's latest call is being captured")  # an event would be in it
+    assert told[1] == (  # an event would become part of the graph
+        "the stream of this rank's latest call is being captured, and a call on another stream cannot be put behind it "
+        "meanwhile; make this call after the capture, or before it"
+    )
     assert told[3] == 3  # what was refused is no call
     assert told[2] == ["record(e0,50)", "wait(60,e0)", "launch(f0,60)"]
 
