@@ -1,20 +1,16 @@
 """Plans of calls on GPUs: the shape of the launch, the geometry of slots, and the kernel."""
 
-import contextlib
-import threading
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from nvcoll import _selection
 from nvcoll._plan import DevicePlan
 from nvcoll.algorithms import ALGORITHMS, Link, Shape
-from nvcoll.backends import driver, nvshmem, siblings
 from nvcoll.backends.device_area import DeviceArea
 from nvcoll.device.cuda.layout import BLOCKS, deepens
 from nvcoll.errors import ArgumentError
-from nvcoll.jit import ENTRY
-from nvcoll.jit_cuda import THREADS, CubinCache
+from nvcoll.jit_cuda import THREADS
+from nvcoll.kernels import Kernels
 from nvcoll.ops import DATATYPES, Datatype, Op
 from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_stamp
 
@@ -26,60 +22,6 @@ ROOM = 8
 """Where ranks run side by side on a GPU, one multiprocessor in so many is left to what else they run."""
 LINK = Link(1.5e-6, 1 / 300e9, 5e-6, 1 / 40e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
-
-
-class Kernels:
-    """The kernels of a GPU that are loaded; ranks that are threads share them.
-
-    They stay until the context ends: graphs of the program that hold them may live longer than a communicator.
-
-    Parameters
-    ----------
-    device
-        The GPU.
-    cache_dir
-        Where cubins are kept between processes; None: nowhere.
-    remote
-        Whether they reach far ranks.
-    together
-        Whether ranks run side by side on the GPU. Then other work of a rank, such as a kernel of torch, must be able to
-        begin while those of other ranks wait for it. That costs a few per cent of the speed of large messages.
-    """
-
-    def __init__(self, device: Any, cache_dir: Path | None, remote: bool = False, together: bool = False) -> None:
-        self.device = device
-        self.remote = remote
-        self.together = together
-        self._cubins = CubinCache(cache_dir)
-        self._loaded: dict[tuple[Any, ...], int] = {}
-        self._lock = threading.Lock()
-
-    def get(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
-        """Return the handle of a kernel."""
-        key = (algorithm, protocol, op, datatype, deep)
-        found = self._loaded.get(key)  # without the lock: who has it may wait for a launch of this very rank
-        if found is not None:
-            return found
-        with self._lock:
-            if key not in self._loaded:
-                cubin = self._cubins.get(*key[:4], self.device.arch, deep, self.remote)
-                with self._quiet(), self.device:
-                    module = driver.load_module(cubin)
-                    if self.remote:
-                        nvshmem.introduce(module.handle)
-                    function = module.function(ENTRY)
-                    if self.together:
-                        driver.share_multiprocessors(function)
-                    self._loaded[key] = function
-            return self._loaded[key]
-
-    def _quiet(self) -> contextlib.AbstractContextManager[None]:
-        return siblings.quiet(self.device.ordinal) if self.together else contextlib.nullcontext()
-
-    def occupancy(self, function: int, threads: int) -> int:
-        """Return how many blocks of a kernel a multiprocessor holds at the same time."""
-        with self.device:
-            return driver.occupancy(function, threads)
 
 
 class DevicePlanner(Chooser):

@@ -20,9 +20,10 @@ from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
 from nvcoll.errors import AllocationError, BootstrapError, DeviceError, Error
 from nvcoll.jit_cuda import text_digest, toolchain
+from nvcoll.kernels import Kernels
 from nvcoll.parts import Parted
 from nvcoll.planning import read_rules
-from nvcoll.planning_cuda import DevicePlanner, Kernels
+from nvcoll.planning_cuda import DevicePlanner
 
 PATIENCE = 5.0
 """Seconds that a rank waits in the end for others that may never come."""

@@ -28,7 +28,7 @@ LAYERS = (
     {"arguments", "device_calls", "device_requests", "failures", "hosts", "lifecycle", "requests"},
     {"world", "world_cuda"},
     {"parts"},
-    {"planning", "planning_cuda"},
+    {"kernels", "planning", "planning_cuda"},
     {"jit", "jit_cuda"},
     {"algorithms", "device", "backends", "ops", "buffers", "codecache"},
     {"_plan", "_selection", "_topology", "_bootstrap"},

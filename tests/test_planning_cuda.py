@@ -1,6 +1,5 @@
 """Plans on GPUs: launches whose blocks all run at the same time, and pieces that fit the slots of a block."""
 
-import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -311,76 +310,6 @@ class TestPlan:
     def test_ranks_that_share_a_gpu_bring_no_kernel_in_early(self, made):
         self.plan(planner((2,), sharers=2), 64)
         assert made[0][-1] is False
-
-
-class TestKernels:
-    class Gpu:
-        arch, ordinal = "sm_90", 3
-        inside = 0
-
-        def __enter__(self):
-            self.inside += 1
-
-        def __exit__(self, *exc):
-            self.inside -= 1
-
-    def test_each_is_loaded_once_inside_the_context(self, monkeypatch, tmp_path):
-        gpu, loaded = self.Gpu(), []
-
-        def load_module(cubin):
-            assert gpu.inside == 1
-            loaded.append(cubin)
-            return SimpleNamespace(function=lambda name: len(loaded))
-
-        monkeypatch.setattr(planning_cuda.driver, "load_module", load_module)
-        monkeypatch.setattr(planning_cuda.driver, "occupancy", lambda function, threads: gpu.inside * threads)
-        kernels = planning_cuda.Kernels(gpu, tmp_path)
-        monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
-        assert [kernels.get("ring", "simple", op, "int8", True) for op in ("SUM", "MAX", "SUM")] == [1, 2, 1]
-        assert kernels.get("ring", "simple", "MAX", "int8", False) == 3
-        assert loaded[1:] == [("ring", "simple", "MAX", "int8", "sm_90", deep, False) for deep in (True, False)]
-        assert kernels.occupancy(1, 64) == 64
-        assert gpu.inside == 0
-
-    def test_those_of_ranks_side_by_side_leave_room_for_other_work(self, monkeypatch, tmp_path):
-        """And are loaded when no rank waits for a launch; once there, they are found without a look at the others."""
-        gpu, roomy, quiet = self.Gpu(), [], []
-
-        @contextlib.contextmanager
-        def moment(ordinal):
-            quiet.append(ordinal)
-            yield
-            quiet.append(None)
-
-        def load_module(cubin):
-            assert quiet == [gpu.ordinal] * kernels.together
-            return SimpleNamespace(function=lambda name: 5)
-
-        monkeypatch.setattr(planning_cuda.siblings, "quiet", moment)
-        monkeypatch.setattr(planning_cuda.driver, "load_module", load_module)
-        monkeypatch.setattr(planning_cuda.driver, "share_multiprocessors", lambda one: roomy.append((one, gpu.inside)))
-        for together in (False, True):
-            kernels = planning_cuda.Kernels(gpu, tmp_path, together=together)
-            monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
-            assert kernels.get("ring", "simple", "SUM", "int8", True) == 5
-            assert roomy == [(5, 1)] * together
-            with kernels._lock:  # which a rank holds that waits for such a moment
-                assert kernels.get("ring", "simple", "SUM", "int8", True) == 5
-        assert quiet == [gpu.ordinal, None]
-
-    def test_those_that_reach_far_ranks_are_introduced_to_nvshmem(self, monkeypatch, tmp_path):
-        gpu, met = self.Gpu(), []
-
-        def load_module(cubin):
-            assert cubin[-1] is True
-            return SimpleNamespace(handle=77, function=lambda name: 5)
-
-        monkeypatch.setattr(planning_cuda.driver, "load_module", load_module)
-        monkeypatch.setattr(planning_cuda.nvshmem, "introduce", lambda module: met.append((module, gpu.inside)))
-        kernels = planning_cuda.Kernels(gpu, tmp_path, remote=True)
-        monkeypatch.setattr(kernels._cubins, "get", lambda *key: key)
-        assert [kernels.get("ring", "simple", "SUM", "int8", True) for _ in range(2)] == [5, 5]
-        assert met == [(77, 1)]
 
 
 def test_shapes_know_accumulators():

@@ -95,7 +95,7 @@ EMULATED = """
 import gc, threading, time
 import numpy as np, pytest
 import nvcoll
-from nvcoll import planning_cuda, world_cuda
+from nvcoll import kernels, world_cuda
 from nvcoll.backends.emulated import on_gpu
 from nvcoll.comm import Comm
 from tests import fake_cuda
@@ -104,8 +104,8 @@ fake_cuda.MEMORY = 1 << 29
 world_cuda.SCRATCH = 16 << 20
 patch, fake = pytest.MonkeyPatch(), fake_cuda.FakeDriver(gpus=1)
 fake_cuda.install(patch, fake)
-patch.setattr(planning_cuda.Kernels, "get", lambda self, *key: 0x77)
-patch.setattr(planning_cuda.Kernels, "occupancy", lambda self, function, threads: 4)
+patch.setattr(kernels.Kernels, "get", lambda self, *key: 0x77)
+patch.setattr(kernels.Kernels, "occupancy", lambda self, function, threads: 4)
 
 def left():
     gc.collect()
