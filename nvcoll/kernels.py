@@ -35,14 +35,19 @@ class Kernels:
         self._cubins = CubinCache(cache_dir)
         self._loaded: dict[tuple[Any, ...], int] = {}
         self._turn = threading.Condition()
-        self._loading = False
+        self._loading = False  # whether a thread loads one
+        self._asking = 0  # threads that have to wait until then
 
     def get(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
         """Return the handle of a kernel."""
         key = (algorithm, protocol, op, datatype, deep)
         with self._turn:
             # Not for a lock that who loads holds: whose kernel is there must launch it, however many others are loaded.
-            self._turn.wait_for(lambda: key in self._loaded or not self._loading)
+            self._asking += 1
+            try:
+                self._turn.wait_for(lambda: key in self._loaded or not self._loading)
+            finally:
+                self._asking -= 1
             if key in self._loaded:
                 return self._loaded[key]
             self._loading = True
@@ -67,7 +72,9 @@ class Kernels:
             return function
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
-        return siblings.quiet(self.device.ordinal) if self.together else contextlib.nullcontext()
+        if not self.together:
+            return contextlib.nullcontext()
+        return siblings.quiet(self.device.ordinal, lambda: self._asking > 0)
 
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""

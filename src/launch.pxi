@@ -93,6 +93,8 @@ cdef enum:
     LATEST_CAPTURED = -1    # none of the driver's: the stream of the latest call is being captured
     GONE = 400              # CUDA_ERROR_INVALID_HANDLE
     GONE_TOO = 709          # CUDA_ERROR_CONTEXT_IS_DESTROYED: what some drivers say of a stream that was destroyed
+cdef double LONGER = 1e-6   # seconds by which a thread waits longer each time it has found another at work
+cdef double LONGEST = 1e-3
 if len(DEVICE_FIELDS) != FIELDS:
     raise ImportError("nvcoll: src/launch.pxi disagrees with itself about the arguments of kernels")
 
@@ -133,13 +135,20 @@ cdef class StreamOrder:
 
     def hold(self):
         """Keep all launches of the rank waiting, until `release`."""
-        while self.busy:
-            sleep(0)
+        self.wait()
         self.busy = True
 
     def release(self):
         """Let launches go on."""
         self.busy = False
+
+    cdef int wait(self) except -1:
+        """Wait until no thread changes this: a launch is over soon, while `hold` may last."""
+        cdef double pause = 0
+        while self.busy:
+            sleep(pause)
+            pause = min(pause + LONGER, LONGEST)
+        return 0
 
     cdef int precede(self, uintptr_t stream) except -1:
         """Let what is queued on a stream from now on begin after the latest call; the caller has seen it not busy."""
@@ -264,8 +273,7 @@ cdef class DeviceState:
         while self.busy:
             sleep(0)
         if stream is not None:
-            while self.order.busy:
-                sleep(0)
+            self.order.wait()
             self.order.precede(stream)
 
     def demand(self):
@@ -290,7 +298,7 @@ cdef class DeviceState:
                 raise StateError(TAKE_TURNS)
             if not self.order.busy:
                 break
-            sleep(0)  # another communicator's launch, or somebody's `precede`
+            self.order.wait()  # for another communicator's launch, or somebody's `precede`
         self.busy = self.order.busy = True
         return 0
 
@@ -299,8 +307,8 @@ cdef class DeviceState:
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """
-        while self.order.busy and not self.ended:
-            sleep(0)
+        if not self.ended:
+            self.order.wait()
         if not self.ended:
             self.order.precede(stream)
 

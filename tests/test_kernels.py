@@ -47,7 +47,8 @@ def test_those_of_ranks_side_by_side_leave_room_for_other_work(monkeypatch, tmp_
     gpu, roomy, quiet = Gpu(), [], []
 
     @contextlib.contextmanager
-    def moment(ordinal):
+    def moment(ordinal, contended):
+        assert not contended()
         quiet.append(ordinal)
         yield
         quiet.append(None)
@@ -70,7 +71,12 @@ def test_those_of_ranks_side_by_side_leave_room_for_other_work(monkeypatch, tmp_
 
 def test_who_waited_for_a_kernel_gets_it_while_others_are_loaded(monkeypatch, tmp_path):
     """To load one may take until it is launched, if a sibling on the GPU waits for that already."""
-    kernels, handles, found = Kernels(Gpu(), tmp_path), [], threading.Semaphore(0)
+    kernels, handles, found = Kernels(Gpu(), tmp_path, together=True), [], threading.Semaphore(0)
+    others = []
+
+    def quiet(ordinal, contended):
+        others.append(contended)
+        return contextlib.nullcontext()
 
     def sibling():
         handles.append(kernels.get("ring", "simple", "SUM", "int8", True))
@@ -85,9 +91,12 @@ def test_who_waited_for_a_kernel_gets_it_while_others_are_loaded(monkeypatch, tm
             else:
                 assert found.acquire(timeout=5)
         time.sleep(0.05)  # until all of them wait
+        assert others[-1]() is (op == "SUM")
         return SimpleNamespace(function=lambda name: op)
 
+    monkeypatch.setattr(siblings, "quiet", quiet)
     monkeypatch.setattr(driver, "load_module", load_module)
+    monkeypatch.setattr(driver, "share_multiprocessors", lambda function: None)
     monkeypatch.setattr(kernels._cubins, "get", lambda *key: key[2])
     assert [kernels.get("ring", "simple", op, "int8", True) for op in ("SUM", "MAX")] == ["SUM", "MAX"]
     assert handles == ["SUM"] * 4
