@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from nvcoll._plan import DeviceState
 from nvcoll.backends import driver, nvshmem, siblings
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import CubinCache
@@ -35,29 +36,32 @@ class Kernels:
         self._cubins = CubinCache(cache_dir)
         self._loaded: dict[tuple[Any, ...], int] = {}
         self._turn = threading.Condition()
-        self._loading = False  # whether a thread loads one
-        self._asking = 0  # threads that have to wait until then
+        self._loader = 0  # the thread that loads one, or 0
+        self._asking: list[Any] = []  # for whom threads load, or wait for their turn
 
-    def get(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
-        """Return the handle of a kernel."""
+    def get(
+        self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool, state: DeviceState | None = None
+    ) -> int:
+        """Return the handle of a kernel. `state` is that of who is to launch it."""
         key = (algorithm, protocol, op, datatype, deep)
+        me = threading.get_ident()
         with self._turn:
-            # Not for a lock that who loads holds: whose kernel is there must launch it, however many others are loaded.
-            self._asking += 1
-            try:
-                self._turn.wait_for(lambda: key in self._loaded or not self._loading)
-            finally:
-                self._asking -= 1
-            if key in self._loaded:
-                return self._loaded[key]
-            self._loading = True
+            self._asking.append(state)
         try:
+            with self._turn:
+                # Not for a lock that who loads holds: whose kernel is there must launch it, others are loaded or not.
+                self._turn.wait_for(lambda: key in self._loaded or self._loader in (0, me))
+                if key in self._loaded:
+                    return self._loaded[key]
+                self._loader = me
             self._loaded[key] = self._load(*key)
             return self._loaded[key]
         finally:
             with self._turn:
-                self._loading = False
-                self._turn.notify_all()
+                self._asking.remove(state)
+                if self._loader == me:
+                    self._loader = 0
+                    self._turn.notify_all()
 
     def _load(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:
         """Load a kernel."""
@@ -74,7 +78,7 @@ class Kernels:
     def _quiet(self) -> contextlib.AbstractContextManager[None]:
         if not self.together:
             return contextlib.nullcontext()
-        return siblings.quiet(self.device.ordinal, lambda: self._asking > 0)
+        return siblings.quiet(self.device.ordinal, lambda: [*self._asking])
 
     def occupancy(self, function: int, threads: int) -> int:
         """Return how many blocks of a kernel a multiprocessor holds at the same time."""

@@ -125,7 +125,7 @@ class DevicePlanner(Chooser):
             return DevicePlan(self.state, 0, {"count": told.nbytes}, 1, 1, None, told)
         call = {"count": count, "ranks": size or shape.size, "stride": self._stride(told.algorithm, shape)}
         deep = self.deep(told.nbytes, datatype.name)
-        function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep)
+        function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep, state=self.state)
         blocks, threads = self.grid(told.nbytes, function, datatype.name)
         unit = PACK // datatype.itemsize
         call["part"] = -(-count // (blocks * unit)) * unit

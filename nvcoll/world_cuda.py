@@ -12,12 +12,13 @@ from typing import Any
 
 from nvcoll import _topology
 from nvcoll import settings as settings_
-from nvcoll.backends import driver, siblings
+from nvcoll.backends import driver
 from nvcoll.backends.device_area import SCRATCH, DeviceArea, DeviceLayout, Footing, private_size
 from nvcoll.backends.emulated import Hub, open_ranks, reserve_on, when_none_runs
 from nvcoll.backends.group import Part, agree
 from nvcoll.backends.heap import Heap
 from nvcoll.backends.nvshmem import SymmetricMemory, unfit_transport
+from nvcoll.backends.siblings import Sibling, join
 from nvcoll.errors import AllocationError, BootstrapError, DeviceError, Error
 from nvcoll.jit_cuda import text_digest, toolchain
 from nvcoll.kernels import Kernels
@@ -86,6 +87,8 @@ class DeviceWorld(Parted):
         Where this rank's calls go that name no stream; 0 leaves that to the arrays.
     whole
         The world that was opened, if this is a part of it.
+    sibling
+        What other ranks look at that are threads and share the GPU.
     """
 
     target = "cuda"
@@ -93,6 +96,7 @@ class DeviceWorld(Parted):
     def __init__(
         self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, common: DeviceCommon,
         footing: Footing, far: Collection[int], stream: int, whole: "DeviceWorld | None" = None,
+        sibling: Sibling | None = None,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.topology = topology
@@ -104,6 +108,7 @@ class DeviceWorld(Parted):
         self.backend = common.backend
         self.far = far
         self.stream = stream
+        self.sibling = sibling
         self.rank: int = exchange.rank
         self.size: int = exchange.size
         self._leaving = threading.Lock()
@@ -125,6 +130,8 @@ class DeviceWorld(Parted):
         with self._leaving:
             if self._left is None:
                 self._left = self._leave()
+                if self.sibling is not None:
+                    self.sibling.left = self._left
         return self._left
 
     @property
@@ -343,6 +350,7 @@ def build_world(
     slices = min(topology.node_sizes)
     area, stream, problem = None, 0, ""
     footing: Any = None
+    sibling = None
     try:
         if whole is not None:
             footing, stream = whole.footing, whole.stream
@@ -350,6 +358,9 @@ def build_world(
             footing = Footing(device)
             stream = _stream_on(device) if common.backend == "emulated" else 0
         area = DeviceArea(memory, piece, topology, layout, settings.timeout, slices, device, footing, far)
+        if common.backend == "emulated":
+            above = None if whole is None else whole.sibling
+            sibling = join(Sibling(device.ordinal, exchange.group, area.state, settings.timeout, above))
     except Error as exc:
         problem = str(exc)
     kind = AllocationError if whole is None else DeviceError  # for a part, nothing is taken but of the heap
@@ -357,6 +368,8 @@ def build_world(
         count = device.multiprocessors.to_bytes(4, "little")  # and nobody writes before all areas are made
         counts = agree(exchange, count, problem, f"{verb}: a GPU cannot be set up", kind)
     except BaseException as exc:
+        if sibling is not None:
+            sibling.left = True
         if area is not None:
             area.close()
         if whole is None:
@@ -372,8 +385,6 @@ def build_world(
     planner = DevicePlanner(
         area, topology, slices, common.rules, kernels, common.sharers, smallest, settings.timeout, remote
     )
-    world = DeviceWorld(exchange, topology, planner, heap, common, footing, far, stream, whole)
+    world = DeviceWorld(exchange, topology, planner, heap, common, footing, far, stream, whole, sibling)
     heap.finish = world.finish
-    if common.backend == "emulated":
-        siblings.join(world)
     return world

@@ -121,7 +121,9 @@ cdef class StreamOrder:
     cdef object last_owner          # what has that stream, which must not be destroyed yet
     cdef bint started               # whether there was such a call
     cdef bint recorded              # whether the event stands behind it already
-    cdef bint busy                  # whether a thread changes this, for which others wait
+    cdef readonly bint busy         # whether a thread changes this, for which others wait
+    cdef int waiting                # threads that do
+    cdef int held                   # how often launches are held back
 
     def __init__(self, uintptr_t context, uintptr_t event):
         cdef const char* problem
@@ -134,20 +136,21 @@ cdef class StreamOrder:
         self.context, self.event = <void*>context, <void*>event
 
     def hold(self):
-        """Keep all launches of the rank waiting, until `release`."""
-        self.wait()
-        self.busy = True
+        """Let no launch of the rank begin, until `release` is called as often; one may be under way, while `busy`."""
+        self.held += 1
 
     def release(self):
         """Let launches go on."""
-        self.busy = False
+        self.held -= 1
 
-    cdef int wait(self) except -1:
-        """Wait until no thread changes this: a launch is over soon, while `hold` may last."""
-        cdef double pause = 0
-        while self.busy:
-            sleep(pause)
-            pause = min(pause + LONGER, LONGEST)
+    cdef int rest(self, double* pause) except -1:
+        """Let other threads go on for a while, which is longer each time."""
+        self.waiting += 1
+        try:
+            sleep(pause[0])
+        finally:
+            self.waiting -= 1
+        pause[0] = min(pause[0] + LONGER, LONGEST)
         return 0
 
     cdef int precede(self, uintptr_t stream) except -1:
@@ -269,11 +272,13 @@ cdef class DeviceState:
 
         What is queued on a stream, if one is given, begins after the latest of the rank's calls from then on.
         """
+        cdef double pause = 0
         self.ended = 1
         while self.busy:
             sleep(0)
         if stream is not None:
-            self.order.wait()
+            while self.order.busy:
+                self.order.rest(&pause)
             self.order.precede(stream)
 
     def demand(self):
@@ -288,7 +293,11 @@ cdef class DeviceState:
         return nv_load(self.report) != 0
 
     cdef int begin(self) except -1:
-        """Begin a launch, which no other thread does meanwhile; or tell that an earlier call has failed."""
+        """Begin a launch, which no other thread does meanwhile; or tell that an earlier call has failed.
+
+        Who comes lets others that wait go first: they see this thread between its launches only if it rests there.
+        """
+        cdef double pause = 0
         while True:
             if self.check():
                 return 1
@@ -296,9 +305,9 @@ cdef class DeviceState:
                 from nvcoll.errors import StateError
 
                 raise StateError(TAKE_TURNS)
-            if not self.order.busy:
+            if not (self.order.busy or self.order.held or (self.order.waiting and pause == 0)):
                 break
-            self.order.wait()  # for another communicator's launch, or somebody's `precede`
+            self.order.rest(&pause)  # another communicator's launch, or somebody's `precede`
         self.busy = self.order.busy = True
         return 0
 
@@ -307,8 +316,9 @@ cdef class DeviceState:
 
         A stream that is being captured has an order of its own, and so has a call that is part of a graph.
         """
-        if not self.ended:
-            self.order.wait()
+        cdef double pause = 0
+        while self.order.busy and not self.ended:
+            self.order.rest(&pause)
         if not self.ended:
             self.order.precede(stream)
 

@@ -30,7 +30,8 @@ class FakeKernels:
         self.together = together
         self.asked = []
 
-    def get(self, *key):
+    def get(self, *key, state):
+        assert state == "state"
         self.asked.append(key)
         return 0xF00
 

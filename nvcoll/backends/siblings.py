@@ -10,82 +10,127 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+PATIENCE = 10.0
+"""Most seconds to wait for such a moment, for ranks that compute meanwhile. Ranks that end, or fail, may not come."""
 GRACE = 1.0
-"""Seconds to wait for such a moment if others are to load as well: they may be those whose launches are waited for."""
-MOMENT = 0.001
+"""The same where one that is waited for is itself to load a kernel: then there is no such moment."""
+LOOK = 0.001
 """Seconds between two looks at what has been launched."""
-
-_worlds: defaultdict[int, "weakref.WeakSet[Any]"] = defaultdict(weakref.WeakSet)
-_lock = threading.Lock()  # a set must not grow while another thread looks through it
-
-
-def join(world: Any) -> None:
-    """Let a rank's part of a communicator be looked at, by the others on its GPU."""
-    with _lock:
-        _worlds[world.device.ordinal].add(world)
+STALLED = 20
+"""After so many looks at which nothing was launched, ranks that are ahead are let go for as many."""
 
 
-@contextlib.contextmanager
-def quiet(ordinal: int, contended: Callable[[], bool] = bool) -> Iterator[None]:
-    """Hold back launches on a GPU, from a moment on at which every call has been launched by all of its ranks.
-
-    Ranks that have launched all that others have are held back first, and the others let be until they have it too. One
-    thread at a time does it. What graphs launch is not known, and not held back.
+class Sibling:
+    """What a rank that shares a GPU has of a communicator.
 
     Parameters
     ----------
     ordinal
         The GPU.
-    contended
-        Tells whether other threads wait until this is over.
+    group
+        A number that the ranks of the communicator have in common, and no others.
+    state
+        The `DeviceState`, whose `StreamOrder` stands for the rank.
+    timeout
+        Seconds after which kernels give up.
+    whole
+        What the rank has of the communicator that was opened, if this is a part of it.
+
+    Attributes
+    ----------
+    left
+        Whether nothing of it is under way any more.
+    """
+
+    def __init__(self, ordinal: int, group: int, state: Any, timeout: float, whole: "Sibling | None" = None) -> None:
+        self.ordinal = ordinal
+        self.group = group
+        self.state = state
+        self.timeout = timeout
+        self.whole = whole
+        self.left = False
+
+    @property
+    def ends(self) -> bool:
+        """Whether the rank launches nothing more there."""
+        return bool(self.state.over or (self.whole is not None and self.whole.state.over))
+
+
+_siblings: "weakref.WeakSet[Sibling]" = weakref.WeakSet()
+_lock = threading.Lock()  # the set must not grow while another thread looks through it
+
+
+def join(one: Sibling) -> Sibling:
+    """Let it be looked at by those on its GPU: before any rank of its communicator can launch anything."""
+    with _lock:
+        _siblings.add(one)
+    return one
+
+
+@contextlib.contextmanager
+def quiet(ordinal: int, asking: Callable[[], Sequence[Any]] = tuple) -> Iterator[None]:
+    """Hold back launches on a GPU, from a moment on at which every call has been launched by all of its ranks.
+
+    Ranks that have launched all that others have are held back first, and the others let be until they have it too.
+    What graphs launch is not known, and not held back.
+
+    Parameters
+    ----------
+    ordinal
+        The GPU.
+    asking
+        Gives the `DeviceState` of who is to load a kernel, and of those who do so as soon as this is over.
     """
     held: dict[int, Any] = {}
     begun = time.monotonic()
+    total = same = 0
     try:
-        while not _steer(ordinal, held) and time.monotonic() - begun < _patience(ordinal, contended()):
-            time.sleep(MOMENT)
-        for number, order in _ranks(ordinal).items():
-            _hold(held, number, order)
+        while not _steer(ordinal, held) and time.monotonic() - begun < _patience(ordinal, asking()):
+            last, total = total, sum(one.state.sequence for one in _present(ordinal))
+            same = same + 1 if total == last else 0
+            if same >= STALLED:  # the others may wait for them, where no launch is seen: to make a communicator, or end
+                same = 0
+                _release(held, held.keys())
+                time.sleep(STALLED * LOOK)
+            time.sleep(LOOK)
+        _hold(held, _orders(ordinal))
         yield
     finally:
-        for order in held.values():
-            order.release()
+        _release(held, held.keys())
 
 
 def _steer(ordinal: int, held: dict[int, Any]) -> bool:
     """Hold back the ranks that are ahead, and no others; tell whether nobody is behind any more."""
-    ranks, behind = _ranks(ordinal), _behind(ordinal)
-    for number in [*held]:
-        if number in behind or number not in ranks:
-            held.pop(number).release()
-    for number in ranks.keys() - behind:
-        _hold(held, number, ranks[number])
-    return not behind and not _behind(ordinal)  # all are held, and nobody has launched until they were
+    orders, behind = _orders(ordinal), _behind(ordinal)
+    _release(held, held.keys() & behind | held.keys() - orders.keys())
+    _hold(held, {number: order for number, order in orders.items() if number not in behind})
+    # All are held, if nobody was behind. But some may have launched until then, and one may be about to.
+    return not behind and not any(order.busy for order in held.values()) and not _behind(ordinal)
 
 
-def _hold(held: dict[int, Any], number: int, order: Any) -> None:
-    if number not in held:
-        order.hold()
-        held[number] = order
+def _hold(held: dict[int, Any], orders: dict[int, Any]) -> None:
+    for number in orders.keys() - held.keys():
+        held[number] = orders[number]
+        orders[number].hold()
 
 
-def _present(ordinal: int) -> list[Any]:
+def _release(held: dict[int, Any], numbers: Any) -> None:
+    for number in [*numbers]:
+        held.pop(number).release()
+
+
+def _present(ordinal: int) -> list[Sibling]:
     """Return what ranks have of communicators, as long as something may be under way there."""
     with _lock:
-        return [world for world in _worlds[ordinal] if not world.left]
+        return [one for one in _siblings if one.ordinal == ordinal and not one.left]
 
 
-def _ends(world: Any) -> bool:
-    """Tell whether a rank launches nothing more there; to hold it back would keep it from ending."""
-    return world.planner.state.over or (world.whole is not None and world.whole.planner.state.over)
-
-
-def _ranks(ordinal: int) -> dict[int, Any]:
+def _orders(ordinal: int) -> dict[int, Any]:
     """Return the order of launches of every rank that may launch something."""
-    return {id(world.footing): world.footing.order for world in _present(ordinal) if not _ends(world)}
+    return {id(one.state.order): one.state.order for one in _present(ordinal) if not one.ends}
 
 
 def _behind(ordinal: int) -> set[int]:
@@ -93,20 +138,20 @@ def _behind(ordinal: int) -> set[int]:
 
     Kernels of a communicator that has failed do not wait, so it does not count.
     """
-    worlds = _present(ordinal)
+    present = _present(ordinal)
+    failed = {one.group for one in present if one.state.reported}
     latest: defaultdict[int, int] = defaultdict(int)
-    failed = {world.exchange.group for world in worlds if world.planner.state.reported}
-    for world in worlds:
-        latest[world.exchange.group] = max(latest[world.exchange.group], world.planner.state.sequence)
+    for one in present:
+        latest[one.group] = max(latest[one.group], one.state.sequence)
     return {
-        id(world.footing)
-        for world in worlds
-        if world.exchange.group not in failed and not _ends(world)
-        if world.planner.state.sequence < latest[world.exchange.group]
+        id(one.state.order)
+        for one in present
+        if one.group not in failed and not one.ends and one.state.sequence < latest[one.group]
     }
 
 
-def _patience(ordinal: int, contended: bool) -> float:
+def _patience(ordinal: int, asking: Sequence[Any]) -> float:
     """Return how long to wait: not so long that a kernel that waits meanwhile would be over its deadline."""
-    half = min((world.planner.timeout for world in _present(ordinal)), default=0.0) / 2
-    return min(GRACE, half) if contended else half
+    half = min((one.timeout for one in _present(ordinal)), default=0.0) / 2
+    stuck = _behind(ordinal) & {id(state.order) for state in asking if state is not None}
+    return min(half, GRACE if stuck else PATIENCE)

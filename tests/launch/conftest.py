@@ -20,7 +20,8 @@ int how_gone = 400;
 int fail, confused, slow;       /* slow: milliseconds of a launch; below 0: until it is no more */
 #include <stdio.h>
 static void note(const char *name, void *one, void *two) {
-    sprintf(calls + strlen(calls), "%s(%lx,%lx) ", name, (long)one, (long)two);
+    size_t length = strlen(calls);
+    snprintf(calls + length, sizeof(calls) - length, "%s(%lx,%lx) ", name, (long)one, (long)two);
 }
 int cuCtxGetCurrent(void **context) { *context = current; return 0; }
 int cuCtxPushCurrent_v2(void *context) { note("push", context, 0); current = context; return 0; }
@@ -104,7 +105,7 @@ fake_cuda.MEMORY = 1 << 29
 world_cuda.SCRATCH = 16 << 20
 patch, fake = pytest.MonkeyPatch(), fake_cuda.FakeDriver(gpus=1)
 fake_cuda.install(patch, fake)
-patch.setattr(kernels.Kernels, "get", lambda self, *key: 0x77)
+patch.setattr(kernels.Kernels, "_load", lambda self, *key: 0x77)
 patch.setattr(kernels.Kernels, "occupancy", lambda self, function, threads: 4)
 
 def left():

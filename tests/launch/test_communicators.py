@@ -28,3 +28,47 @@ assert not left(), left()
 
 def test_they_come_and_go_and_leave_nothing(emulated):
     emulated(COME_AND_GO)
+
+
+def test_kernels_are_loaded_when_all_ranks_have_launched_the_same(emulated):
+    """While odd and even ranks call their own, with one communicator more in every round."""
+    emulated("""
+from nvcoll.backends import siblings
+
+looks = []
+
+def counts():
+    found = {}
+    for one in siblings._present(0):
+        found.setdefault(one.group, set()).add(one.state.sequence)
+    return found
+
+def load(self, *key):
+    with self._quiet():
+        before = counts()
+        time.sleep(0.002)
+        after = counts()  # some may have been made or freed
+        same = all(after.get(group, its) == its for group, its in before.items())
+        looks.append(same and all(len(one) == 1 for one in before.values()))
+    return 0x77
+
+def main(comm):
+    part = comm.Split(comm.rank % 2)
+    for number, datatype in enumerate(("int8", "int16", "int32", "int64", "float32", "float64")):
+        x = part.zeros(1000, datatype)
+        for op in (nvcoll.SUM, nvcoll.MAX, nvcoll.MIN)[:1 + comm.rank % 2 * 2]:
+            for _ in range(20):
+                part.Allreduce(x, op=op)
+        x = comm.zeros(number + 1, datatype)
+        comm.Allreduce(x, op=nvcoll.MIN)
+        more = part.Dup()
+        more.Allreduce(x)
+        if number:
+            more.Free()
+
+patch.setattr(kernels.Kernels, "_load", load)
+began = time.monotonic()
+nvcoll.emulate(5, device=0).run(main)
+assert all(looks) and len(looks) >= 18, looks
+assert time.monotonic() - began < siblings.PATIENCE
+""")

@@ -295,18 +295,75 @@ def test_a_stream_behind_the_latest_call(see, before, calls):
 
 
 def test_after_the_end_nothing_is_put_in_order(see):
-    program = """
+    program = f"""
+{SECOND}
 import threading
-plan.run(1, 2, 0x50); calls()
-order.hold()
+number("slow").value = -1
+busy = threading.Thread(target=other_plan.run, args=(1, 2, 0x50))
+busy.start()
+while not text.value: pass
 waits = threading.Thread(target=state.precede, args=(0x60,))
 waits.start()
 waits.join(0.2)
 state.end()
-order.release()
-waits.join()
+waits.join(5)
+number("slow").value = 0
+busy.join()
 """
-    assert see(program, "calls()") == []
+    assert see(program, "[waits.is_alive(), [one for one in calls() if one[:3] not in ('pus', 'pop')]]") == [
+        False, ["launch(f1,50)"],
+    ]  # fmt: skip
+
+
+def test_launches_are_held_back_and_nothing_else_is(see):
+    program = f"""
+{SECOND}
+import threading
+plan.run(1, 2, 0x50); calls()
+order.hold(); order.hold()
+ended = []
+held = threading.Thread(target=plan.run, args=(1, 2, 0x50))
+ends = threading.Thread(target=lambda: ended.append(refusal(other_plan.run, 1, 2, 0x50)))
+held.start(); ends.start()
+state.precede(0x60)
+second.end(0x70)
+ends.join(5)
+order.release()
+held.join(0.2)
+seen = [held.is_alive(), order.busy, [one for one in calls() if one[:3] not in ("pus", "pop")], ended]
+order.release()
+held.join(5)
+"""
+    alive, busy, called, ended = see(program, "seen")
+    assert (alive, busy) == (True, False)
+    assert called == ["record(e0,50)", "wait(60,e0)", "wait(70,e0)"]
+    assert ended == ["this communicator was freed or finalized; make a new one, or call Init"]
+    assert "launch(f0,50)" in see(program, "calls()")
+
+
+def test_communicators_take_turns(see):
+    """A thread that launches all the time lets another one in, which could see it in launches only."""
+    program = f"""
+{SECOND}
+import threading, time
+done, turns = threading.Event(), 0
+
+def run():
+    while not done.is_set():
+        text.value = b""
+        plan.run(1, 2, 0x50)
+
+hot = threading.Thread(target=run)
+hot.start()
+latest = time.monotonic() + 10
+while turns < 20 and time.monotonic() < latest:
+    other_plan.run(1, 2, 0x50)
+    state.precede(0x50)
+    turns += 1
+done.set()
+hot.join()
+"""
+    assert see(program, "turns") == 20
 
 
 def test_a_stream_that_cannot_be_put_behind_a_call(see):
