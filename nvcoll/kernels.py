@@ -44,7 +44,9 @@ class Kernels:
     ) -> int:
         """Return the handle of a kernel. `state` is that of who is to launch it."""
         key = (algorithm, protocol, op, datatype, deep)
-        me = threading.get_ident()
+        if key in self._loaded:
+            return self._loaded[key]
+        me, before = threading.get_ident(), None
         with self._turn:
             self._asking.append(state)
         try:
@@ -53,14 +55,14 @@ class Kernels:
                 self._turn.wait_for(lambda: key in self._loaded or self._loader in (0, me))
                 if key in self._loaded:
                     return self._loaded[key]
-                self._loader = me
+                before, self._loader = self._loader, me  # it was this thread, if a handler of a signal interrupts it
             self._loaded[key] = self._load(*key)
             return self._loaded[key]
         finally:
             with self._turn:
                 self._asking.remove(state)
-                if self._loader == me:
-                    self._loader = 0
+                if before is not None:
+                    self._loader = before
                     self._turn.notify_all()
 
     def _load(self, algorithm: str, protocol: str, op: str, datatype: str, deep: bool) -> int:

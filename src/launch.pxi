@@ -122,7 +122,7 @@ cdef class StreamOrder:
     cdef bint started               # whether there was such a call
     cdef bint recorded              # whether the event stands behind it already
     cdef readonly bint busy         # whether a thread changes this, for which others wait
-    cdef int waiting                # threads that do
+    cdef int waiting                # threads that wait for that, or for `release`
     cdef int held                   # how often launches are held back
 
     def __init__(self, uintptr_t context, uintptr_t event):
@@ -295,7 +295,7 @@ cdef class DeviceState:
     cdef int begin(self) except -1:
         """Begin a launch, which no other thread does meanwhile; or tell that an earlier call has failed.
 
-        Who comes lets others that wait go first: they see this thread between its launches only if it rests there.
+        Who comes rests once if others wait: else they would see this thread in launches only, never between them.
         """
         cdef double pause = 0
         while True:
@@ -307,7 +307,7 @@ cdef class DeviceState:
                 raise StateError(TAKE_TURNS)
             if not (self.order.busy or self.order.held or (self.order.waiting and pause == 0)):
                 break
-            self.order.rest(&pause)  # another communicator's launch, or somebody's `precede`
+            self.order.rest(&pause)  # another communicator's launch, somebody's `precede`, or `hold`
         self.busy = self.order.busy = True
         return 0
 

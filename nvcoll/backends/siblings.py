@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 PATIENCE = 10.0
-"""Most seconds to wait for such a moment, for ranks that compute meanwhile. Ranks that end, or fail, may not come."""
+"""Most seconds to wait for such a moment: ranks may compute meanwhile, but some may never come."""
 GRACE = 1.0
 """The same where one that is waited for is itself to load a kernel: then there is no such moment."""
 LOOK = 0.001
@@ -74,8 +74,8 @@ def join(one: Sibling) -> Sibling:
 def quiet(ordinal: int, asking: Callable[[], Sequence[Any]] = tuple) -> Iterator[None]:
     """Hold back launches on a GPU, from a moment on at which every call has been launched by all of its ranks.
 
-    Ranks that have launched all that others have are held back first, and the others let be until they have it too.
-    What graphs launch is not known, and not held back.
+    Ranks that have launched all that others have are held back first, and the others let be until they have it too. If
+    that takes too long, it is given up, and those are held back no more than before. What graphs launch is not known.
 
     Parameters
     ----------
@@ -96,7 +96,6 @@ def quiet(ordinal: int, asking: Callable[[], Sequence[Any]] = tuple) -> Iterator
                 _release(held, held.keys())
                 time.sleep(STALLED * LOOK)
             time.sleep(LOOK)
-        _hold(held, _orders(ordinal))
         yield
     finally:
         _release(held, held.keys())
@@ -108,7 +107,7 @@ def _steer(ordinal: int, held: dict[int, Any]) -> bool:
     _release(held, held.keys() & behind | held.keys() - orders.keys())
     _hold(held, {number: order for number, order in orders.items() if number not in behind})
     # All are held, if nobody was behind. But some may have launched until then, and one may be about to.
-    return not behind and not any(order.busy for order in held.values()) and not _behind(ordinal)
+    return not (behind or any(one.state.order.busy for one in _present(ordinal)) or _behind(ordinal))
 
 
 def _hold(held: dict[int, Any], orders: dict[int, Any]) -> None:
@@ -136,7 +135,7 @@ def _orders(ordinal: int) -> dict[int, Any]:
 def _behind(ordinal: int) -> set[int]:
     """Return the ranks that have yet to launch what others of a communicator have launched.
 
-    Kernels of a communicator that has failed do not wait, so it does not count.
+    One that has failed does not count: whom its kernels wait for, until their deadline, will not come.
     """
     present = _present(ordinal)
     failed = {one.group for one in present if one.state.reported}

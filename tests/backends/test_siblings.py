@@ -4,6 +4,7 @@ import contextlib
 import random
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,15 @@ import pytest
 from nvcoll.backends import siblings
 from nvcoll.backends.siblings import Sibling, join
 
-AT_ONCE = 1.0  # seconds; with the deadline of these tests, what is not at once takes longer
+AT_ONCE = 5.0  # seconds; what is given up takes longer with the deadline of these tests
 TIMEOUT = 20.0
 GPU = 99
+
+
+@pytest.fixture(autouse=True)
+def others(monkeypatch):
+    """None are left of other tests, of which one may have failed."""
+    monkeypatch.setattr(siblings, "_siblings", weakref.WeakSet())
 
 
 class Order:
@@ -239,18 +246,18 @@ def test_a_moment_that_does_not_come_is_not_waited_for_for_ever(monkeypatch, tim
     """Kernels that wait meanwhile must not be over their deadline for this."""
     monkeypatch.setattr(siblings, "PATIENCE", 0.5)
     ranks = [rank_of("odd", 3 + k, timeout=timeout) for k, timeout in enumerate(timeouts)]
-    with taking(0.4 if min(timeouts) < 1 else 0.5, 2), siblings.quiet(GPU):
-        assert all(map(held, ranks))
+    with taking(0.4 if min(timeouts) < 1 else 0.5, 3), siblings.quiet(GPU):
+        assert not held(ranks[0])  # it might launch what is waited for
 
 
 def test_who_has_to_load_before_it_can_launch_is_waited_for_less_long(monkeypatch):
     monkeypatch.setattr(siblings, "GRACE", 0.2)
-    monkeypatch.setattr(siblings, "PATIENCE", 3)
+    monkeypatch.setattr(siblings, "PATIENCE", 1)
     late, early = rank_of("odd", 3), rank_of("odd", 4)
     part = rank_of("pair", 0, late.state.order)
-    for asking, least, most in ((part, 0.2, 2), (early, 3, 5)):
+    for asking, least, most in ((part, 0.2, 0.9), (early, 1, 4)):
         with taking(least, most), siblings.quiet(GPU, lambda state=asking.state: [state, None]):
-            assert held(late)
+            assert not held(late)
 
 
 def test_two_threads_may_wait_for_it_at_once():
