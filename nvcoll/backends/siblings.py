@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 PATIENCE = 10.0
@@ -23,35 +24,32 @@ STALLED = 20
 """After so many looks at which nothing was launched, ranks that are ahead are let go for as many."""
 
 
+@dataclass(eq=False)
 class Sibling:
     """What a rank that shares a GPU has of a communicator.
 
-    Parameters
-    ----------
-    ordinal
-        The GPU.
-    group
-        A number that the ranks of the communicator have in common, and no others.
-    state
-        The `DeviceState`, whose `StreamOrder` stands for the rank.
-    timeout
-        Seconds after which kernels give up.
-    whole
-        What the rank has of the communicator that was opened, if this is a part of it.
-
     Attributes
     ----------
-    left
+    ordinal : int
+        The GPU.
+    group : int
+        A number that the ranks of the communicator have in common, and no others.
+    state : DeviceState
+        Counts the calls; its `StreamOrder` stands for the rank.
+    timeout : float
+        Seconds after which kernels give up.
+    whole : Sibling or None
+        What the rank has of the communicator that was opened, if this is a part of it.
+    left : bool
         Whether nothing of it is under way any more.
     """
 
-    def __init__(self, ordinal: int, group: int, state: Any, timeout: float, whole: "Sibling | None" = None) -> None:
-        self.ordinal = ordinal
-        self.group = group
-        self.state = state
-        self.timeout = timeout
-        self.whole = whole
-        self.left = False
+    ordinal: int
+    group: int
+    state: Any
+    timeout: float
+    whole: "Sibling | None" = None
+    left: bool = False
 
     @property
     def ends(self) -> bool:
