@@ -131,6 +131,7 @@ from nvcoll.session import (
 )
 from nvcoll.splitting import COMM_TYPE_SHARED, CONGRUENT, IDENT, SIMILAR, UNEQUAL
 
+Intracomm = Comm  # mpi4py's name, for annotations and isinstance
 Exception = Error  # noqa: A001 - mpi4py's name; not in __all__, for a star must not put it before Python's own
 
 __version__ = "0.1.0"
@@ -176,6 +177,7 @@ __all__ = [
     "Finalize",
     "Get_processor_name",
     "Init",
+    "Intracomm",
     "Is_finalized",
     "Is_initialized",
     "MismatchError",

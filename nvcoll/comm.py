@@ -136,6 +136,10 @@ class Comm(Splitting):
         if not plan.run(token.address, token.address):
             raise self._failure(plan)
 
+    def barrier(self) -> None:
+        """Do as `Barrier`; mpi4py has both."""
+        self.Barrier()
+
     def _meeting(self, verb: str) -> Plan:
         """Return the plan of a call in which ranks only meet: it reduces a token, and matches no other call.
 

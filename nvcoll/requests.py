@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 from nvcoll.arguments import same_handle
 from nvcoll.errors import ArgumentError, StateError
+from nvcoll.lower_case import LowerCase
 from nvcoll.ops import mpi_module
 
 UNDEFINED = -32766
@@ -25,7 +26,7 @@ class Pending(Protocol):
         """Wait for its end, and raise what went wrong. An interruption of the wait itself leaves it pending."""
 
 
-class Request:
+class Request(LowerCase):
     """A nonblocking call, from its begin until `Wait`, or a `Test` that returns True: so long it is active, and true.
 
     It keeps its buffers alive until the call has ended.

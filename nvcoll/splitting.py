@@ -83,6 +83,15 @@ class Splitting(Allocating):
         # without the names of those before it, which would grow from generation to generation
         return self._made("Dup", 0, self.rank, f"{DUPLICATE.sub('', self.name)}.Dup()")
 
+    def Clone(self) -> Self:
+        """Do as `Dup`; mpi4py has both.
+
+        Returns
+        -------
+        Comm
+        """
+        return self.Dup()
+
     def Split(self, color: int = 0, key: int = 0) -> Self:
         """Make communicators of the ranks that give the same color. Collective over all ranks of this one.
 

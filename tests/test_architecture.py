@@ -25,7 +25,7 @@ LAYERS = (
     {"comm"},
     {"splitting"},
     {"allocation"},
-    {"arguments", "device_calls", "device_requests", "failures", "hosts", "lifecycle", "requests"},
+    {"arguments", "device_calls", "device_requests", "failures", "hosts", "lifecycle", "lower_case", "requests"},
     {"world", "world_cuda"},
     {"parts"},
     {"kernels", "planning", "planning_cuda"},

@@ -176,19 +176,19 @@ class TestForms:
 
         assert nvcoll.emulate(SIZE).run(main) == [3.0] * SIZE
 
-    def test_barrier_waits_for_all(self):
+    @pytest.mark.parametrize("verb", ["Barrier", "barrier"])
+    def test_barrier_waits_for_all(self, verb):
         arrived = []
 
         def main(comm):
-            comm.Barrier()
+            barrier = getattr(comm, verb)
+            barrier()
             if comm.rank == 1:
                 arrived.append("late")
-            comm.Barrier()
-            seen = list(arrived)
-            comm.Barrier()
-            return seen
+            barrier()
+            return list(arrived), barrier()
 
-        assert nvcoll.emulate(SIZE).run(main) == [["late"]] * SIZE
+        assert nvcoll.emulate(SIZE).run(main) == [(["late"], None)] * SIZE
 
 
 def contents(arrays):
@@ -325,6 +325,7 @@ class TestLife:
             == (comm.rank, comm.size, comm.name)
             == (0, 1, comm.name)
         )
+        assert isinstance(comm, nvcoll.Intracomm)
         with pytest.raises(AttributeError, match="'Comm' object has no attribute 'Alltoallw'"):
             comm.Alltoallw()
 

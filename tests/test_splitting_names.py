@@ -37,6 +37,15 @@ class TestNames:
         assert found[1:] == [names] * 2
         assert found[0] == [*names[:2], "COMM_NULL", *names[3:]]
 
+    def test_a_clone_is_a_duplicate(self):
+        def main(comm):
+            two = comm.Dup() if comm.rank else comm.Clone(), comm.Clone()
+            assert {comm.Compare(one) for one in two} == {CONGRUENT}
+            two[1].Allreduce(x := np.ones(3))
+            return [one.name.removeprefix(comm.name) for one in two], x.tolist()
+
+        assert nvcoll.emulate(3).run(main) == [([".Dup()", ".Dup()#2"], [3.0] * 3)] * 3
+
     def test_names_begin_anew_with_the_world(self):
         names = []
         for _ in range(2):
