@@ -263,4 +263,4 @@ __all__ = [
 if not _typing.TYPE_CHECKING:  # for type checkers, any name would exist then
 
     def __getattr__(name: str) -> None:
-        raise _missing_name(f"module {__name__!r}", name, Comm)
+        raise _missing_name(f"module {__name__!r}", name, Comm, Request)

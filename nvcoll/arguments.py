@@ -28,6 +28,25 @@ def judge_info(verb: str, info: Any) -> None:
         )
 
 
+def judge_status(verb: str, status: Any) -> None:
+    """Refuse what is neither None nor a status of mpi4py: a number of seconds, for example."""
+    mpi = mpi_module()
+    if status is not None and (mpi is None or not isinstance(status, mpi.Status)):
+        raise ArgumentError(
+            f"{verb}: status is of type {type(status).__name__}, expected None, or a Status of mpi4py; leave it out, "
+            "for it tells nothing of a collective call"
+        )
+
+
+def judge_statuses(verb: str, statuses: Any) -> None:
+    """Refuse what is neither None nor a list, into which mpi4py puts those of several requests."""
+    if statuses is not None and not isinstance(statuses, list):
+        raise ArgumentError(
+            f"{verb}: statuses is of type {type(statuses).__name__}, expected None, or a list for those of mpi4py; "
+            "leave it out, for they tell nothing of collective calls"
+        )
+
+
 def same_handle(one: Any, other: object, ours: type, name: str) -> bool:
     """Tell whether two handles are equal: the same object, or both false, as what has ended or been freed is.
 
@@ -73,7 +92,7 @@ def judge(verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[
 
 def in_place(verb: str, sendbuf: Any, recvbuf: Any) -> tuple[Any, Any, str]:
     """Return both buffers of a call, in place the same one twice, and the name under which the second was given."""
-    if is_in_place(sendbuf):
+    if is_in_place(sendbuf) or (sendbuf is None and recvbuf is not None):  # mpi4py takes None so, too
         if recvbuf is None:
             raise ArgumentError(f"{verb}: sendbuf is IN_PLACE and recvbuf missing; pass the array as recvbuf")
         return recvbuf, recvbuf, "recvbuf"

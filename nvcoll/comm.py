@@ -161,7 +161,7 @@ class Comm(Splitting):
         ----------
         sendbuf
             This rank's contribution: an array, or ``[buf, count]``, ``[buf, datatype]``, ``[buf, count, datatype]``, or
-            ``[buf, count, displacement, datatype]``. `IN_PLACE` takes it from `recvbuf`.
+            ``[buf, count, displacement, datatype]``. `IN_PLACE`, or None, takes it from `recvbuf`.
         recvbuf
             Where the result goes, of the same count and datatype. None, or `sendbuf` itself, reduces in place.
             Contents are undefined after an error in the call.

@@ -70,7 +70,7 @@ def missing_extension(exc: ImportError) -> BuildError:
     )
 
 
-def missing_name(owner: str, name: str, comm: type) -> AttributeError:
+def missing_name(owner: str, name: str, comm: type, request: type) -> AttributeError:
     """Turn the look-up of a name that there is not into an error that says which verbs there are.
 
     Parameters
@@ -80,7 +80,9 @@ def missing_name(owner: str, name: str, comm: type) -> AttributeError:
     name
         What it was asked for: perhaps one of mpi4py's names.
     comm
-        The class whose verbs there are.
+        The class of communicators, whose verbs there are.
+    request
+        The class of requests.
 
     Returns
     -------
@@ -92,8 +94,9 @@ def missing_name(owner: str, name: str, comm: type) -> AttributeError:
     if name.startswith("_"):  # Python and other libraries ask for these, and know what it means
         return AttributeError(text)
     verbs = [one for one in dir(comm) if one[0].isupper() and one[:4] not in {"Get_", "Set_"}]
-    if name in verbs:
-        return AttributeError(f"{text}; it is a verb of communicators: COMM_WORLD.{name}")
+    for one, what, where in ((comm, "communicators", "COMM_WORLD"), (request, "requests", request.__name__)):
+        if hasattr(one, name):
+            return AttributeError(f"{text}; {what} have it: {where}.{name}")
     text += (
         f"; nvcoll's verbs are {', '.join(verbs)}, for arrays, which empty, zeros, full and array make, or others: "
         "take mpi4py for all else, which may be used beside nvcoll on ranks that mpiexec or srun starts"

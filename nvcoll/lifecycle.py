@@ -19,6 +19,7 @@ from nvcoll.buffers import Spec, parse
 from nvcoll.errors import ArgumentError, StateError, missing_name
 from nvcoll.hosts import Between
 from nvcoll.ops import mpi_module
+from nvcoll.requests import Request
 from nvcoll.world import World
 
 LIVING = ("_world", "_between", "_plans", "_kept", "_token", "_calls", "_numbers")
@@ -52,7 +53,14 @@ class Living:
     _used = _forked = False  # of the process: whether any was ever opened, and whether that was in a parent of it
     _ended = False  # of the process: whether all were ended as it exits
 
-    def __init__(self, opener: Callable[[], World] | None, name: str, first: "Living | None" = None) -> None:
+    def __init__(
+        self, opener: Callable[[], World] | None = None, name: str = "", first: "Living | None" = None
+    ) -> None:
+        if not name:  # as a handle of mpi4py's is made of another one
+            raise ArgumentError(
+                f"{type(self).__name__}: called by a program, expected a verb that makes communicators; take the one "
+                "that there is, or call its Dup, Split or Split_type"
+            )
         self._opener = opener
         self._opening = threading.RLock()  # one thread opens it
         self._name = name
@@ -63,7 +71,7 @@ class Living:
     def __getattr__(self, attribute: str) -> Any:
         # Only reached while the attribute is absent: a communicator that is alive pays nothing for this.
         if attribute not in LIVING:
-            raise missing_name(f"{type(self).__name__!r} object", attribute, type(self))
+            raise missing_name(f"{type(self).__name__!r} object", attribute, type(self), Request)
         with self._opening:
             if attribute not in self.__dict__:
                 self._open()

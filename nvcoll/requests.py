@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
-from nvcoll.arguments import same_handle
+from nvcoll.arguments import judge_status, judge_statuses, same_handle
 from nvcoll.errors import ArgumentError, StateError
 from nvcoll.lower_case import LowerCase
 from nvcoll.ops import mpi_module
 
 UNDEFINED = -32766
 """What `Request.Waitany` returns if no request is active, `Request.Testany` also if none has ended: mpi4py's value."""
+MAKERS = {"Request": "the nonblocking verbs return", "Prequest": "Allreduce_init returns"}
 LONGEST_SLEEP = 0.001
 """Seconds between two looks of `Request.Waitany` and `Request.Waitsome`, at most; a sixteenth of the time waited
 otherwise."""
@@ -34,13 +35,13 @@ class Request(LowerCase):
     Parameters
     ----------
     pending
-        What was begun; None makes an inactive request.
+        What was begun; None makes an inactive request, and another request one of the same call.
     """
 
     __slots__ = ("__weakref__", "_pending")
 
-    def __init__(self, pending: Pending | None = None) -> None:
-        self._pending = pending
+    def __init__(self, pending: "Pending | Request | None" = None) -> None:
+        self._pending: Pending | None = pending._pending if isinstance(pending, Request) else pending
 
     def __repr__(self) -> str:
         return f"<nvcoll.{type(self).__name__}, {'inactive' if self._pending is None else 'active'}>"
@@ -74,7 +75,7 @@ class Request(LowerCase):
             What the call raised: see the blocking verb. The request is inactive then.
         """
         if status is not None:
-            _check_status("Wait", status)
+            judge_status("Wait", status)
         pending = self._pending
         if pending is not None:
             try:
@@ -103,7 +104,7 @@ class Request(LowerCase):
             As for `Wait`.
         """
         if status is not None:
-            _check_status("Test", status)
+            judge_status("Test", status)
         return self._pending is None or (self._pending.done() and self.Wait())
 
     def Free(self) -> None:
@@ -138,8 +139,9 @@ class Request(LowerCase):
         Error
             The error of the first one, in the order of `requests`, whose call failed. All have ended then.
         """
+        judge_statuses("Waitall", statuses)
         problem = None
-        for request in _checked("Waitall", requests, statuses):
+        for request in _checked("Waitall", requests):
             try:
                 request.Wait()
             except Exception as exc:
@@ -171,7 +173,8 @@ class Request(LowerCase):
         Error
             As for `Waitall`.
         """
-        every = _checked("Testall", requests, statuses)
+        judge_statuses("Testall", statuses)
+        every = _checked("Testall", requests)
         return all(one._pending is None or one._pending.done() for one in every) and cls.Waitall(every)
 
     @classmethod
@@ -195,7 +198,8 @@ class Request(LowerCase):
         Error
             What its call raised.
         """
-        every = _checked("Waitany", requests, status)
+        judge_status("Waitany", status)
+        every = _checked("Waitany", requests)
         active = {place: one for place, one in enumerate(every) if one._pending is not None}
         started = time.monotonic()
         while active:
@@ -226,8 +230,9 @@ class Request(LowerCase):
         Error
             What its call raised.
         """
+        judge_status("Testany", status)
         active = False
-        for place, request in enumerate(_checked("Testany", requests, status)):
+        for place, request in enumerate(_checked("Testany", requests)):
             if request._pending is not None:
                 active = True
                 if request.Test():
@@ -255,7 +260,8 @@ class Request(LowerCase):
         Error
             The error of the first of them whose call failed. All of them are as after `Wait` then.
         """
-        every = _checked("Waitsome", requests, statuses)
+        judge_statuses("Waitsome", statuses)
+        every = _checked("Waitsome", requests)
         started = time.monotonic()
         while (ended := _end_some(every)) == []:
             _pause(started)
@@ -282,7 +288,8 @@ class Request(LowerCase):
         Error
             As for `Waitsome`.
         """
-        return _end_some(_checked("Testsome", requests, statuses))
+        judge_statuses("Testsome", statuses)
+        return _end_some(_checked("Testsome", requests))
 
 
 REQUEST_NULL = Request()
@@ -297,14 +304,14 @@ class Prequest(Request):
     Parameters
     ----------
     begin
-        Begins the call.
+        Begins the call; another persistent request makes one of the same call.
     """
 
     __slots__ = ("_begin",)
 
-    def __init__(self, begin: Callable[[], Pending]) -> None:
-        super().__init__()
-        self._begin: Callable[[], Pending] | None = begin
+    def __init__(self, begin: "Callable[[], Pending] | Prequest") -> None:
+        super().__init__(begin if isinstance(begin, Prequest) else None)
+        self._begin: Callable[[], Pending] | None = begin._begin if isinstance(begin, Prequest) else begin
 
     def __bool__(self) -> bool:
         """Tell whether the request was not freed, active or not, as mpi4py's does."""
@@ -366,30 +373,22 @@ def _pause(started: float) -> None:
     time.sleep(min((time.monotonic() - started) / 16, LONGEST_SLEEP))
 
 
-def _check_status(verb: str, status: Any) -> None:
-    """Refuse what is neither None nor a status of mpi4py, nor a list for some: a number of seconds, for example."""
-    if status is None or isinstance(status, list):
-        return
-    mpi = mpi_module()
-    if mpi is None or not isinstance(status, mpi.Status):
-        raise ArgumentError(
-            f"{verb}: status is of type {type(status).__name__}, expected None, or a Status of mpi4py; leave it out, "
-            "for it tells nothing of a collective call"
-        )
-
-
-def _checked(verb: str, requests: Iterable[Any], status: Any = None, kind: type[Any] = Request) -> list[Any]:
-    """Return the requests as a list, if that is what they are."""
-    _check_status(verb, status)
+def _checked(verb: str, requests: Iterable[Any], kind: type[Any] = Request) -> list[Any]:
+    """Return the requests as a list, if that is what they are. mpi4py's null request is ours, as it says itself."""
     if not isinstance(requests, Iterable):
         raise ArgumentError(
             f"{verb}: expected a list of requests, got a {type(requests).__name__}; pass [request] for a single one"
         )
-    every = list(requests)
+    every, mpi = list(requests), mpi_module()
     for place, one in enumerate(every):
-        if not isinstance(one, kind):
-            raise ArgumentError(
-                f"{verb}: requests[{place}] is of type {type(one).__name__}, expected nvcoll.{kind.__name__}; "
-                "pass what the nonblocking verbs return"
-            )
+        if isinstance(one, kind):
+            continue
+        theirs = mpi is not None and isinstance(one, mpi.Request)
+        if theirs and not one and kind is Request:
+            every[place] = REQUEST_NULL
+            continue
+        what, cure = f"of type {type(one).__name__}", f"pass what {MAKERS[kind.__name__]}"
+        if theirs:
+            what, cure = f"mpi4py's {type(one).__name__}", f"give it to mpi4py's own {verb}"
+        raise ArgumentError(f"{verb}: requests[{place}] is {what}, expected nvcoll.{kind.__name__}; {cure}")
     return every

@@ -21,7 +21,7 @@ cdef struct Call:
 ctypedef int64_t (*kernel_t)(int64_t) noexcept nogil
 
 # Why a call is refused, on hosts and on GPUs.
-OVER = "this communicator was freed or finalized; make a new one, or call Init"
+OVER = "this communicator was freed or finalized; make a new one, or call Init, and make persistent requests anew"
 BROKEN = "an earlier call on this communicator failed; it can only be ended: call Free or Finalize"
 TAKE_TURNS = "another thread is in a call on this communicator; calls on one communicator take turns"
 

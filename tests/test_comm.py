@@ -41,6 +41,7 @@ IN_PLACE_FORMS = {
     "x, None": lambda comm, x: comm.Allreduce(x, None),
     "x, x": lambda comm, x: comm.Allreduce(x, x),
     "IN_PLACE, x": lambda comm, x: comm.Allreduce(IN_PLACE, x),
+    "None, x": lambda comm, x: comm.Allreduce(None, x),
     "x, IN_PLACE": lambda comm, x: comm.Allreduce(x, IN_PLACE),
     "by name": lambda comm, x: comm.Allreduce(sendbuf=IN_PLACE, recvbuf=x, op=nvcoll.SUM),
     "[x]": lambda comm, x: comm.Allreduce([x, None]),
@@ -320,11 +321,8 @@ class TestLife:
 
     @pytest.mark.parametrize("comm", [COMM_WORLD, COMM_SELF])
     def test_names_of_mpi4py(self, comm):
-        assert (
-            (comm.Get_rank(), comm.Get_size(), comm.Get_name())
-            == (comm.rank, comm.size, comm.name)
-            == (0, 1, comm.name)
-        )
+        found = comm.Get_rank(), comm.Get_size(), comm.Get_name()
+        assert found == (comm.rank, comm.size, comm.name) == (0, 1, comm.name)
         assert isinstance(comm, nvcoll.Intracomm)
         with pytest.raises(AttributeError, match="'Comm' object has no attribute 'Alltoallw'"):
             comm.Alltoallw()

@@ -85,9 +85,18 @@ def test_names_that_mpi4py_has_say_where_to_find_them(owner, name, told):
     assert "beside nvcoll on ranks that mpiexec or srun starts" in str(caught.value)
 
 
-def test_verbs_are_those_of_communicators():
-    with pytest.raises(AttributeError, match=r"no attribute 'Allreduce'; it is a verb of communicators: COMM_WORLD\."):
-        getattr(nvcoll, "Allreduce")  # noqa: B009 - the look-up is what is tried
+@pytest.mark.parametrize(
+    ("owner", "name", "told"),
+    [
+        (nvcoll, "Allreduce", "communicators have it: COMM_WORLD.Allreduce"),
+        (nvcoll, "barrier", "communicators have it: COMM_WORLD.barrier"),
+        (nvcoll, "Waitall", "requests have it: Request.Waitall"),
+        (COMM_SELF, "wait", "requests have it: Request.wait"),
+    ],
+)
+def test_verbs_are_asked_of_what_has_them(owner, name, told):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'; {re.escape(told)}$"):
+        getattr(owner, name)
 
 
 def test_names_of_pythons_own_protocols_say_nothing_of_mpi():

@@ -69,6 +69,20 @@ class TestRequest:
         pending.wait = pending.over.set
         assert request.Wait() is True
 
+    def test_one_of_the_same_call(self):
+        """mpi4py's handles may be made from each other."""
+        pending = Late(ValueError("of the call"))
+        first = Request(pending)
+        second = Request(first)
+        assert second
+        assert second.Test() is False
+        pending.over.set()
+        for one in (second, first):
+            with pytest.raises(ValueError, match="of the call"):
+                one.Wait()
+            assert not one
+        assert not Request(first)
+
     def test_free(self):
         pending = Late()
         request = Request(pending)
@@ -193,6 +207,21 @@ class TestRequest:
         ):
             getattr(Request, verb)(Request())
 
+    @pytest.mark.parametrize("verb", LISTS)
+    def test_mpi4py_s_null_request_is_inactive_and_others_are_refused(self, verb):
+        mpi = pytest.importorskip("mpi4py.MPI")
+        mixed = [mpi.REQUEST_NULL, REQUEST_NULL, mpi.Prequest()]
+        assert getattr(Request, verb)(mixed) == getattr(Request, verb)([REQUEST_NULL] * 3)
+        assert [type(one) for one in mixed] == [mpi.Request, Request, mpi.Prequest]
+
+        class Active(mpi.Request):
+            def __bool__(self):
+                return True
+
+        told = rf"{verb}: requests\[1\] is mpi4py's Active, expected nvcoll.Request; give it to mpi4py's own {verb}$"
+        with pytest.raises(ArgumentError, match=told):
+            getattr(Request, verb)([REQUEST_NULL, Active()])
+
     def test_a_status_is_taken_and_left_as_it_is(self):
         mpi = pytest.importorskip("mpi4py.MPI")
         request, status = Request(), mpi.Status()
@@ -208,11 +237,15 @@ class TestRequest:
     @pytest.mark.parametrize("verb", ["Wait", "Test", *LISTS])
     def test_what_is_no_status_is_refused(self, verb):
         args = () if verb in {"Wait", "Test"} else ([],)
-        text = (
-            f"{verb}: status is of type float, expected None, or a Status of mpi4py; leave it out, for it tells nothing"
-        )
-        with pytest.raises(ArgumentError, match=text):
-            getattr(Request(), verb)(*args, 0.5)
+        several = verb[4:] in {"all", "some"}
+        text = "statuses is of type tuple, expected None, or a list for those of mpi4py; leave it out, for they tell"
+        if not several:
+            text = "status is of type tuple, expected None, or a Status of mpi4py; leave it out, for it tells nothing"
+        with pytest.raises(ArgumentError, match=f"^{verb}: {text}"):
+            getattr(Request(), verb)(*args, ())
+        other = pytest.importorskip("mpi4py.MPI").Status() if several else []
+        with pytest.raises(ArgumentError, match=f"^{verb}: status"):
+            getattr(Request(), verb)(*args, other)
 
     def test_undefined_is_that_of_mpi(self):
         mpi = pytest.importorskip("mpi4py.MPI")
@@ -243,11 +276,20 @@ class TestPrequest:
         with pytest.raises(StateError, match=r"Start: the request was freed, .*; make another with Allreduce_init"):
             request.Start()
 
+    def test_one_of_the_same_call(self):
+        begun = []
+        first = Prequest(lambda: begun.append(1) or Late())
+        second = Prequest(first)
+        second.Start()
+        assert begun == [1]
+        assert first.Test() is True  # it has not begun this one
+        assert Prequest(second).Test() is False
+
     def test_startall_is_for_persistent_ones(self):
-        with pytest.raises(
-            ArgumentError, match=r"Startall: requests\[0\] is of type Request, expected nvcoll.Prequest"
-        ):
-            Prequest.Startall([Request()])
+        for wrong in (Request(), nvcoll.REQUEST_NULL):
+            told = r"Startall: requests\[0\] is of type Request, expected nvcoll.Prequest; pass what Allreduce_init"
+            with pytest.raises(ArgumentError, match=told):
+                Prequest.Startall([wrong])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

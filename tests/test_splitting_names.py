@@ -37,6 +37,15 @@ class TestNames:
         assert found[1:] == [names] * 2
         assert found[0] == [*names[:2], "COMM_NULL", *names[3:]]
 
+    @pytest.mark.parametrize("arguments", [(), (COMM_SELF,)])
+    def test_the_class_is_not_called(self, arguments):
+        class Mine(nvcoll.Intracomm):
+            pass
+
+        for kind in (nvcoll.Comm, nvcoll.Intracomm, Mine):
+            with pytest.raises(ArgumentError, match=f"^{kind.__name__}: called by a program, .*; take the one that"):
+                kind(*arguments)
+
     def test_a_clone_is_a_duplicate(self):
         def main(comm):
             two = comm.Dup() if comm.rank else comm.Clone(), comm.Clone()

@@ -54,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
         type=of_kind("count"),
         default=cpus,
         metavar="N",
-        help=f"how many ranks (default: {cpus}, one a CPU)",
+        help=f"how many ranks (default: one a CPU, {cpus} here)",
     )
     parser.add_argument(
         "--timeout", type=of_kind("seconds"), metavar="S", help="seconds a call waits for other ranks (NVCOLL_TIMEOUT)"
