@@ -12,6 +12,7 @@ from nvcoll.ops import mpi_module
 UNDEFINED = -32766
 """What `Request.Waitany` returns if no request is active, `Request.Testany` also if none has ended: mpi4py's value."""
 MAKERS = {"Request": "the nonblocking verbs return", "Prequest": "Allreduce_init returns"}
+"""Where requests of each class come from, for messages."""
 LONGEST_SLEEP = 0.001
 """Seconds between two looks of `Request.Waitany` and `Request.Waitsome`, at most; a sixteenth of the time waited
 otherwise."""
