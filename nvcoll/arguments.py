@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -18,33 +18,36 @@ INFO_NULL = None
 """No hints, for verbs that take mpi4py's."""
 
 
+def is_theirs(value: object, kind: str) -> bool:
+    """Tell whether it is an object of mpi4py's class of that name."""
+    mpi = mpi_module()
+    return mpi is not None and isinstance(value, getattr(mpi, kind))
+
+
 def judge_info(verb: str, info: Any) -> None:
     """Check that `info` is what mpi4py has hints in, or None; none of them concerns nvcoll."""
-    mpi = mpi_module()
-    if info is not None and (mpi is None or not isinstance(info, mpi.Info)):
-        raise ArgumentError(
-            f"{verb}: info is of type {type(info).__name__}, expected an Info of mpi4py, or None; leave it out, for no "
-            "hint concerns nvcoll"
-        )
+    if info is not None and not is_theirs(info, "Info"):
+        _refuse(verb, "info", info, "an Info of mpi4py, or None", "no hint concerns nvcoll")
 
 
 def judge_status(verb: str, status: Any) -> None:
     """Refuse what is neither None nor a status of mpi4py: a number of seconds, for example."""
-    mpi = mpi_module()
-    if status is not None and (mpi is None or not isinstance(status, mpi.Status)):
-        raise ArgumentError(
-            f"{verb}: status is of type {type(status).__name__}, expected None, or a Status of mpi4py; leave it out, "
-            "for it tells nothing of a collective call"
-        )
+    if status is not None and not is_theirs(status, "Status"):
+        _refuse(verb, "status", status, "None, or a Status of mpi4py", "it tells nothing of a collective call")
 
 
 def judge_statuses(verb: str, statuses: Any) -> None:
     """Refuse what is neither None nor a list, into which mpi4py puts those of several requests."""
     if statuses is not None and not isinstance(statuses, list):
-        raise ArgumentError(
-            f"{verb}: statuses is of type {type(statuses).__name__}, expected None, or a list for those of mpi4py; "
-            "leave it out, for they tell nothing of collective calls"
-        )
+        wanted = "None, or a list for those of mpi4py"
+        _refuse(verb, "statuses", statuses, wanted, "they tell nothing of collective calls")
+
+
+def _refuse(verb: str, name: str, value: object, expected: str, why: str) -> NoReturn:
+    """Refuse an argument without which nvcoll does the same."""
+    raise ArgumentError(
+        f"{verb}: {name} is of type {type(value).__name__}, expected {expected}; leave it out, for {why}"
+    )
 
 
 def same_handle(one: Any, other: object, ours: type, name: str) -> bool:
@@ -54,8 +57,7 @@ def same_handle(one: Any, other: object, ours: type, name: str) -> bool:
     """
     if one is other or one:
         return one is other
-    mpi = mpi_module()
-    return isinstance(other, ours if mpi is None else ours | getattr(mpi, name)) and not other
+    return (isinstance(other, ours) or is_theirs(other, name)) and not other
 
 
 def dimensions(verb: str, shape: Any) -> tuple[int, ...]:

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, Protocol
 
-from nvcoll.arguments import judge_status, judge_statuses, same_handle
+from nvcoll.arguments import is_theirs, judge_status, judge_statuses, same_handle
 from nvcoll.errors import ArgumentError, StateError
 from nvcoll.lower_case import LowerCase
-from nvcoll.ops import mpi_module
 
 UNDEFINED = -32766
 """What `Request.Waitany` returns if no request is active, `Request.Testany` also if none has ended: mpi4py's value."""
@@ -380,11 +379,11 @@ def _checked(verb: str, requests: Iterable[Any], kind: type[Any] = Request) -> l
         raise ArgumentError(
             f"{verb}: expected a list of requests, got a {type(requests).__name__}; pass [request] for a single one"
         )
-    every, mpi = list(requests), mpi_module()
+    every = list(requests)
     for place, one in enumerate(every):
         if isinstance(one, kind):
             continue
-        theirs = mpi is not None and isinstance(one, mpi.Request)
+        theirs = is_theirs(one, "Request")
         if theirs and not one and kind is Request:
             every[place] = REQUEST_NULL
             continue

@@ -194,17 +194,14 @@ class TestRequest:
 
     @pytest.mark.parametrize("verb", LISTS)
     def test_lists_of_other_things_are_refused(self, verb):
-        with pytest.raises(
-            ArgumentError, match=rf"{verb}: requests\[1\] is of type int, expected nvcoll.Request; pass"
-        ):
+        told = rf"{verb}: requests\[1\] is of type int, expected nvcoll.Request; pass"
+        with pytest.raises(ArgumentError, match=told):
             getattr(Request, verb)([Request(), 5])
 
     @pytest.mark.parametrize("verb", LISTS)
     def test_a_request_without_a_list_is_refused(self, verb):
-        with pytest.raises(
-            ArgumentError,
-            match=rf"{verb}: expected a list of requests, got a Request; pass \[request\] for a single one",
-        ):
+        told = rf"{verb}: expected a list of requests, got a Request; pass \[request\] for a single one"
+        with pytest.raises(ArgumentError, match=told):
             getattr(Request, verb)(Request())
 
     @pytest.mark.parametrize("verb", LISTS)
@@ -238,11 +235,14 @@ class TestRequest:
     def test_what_is_no_status_is_refused(self, verb):
         args = () if verb in {"Wait", "Test"} else ([],)
         several = verb[4:] in {"all", "some"}
-        text = "statuses is of type tuple, expected None, or a list for those of mpi4py; leave it out, for they tell"
-        if not several:
-            text = "status is of type tuple, expected None, or a Status of mpi4py; leave it out, for it tells nothing"
-        with pytest.raises(ArgumentError, match=f"^{verb}: {text}"):
-            getattr(Request(), verb)(*args, ())
+        text = "expected None, or a Status of mpi4py; leave it out, for it tells nothing of a collective call"
+        if several:
+            text = (
+                "expected None, or a list for those of mpi4py; leave it out, for they tell nothing of collective calls"
+            )
+        for wrong, kind in ((0.5, "float"), ((), "tuple")):
+            with pytest.raises(ArgumentError, match=f"^{verb}: status{'es' * several} is of type {kind}, {text}$"):
+                getattr(Request(), verb)(*args, wrong)
         other = pytest.importorskip("mpi4py.MPI").Status() if several else []
         with pytest.raises(ArgumentError, match=f"^{verb}: status"):
             getattr(Request(), verb)(*args, other)

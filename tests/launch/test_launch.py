@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
-from nvcoll._plan import DEVICE_FIELDS, OVER
+from nvcoll._plan import DEVICE_FIELDS
+
+OVER = "this communicator was freed or finalized; make a new one, or call Init, and make persistent requests anew"
 
 
 def test_arguments_are_packed_in_the_order_of_the_fields(see):
