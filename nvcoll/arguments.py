@@ -13,6 +13,8 @@ from nvcoll.ops import Datatype, Op, as_datatype, as_op, mpi_module
 
 MOST_ELEMENTS = 2**59
 """Elements of an array, so that the bytes of the widest type fit an address."""
+MOST_AXES = 64
+"""Of an array, for NumPy."""
 
 INFO_NULL = None
 """No hints, for verbs that take mpi4py's."""
@@ -68,7 +70,9 @@ def dimensions(verb: str, shape: Any) -> tuple[int, ...]:
         raise ArgumentError(f"{verb}: shape is {shape!r}, expected whole numbers; give a length or a tuple") from None
     if min(dims, default=0) < 0:
         raise ArgumentError(f"{verb}: shape {shape} has a negative dimension; give sizes of 0 or more")
-    if math.prod(dims) >= MOST_ELEMENTS:
+    if len(dims) > MOST_AXES:
+        raise ArgumentError(f"{verb}: shape has {len(dims)} dimensions; give {MOST_AXES} at most, as NumPy takes")
+    if math.prod(length or 1 for length in dims) >= MOST_ELEMENTS:  # NumPy asks it of arrays without elements, too
         raise ArgumentError(f"{verb}: shape {dims} has more elements than addresses; give a product below 2**59")
     return dims
 

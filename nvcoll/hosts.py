@@ -106,7 +106,7 @@ class Notices:
 class Between:
     """Joins the nodes of a world.
 
-    Collective over all ranks.
+    Collective over all ranks. To make MPI's communicators has no deadline, but all ranks have just met.
 
     Parameters
     ----------

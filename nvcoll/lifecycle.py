@@ -147,32 +147,35 @@ class Living:
 
     def _enter(self, world: Any) -> None:
         """Live on a world that was opened."""
+        calls: Any = None
         try:
             between = Between(world) if len(world.topology.nodes) > 1 and world.backend == "shm" else None
+            if world.target == "cuda":
+                from nvcoll.device_calls import DeviceCalls  # on hosts, nothing of GPUs is loaded
+
+                calls = DeviceCalls(world)
+            token = parse("Barrier", "token", np.zeros(1, np.uint8), True)
+            living: tuple[Any, ...] = (world, between, {}, {}, token, calls, defaultdict(partial(count, 1)))
+            self.__dict__.update(zip(LIVING, living, strict=True))
         except BaseException:
             world.close()
             raise
-        calls: Any = None
-        if world.target == "cuda":
-            from nvcoll.device_calls import DeviceCalls  # on hosts, nothing of GPUs is loaded
-
-            calls = DeviceCalls(world)
-        token = parse("Barrier", "token", np.zeros(1, np.uint8), True)
-        living: tuple[Any, ...] = (world, between, {}, {}, token, calls, defaultdict(partial(count, 1)))
-        self.__dict__.update(zip(LIVING, living, strict=True))
 
     def _close(self) -> None:
         """Give back what `_open` took; a later use opens anew, but for those that were made from others."""
-        try:
-            for derived in self._derived[::-1]:
-                derived._close()
-        finally:
-            world, between = self._part_from_world()
+        with contextlib.ExitStack() as ends:  # the last goes first, and each does, whatever another one raises
+            ends.callback(self._close_world)
+            for derived in self._derived:
+                ends.callback(derived._close)
+
+    def _close_world(self) -> None:
+        world, between = self._part_from_world()
+        if world is None:
+            return
+        with contextlib.closing(world):
             if between is not None:
                 world.queue.close()
                 between.close()
-            if world is not None:
-                world.close()
 
     def _part_from_world(self) -> tuple[Any, Between | None]:
         """Be alive no more; return the world, and what joins its nodes, for their end. None, if it was not alive."""

@@ -193,13 +193,14 @@ class _Client:
         self.sock.close()
 
 
-_interrupted = []  # requests that were waited for, and their memory: MPI may write there until the process ends
+_interrupted = []  # requests that were waited for in vain, and their memory: MPI may write there until the process ends
 
 
 class _OverMPI:
     """A communicator of mpi4py's: rank 0 learns the lengths and tells them, then one Allgatherv carries the bytes.
 
     MPI cannot say who is missing from a collective; so that a deadline can name ranks, they first report to rank 0.
+    Making a part has no deadline: MPI splits in no other way. But all ranks have just been there.
     """
 
     TAG = 32001
@@ -219,7 +220,11 @@ class _OverMPI:
         if missing:
             raise TimeoutError(late(verb, missing, timeout))
         everything = bytearray(sum(lengths))
-        self.comm.Allgatherv([data, self.MPI.BYTE], [everything, lengths, self.MPI.BYTE])
+        request = self.comm.Iallgatherv([data, self.MPI.BYTE], [everything, lengths, self.MPI.BYTE])
+        if not self._wait([request], now + _patience(timeout), (data, everything)):
+            # a rank that had come was stopped, or interrupted, since; MPI takes no collective back
+            _interrupted.append(([request], (data, everything)))
+            raise TimeoutError(late(verb, "a rank", timeout))
         ends = list(itertools.accumulate(lengths, initial=0))
         return [bytes(everything[first:last]) for first, last in itertools.pairwise(ends)]
 

@@ -40,7 +40,6 @@ cdef extern from *:
         l.l_type = F_WRLCK; l.l_whence = SEEK_SET; l.l_start = byte; l.l_len = 1;
         return fcntl(fd, F_GETLK, &l) != 0 || l.l_type != F_UNLCK;
     }
-    static void nv_close_fd(int fd) { close(fd); }
     static int nv_little(void) { const uint32_t one = 1; return *(const unsigned char *)&one; }
     """
     int64_t nv_now() noexcept nogil
@@ -77,7 +76,7 @@ cdef struct World:
     int64_t wait, wake      # addresses of wait_slowly and wake_peer
     int64_t flags, flags_half, lines, lines_half, data, data_half  # offsets in an area, and sizes of a parity's half
     # Private memory: accumulators (as much as data_half), payloads taken out of their lines (as much as lines_half),
-    # three blocks, and a table of size addresses.
+    # three blocks, and a table of 2 * size addresses.
     int64_t workspace, unpacked, blocks, table
     int64_t heap, heap_size  # my symmetric memory
     int64_t bell            # offset in an area: not 0 while the rank sleeps
@@ -97,7 +96,7 @@ cdef struct World:
 # the one of call k is overwritten in call k + 2, which a rank begins only when every rank has ended call k.
 cdef struct Note:
     int64_t sequence        # which call: the first is 1; written last
-    int64_t signature       # what all ranks must agree on, packed by nvcoll.jit
+    int64_t signature       # what all ranks must agree on, packed by nvcoll.planning
     int64_t count
 
 cdef struct Board:
@@ -258,8 +257,9 @@ cdef int64_t wait_slowly(World* w, int64_t* word, int64_t expected) noexcept nog
             error, about = TIMED_OUT, first_missing(w)
         if not error and interrupted(w):
             error, about = INTERRUPTED, -1
-        # What arrived while we looked counts, unless it belongs to another call than ours.
-        if error and (error == MISMATCH or nv_load(word) != expected):
+        # What arrived while we looked counts, unless it belongs to another call than ours. What a handler raised is to
+        # be raised in any case: a call that returned would have swallowed it.
+        if error and (error in (MISMATCH, INTERRUPTED) or nv_load(word) != expected):
             fail(w, error, about)
             return error
 

@@ -61,6 +61,8 @@ class TestContents:
             ([2, 3], (2, 3)),
             (np.int64(4), (4,)),
             (np.array([1, 2]), (1, 2)),
+            ((1,) * 64, (1,) * 64),
+            ((0, 2**58), (0, 2**58)),
         ],
     )
     def test_shapes(self, shape, expected):
@@ -116,10 +118,19 @@ class TestContents:
             call(COMM_SELF)
         assert place(COMM_SELF.empty(1)) == place(first) + 4096
 
-    @pytest.mark.parametrize("shape", [(2**40, 2**40), 2.5, "3"])
-    def test_shapes_that_cannot_be_take_no_memory(self, shape):
+    @pytest.mark.parametrize(
+        ("shape", "told"),
+        [
+            ((2**40, 2**40), "has more elements than addresses; give a product below 2**59"),
+            ((0, 2**62), "has more elements than addresses; give a product below 2**59"),
+            ((1,) * 65, "has 65 dimensions; give 64 at most, as NumPy takes"),
+            (2.5, "is 2.5, expected whole numbers; give a length or a tuple"),
+            ("3", "is '3', expected whole numbers; give a length or a tuple"),
+        ],
+    )
+    def test_shapes_that_cannot_be_take_no_memory(self, shape, told):
         first = COMM_SELF.empty(1)
-        with pytest.raises((nvcoll.ArgumentError, nvcoll.AllocationError), match=r"^empty: "):
+        with pytest.raises(nvcoll.ArgumentError, match=r"^empty: shape .*" + re.escape(told) + "$"):
             COMM_SELF.empty(shape)
         assert place(COMM_SELF.empty(1)) == place(first) + 4096
 

@@ -74,6 +74,37 @@ def test_a_rank_that_does_not_come_is_named(run_ranks, missing):
 
 
 @mpi
+def test_a_rank_that_stops_when_it_was_counted_is_not_waited_for(run_ranks):
+    code = """
+        import time
+        from nvcoll import _bootstrap, settings
+        from nvcoll.errors import TimeoutError
+
+        exchange = _bootstrap.connect(settings.read())
+        exchange.allgather(b"")
+        exchange.verb = "empty"
+        if exchange.rank == 1:
+            report = exchange._channel._report
+
+            def report_and_stop(length, deadline):
+                told = report(length, deadline)
+                time.sleep(4)
+                return told
+
+            exchange._channel._report = report_and_stop
+        started = time.monotonic()
+        try:
+            exchange.allgather(b"x" * 100_000)
+        except TimeoutError as error:
+            print(time.monotonic() - started < 3, error, flush=True)
+        exchange.close()
+    """
+    found = run_ranks(code, 3, launcher="mpiexec", env={"NVCOLL_TIMEOUT": "0.5"})
+    for rank in (0, 2):
+        assert found.stdout[rank].startswith("True empty: a rank did not arrive within 0.5 s; all ranks must make the")
+
+
+@mpi
 def test_parts(run_ranks):
     code = """
         import sys, threading

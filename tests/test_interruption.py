@@ -122,6 +122,33 @@ if comm.rank == 0:
             assert told["seconds"] < SOON
             crew.let_go(1)
 
+    def test_what_a_handler_raises_is_raised_though_the_others_come_meanwhile(self):
+        program = """
+class Alarm(Exception):
+    pass
+
+def ring(number, frame):
+    tell(ringing=True)
+    while comm._world.planner.state.boards()[1][0] < 2:
+        time.sleep(0.005)
+    time.sleep(0.2)
+    raise Alarm
+
+signal.signal(signal.SIGALRM, ring)
+tell(sum=total())
+signal.setitimer(signal.ITIMER_REAL, 0.3) if comm.rank == 0 else gate()
+for _ in range(2 - comm.rank):
+    tell(**attempt(comm.Allreduce, np.ones(4)))
+"""
+        with Crew(program, 2) as crew:
+            crew.all_told()
+            assert crew.told(0) == {"ringing": True}
+            crew.let_go(1)
+            assert crew.told(0)["kind"] == "Alarm"
+            told = crew.told(0)
+            assert (told["kind"], "an earlier call on this communicator failed" in told["text"]) == ("StateError", True)
+            assert crew.told(1)["kind"] is None  # it had all that it needs
+
     def test_handlers_that_do_not_raise_let_it_go_on(self):
         program = """
 signal.signal(signal.SIGUSR1, lambda number, frame: tell(handled=number))

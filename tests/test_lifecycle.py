@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import nvcoll
-from nvcoll import COMM_SELF, session
+from nvcoll import COMM_SELF, lifecycle, session
 from nvcoll.buffers import streams
 from nvcoll.comm import Comm
+from nvcoll.lifecycle import Living
 
 
 @pytest.mark.parametrize("call", [COMM_SELF.Barrier, lambda: COMM_SELF.Allreduce(np.ones(3))])
@@ -42,6 +43,36 @@ def test_no_end_while_a_library_captures_a_graph(monkeypatch):
     assert not ends
     session._finish()
     assert ends == ["closed"]
+
+
+def test_an_end_that_is_interrupted_keeps_no_other_from_ending(monkeypatch):
+    parts = [COMM_SELF.Dup() for _ in range(3)]
+    for one in (parts[1], COMM_SELF):
+        close = one._world.close
+
+        def end_and_raise(close=close):
+            close()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(one._world, "close", end_and_raise)
+    with pytest.raises(KeyboardInterrupt):
+        nvcoll.Finalize()
+    assert [one.alive for one in (*parts, COMM_SELF)] == [False] * 4
+    assert COMM_SELF.Dup().size == 1
+
+
+def test_what_fails_while_one_comes_to_life_gives_its_world_back(monkeypatch):
+    nvcoll.Finalize()
+    worlds, enter = [], Living._enter
+    monkeypatch.setattr(Living, "_enter", lambda self, world: [worlds.append(world), enter(self, world)])
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle, "parse", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            COMM_SELF.Barrier()
+    assert not COMM_SELF.alive
+    with pytest.raises(nvcoll.StateError, match="freed or finalized"):
+        worlds[0].planner.state.demand()
+    COMM_SELF.Barrier()
 
 
 def test_one_that_waits_for_other_ranks_keeps_no_other_from_coming_to_life():

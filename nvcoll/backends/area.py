@@ -94,7 +94,7 @@ def open_area(memory: Member, piece: Piece, topology: Any, layout: Layout, setti
         "peers": [memory.address(p) + piece.offset for p in range(size)],
         "members": topology.members,
         "owners": topology.owners,
-        "table": [0] * (4 * size),
+        "table": [0] * (2 * size),
         "locks": memory.origins,
     }
     arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in tables.items()}

@@ -38,7 +38,8 @@ class Hub:
         self.slots: list[bytes] = [b""] * size
         self.arrivals = [0] * size
         self.late: list[int] = []  # ranks that were missed first: who comes later hears the same
-        self._lock = threading.Lock()  # for what concerns parts
+        self._lock = threading.Lock()  # for those who come into a part
+        self._guard = threading.Lock()  # for the set of parts, to which parts of parts add too
         self._parts: weakref.WeakSet[Hub] = weakref.WeakSet()  # that somebody still uses
         self._awaited: dict[bytes, tuple[Hub, int]] = {}  # token -> a part, and how many ranks have not found it yet
 
@@ -61,14 +62,16 @@ class Hub:
     def _begin(self, size: int) -> "Hub":
         hub = Hub(size, self.timeout, self._first)
         for holder in (self, self._first):  # this one may be gone before what it was divided into
-            holder._parts.add(hub)
-            if holder.abandoned:
+            with holder._guard:
+                holder._parts.add(hub)
+                abandoned = holder.abandoned
+            if abandoned:
                 hub.abandon()
         return hub
 
     def abandon(self) -> None:
         """Let every rank that waits here or in a part, now or later, raise PeerLostError."""
-        with self._lock:
+        with self._guard:
             self.abandoned = True
             parts = list(self._parts)
         self.barrier.abort()
@@ -192,11 +195,15 @@ def open_ranks(hub: Hub, segment: Any, node_sizes: tuple[int, ...], build: Calla
             problems.append(exc)
             hub.abandon()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(hub.size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(hub.size)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:  # no more threads, or Ctrl-C: those that have begun wait for nobody
+        hub.abandon()
+        raise
     if problems:
         raise problems[0]
     return built

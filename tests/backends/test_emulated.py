@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -147,6 +149,32 @@ class TestParts:
             with pytest.raises(PeerLostError, match=r"^Init: rank . waits for a rank that failed"):
                 exchange.allgather(b"")
 
+    def test_a_part_that_begins_while_a_rank_fails(self, ranks, halves):
+        begun, added = threading.Event(), threading.Event()
+
+        class Seen(weakref.WeakSet):
+            def __iter__(self):
+                for one in super().__iter__():
+                    begun.set()
+                    added.wait(0.2)  # without success, where nothing is added meanwhile
+                    yield one
+
+        first = ranks[0]._hub
+        first._parts = Seen(first._parts)
+
+        def begin():
+            begun.wait(5)
+            part = halves[1]._hub.part(b"name", 2)
+            added.set()
+            return part
+
+        with ThreadPoolExecutor(2) as pool:
+            late, waiting = pool.submit(begin), self.waits(ranks[0], pool)
+            ranks[2].abandon()
+            with pytest.raises(PeerLostError):
+                waiting.result(5)
+            assert late.result(5).abandoned
+
     def test_a_failure_in_a_part_is_none_of_the_others(self, ranks, halves):
         halves[0].abandon()
         with pytest.raises(PeerLostError):
@@ -166,6 +194,22 @@ class TestParts:
         with pytest.raises(ZeroDivisionError) as raised:
             nvcoll.emulate(4).run(main)
         assert raised.value.__notes__ == ["raised on emulated rank 2"]
+
+
+def test_ranks_that_have_begun_do_not_wait_where_the_system_has_no_more_threads(monkeypatch):
+    start, begun = threading.Thread.start, []
+
+    def start_two(thread):
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setenv("NVCOLL_TIMEOUT", "60")
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        nvcoll.emulate(3).run(lambda comm: comm.rank)
+    eventually(lambda: not any(thread.is_alive() for thread in begun))
 
 
 @pytest.mark.parametrize("extent", [1 << 61, (1 << 63) - 4096])

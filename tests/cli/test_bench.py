@@ -1,6 +1,7 @@
 """`nvcoll bench`: what it prints and writes, and that no wrong answer is ever timed."""
 
 import argparse
+import errno
 import importlib.util
 import json
 import re
@@ -295,13 +296,19 @@ def test_plot(monkeypatch, tmp_path):
     assert plot.size_text(65536) == "64 KiB"
 
 
-def test_a_file_that_cannot_be_written_after_all_leaves_the_table():
-    lines = []
-    with pytest.raises(
-        ArgumentError, match=r"--json: cannot write /dev/full \(No space left on device\); the table is"
-    ):
-        bench.bench(Alone(), parsed(*QUICK, "--json", "/dev/full"), lines.append)
-    assert len(table(lines)) == 3
+def test_a_file_that_cannot_be_written_after_all_leaves_the_table_and_what_was_there(monkeypatch, tmp_path):
+    def fill(path, text, encoding):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lines, path = [], tmp_path / "x.json"
+    path.write_text("old")
+    monkeypatch.setattr(Path, "write_text", fill)
+    for file in (Path("/dev/full"), path):
+        with pytest.raises(ArgumentError, match=rf"--json: cannot write {file} \(No space left on device\); the table"):
+            bench.bench(Alone(), parsed(*QUICK, "--json", str(file)), lines.append)
+    assert len(table(lines)) == 6
+    assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize("name", ["x.png", "X.PNG", "x.Svg"])

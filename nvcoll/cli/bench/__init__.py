@@ -246,7 +246,7 @@ def _write(args: argparse.Namespace, document: dict[str, Any], rows: list[report
     if args.json:
         whole = {**document, "rows": [row.fields() for row in rows], "geometric_means": report.means(rows)}
         with _files.refusing("--json", args.json, "the table is above"):
-            args.json.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            _files.replace(args.json, json.dumps(whole, indent=1, allow_nan=False) + "\n")
     if args.plot:
         from nvcoll.cli.bench import plot
 
