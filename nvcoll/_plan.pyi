@@ -6,6 +6,7 @@ WORLD_FIELDS: tuple[str, ...]
 STATES: tuple[str, ...]
 ERRORS: tuple[str, ...]
 STOPPED_SECONDS: float
+MOST_KEPT: int
 OVER: str
 BROKEN: str
 TAKE_TURNS: str

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nvcoll._plan import Plan, Plans
+from nvcoll._plan import MOST_KEPT, Plan, Plans
 from nvcoll.arguments import judge, judge_explain, judge_info, judge_verb
 from nvcoll.buffers import IN_PLACES, Spec, while_alive
 from nvcoll.errors import StateError
@@ -15,9 +15,6 @@ from nvcoll.ops import CODES, SUM, Op
 from nvcoll.planning import EMPTY, Explanation, plan_meeting, verb_of
 from nvcoll.requests import Pending, Prequest, Request
 from nvcoll.splitting import Splitting
-
-MOST_KEPT = 16384
-"""Plans kept for the long way; a program whose sizes never repeat begins anew then."""
 
 
 class Comm(Splitting):
@@ -350,7 +347,9 @@ class Comm(Splitting):
         Raises
         ------
         ArgumentError
-            If there is no such verb, or `nbytes` is no multiple of the itemsize.
+            If there is no such verb, datatype or operator, or `nbytes` is no multiple of the itemsize.
+        DatatypeError
+            If the operator is not defined for elements of this type.
         """
         count, datatype, handle = judge_explain(verb, nbytes, dtype, op)
         if self._between is not None:
@@ -368,6 +367,11 @@ class Comm(Splitting):
         Returns
         -------
         list of str
+
+        Raises
+        ------
+        ArgumentError
+            If there is no such verb.
         """
         judge_verb("algorithms", verb)
         return [one.name for one in self.explain(verb, 4).candidates]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from nvcoll._plan import BROKEN, DevicePlan, DevicePlans
+from nvcoll._plan import BROKEN, MOST_KEPT, DevicePlan, DevicePlans
 from nvcoll.arguments import in_place, judge_buffers
 from nvcoll.backends import driver
 from nvcoll.buffers import (
@@ -34,8 +34,6 @@ from nvcoll.planning import EMPTY, plan_meeting
 from nvcoll.requests import Pending
 from nvcoll.world_cuda import DeviceWorld
 
-MOST_KEPT = 16384
-"""Plans kept; a program whose sizes never repeat begins anew then."""
 WORD = 8
 """Most bytes of an element that kernels load at once, and to a multiple of which its address must be."""
 

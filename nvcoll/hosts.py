@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from nvcoll._bootstrap import named
 from nvcoll._plan import ERRORS, STOPPED_SECONDS, TAKE_TURNS, Plan
 from nvcoll.buffers import Spec, parse
 from nvcoll.errors import ArgumentError, BootstrapError, MismatchError, PeerLostError, StateError, TimeoutError
@@ -302,7 +303,7 @@ class Between:
             if waited > timeout + min(timeout, PATIENCE):
                 raise TimeoutError(
                     f"{self._where()}: no answer within NVCOLL_TIMEOUT ({timeout:g} s) from "
-                    f"{_ranks(self._notices.partners)}, on other nodes, or one of them. {CURE}"
+                    f"{named(self._notices.partners)}, on other nodes, or one of them. {CURE}"
                 )
 
     def _look(self) -> None:
@@ -349,11 +350,6 @@ class Between:
 def _judge(verb: str, algorithm: str | None) -> None:
     if algorithm not in (None, NAME):
         raise ArgumentError(f"{verb}: algorithm is {algorithm!r}, expected {NAME!r} for ranks on several nodes")
-
-
-def _ranks(ranks: list[int]) -> str:
-    names = [str(rank) for rank in ranks[:8]] + (["..."] if len(ranks) > 8 else [])
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(names)
 
 
 def _for_mpi(part: np.ndarray[Any, Any], op: str) -> np.ndarray[Any, Any]:

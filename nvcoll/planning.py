@@ -21,8 +21,6 @@ from nvcoll.ops import DATATYPES, OPS, SUM, Datatype, Op
 PROTOCOLS = ("low_latency", "simple")
 LINK = Link(0.3e-6, 1 / 10e9, 1e-6, 1 / 5e9)
 """Expected speed where no rule speaks. Only the order that it gives to algorithms matters."""
-LAUNCH = "launch"
-"""Where rules shape launches on GPUs."""
 VERBS = ("allreduce",)
 EMPTY = "allreduce of no elements"
 CALLS = (*VERBS, "barrier", EMPTY)
@@ -35,7 +33,17 @@ SLOT_ALIGN = 2 * LINE
 
 @dataclass(frozen=True)
 class Candidate:
-    """An algorithm with a protocol, as it stands for a call: the reason why it cannot serve, or what it should take."""
+    """An algorithm with a protocol, as it stands for a call.
+
+    Attributes
+    ----------
+    name : str
+        What ``algorithm=`` takes, such as ``"ring/simple"``.
+    reason : str or None
+        Why it cannot serve; None if it can.
+    seconds : float or None
+        What it should take; None where it cannot serve, or nothing is expected of it.
+    """
 
     name: str
     reason: str | None
@@ -127,7 +135,7 @@ def read_rules(path: Path | None) -> dict[str, Any]:
         rules = parse_rules(source.read_text())
     except (OSError, ValueError) as exc:
         raise ArgumentError(f"NVCOLL_RULES: {source}: {exc}; correct the file or unset the variable") from exc
-    return rules if path is None else {LAUNCH: json.loads(own.read_text())[LAUNCH]} | rules
+    return rules if path is None else {_selection.LAUNCH: json.loads(own.read_text())[_selection.LAUNCH]} | rules
 
 
 class Chooser(ABC):

@@ -12,7 +12,7 @@ from nvcoll.errors import ArgumentError
 from nvcoll.jit_cuda import THREADS
 from nvcoll.kernels import Kernels
 from nvcoll.ops import DATATYPES, Datatype, Op
-from nvcoll.planning import LAUNCH, Chooser, Explanation, pack_signature, pack_stamp
+from nvcoll.planning import Chooser, Explanation, pack_signature, pack_stamp
 
 PACK = 16
 """Bytes that a thread moves at a time."""
@@ -51,7 +51,7 @@ class DevicePlanner(Chooser):
         multiprocessors: int, timeout: float, remote: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(area.layout, topology, slices, rules, sharers > 1, timeout)
-        self.launches = rules[LAUNCH]
+        self.launches = rules[_selection.LAUNCH]
         self.area = area
         self.state = area.state
         self.kernels = kernels
@@ -117,13 +117,13 @@ class DevicePlanner(Chooser):
         part = self._stride(base, shape) // spread // slots.width // unit * unit
         return int(min(part * slots.parts, self.layout.slots_block // slots.width // unit * unit))
 
-    def plan(self, told: Explanation, datatype: Datatype, op: Op, size: int | None = None) -> DevicePlan:
+    def plan(self, told: Explanation, datatype: Datatype, op: Op) -> DevicePlan:
         """Make the plan of a call that was explained."""
         count = told.nbytes // datatype.itemsize
         shape = self.shape(count, datatype)
-        if (size or shape.size) == 1:  # one rank's reduction is its contribution, AVG of it too
+        if shape.size == 1:  # one rank's reduction is its contribution, AVG of it too
             return DevicePlan(self.state, 0, {"count": told.nbytes}, 1, 1, None, told)
-        call = {"count": count, "ranks": size or shape.size, "stride": self._stride(told.algorithm, shape)}
+        call = {"count": count, "ranks": shape.size, "stride": self._stride(told.algorithm, shape)}
         deep = self.deep(told.nbytes, datatype.name)
         function = self.kernels.get(told.algorithm, told.protocol, op.name, datatype.name, deep, state=self.state)
         blocks, threads = self.grid(told.nbytes, function, datatype.name)

@@ -73,6 +73,8 @@ class Request(LowerCase):
         ------
         Error
             What the call raised: see the blocking verb. The request is inactive then.
+        ArgumentError
+            If `status` is something else. The request is as it was.
         """
         if status is not None:
             judge_status("Wait", status)
@@ -100,7 +102,7 @@ class Request(LowerCase):
 
         Raises
         ------
-        Error
+        Error, ArgumentError
             As for `Wait`.
         """
         if status is not None:
@@ -138,6 +140,8 @@ class Request(LowerCase):
         ------
         Error
             The error of the first one, in the order of `requests`, whose call failed. All have ended then.
+        ArgumentError
+            If `requests` is no list of requests, or `statuses` something else. All requests are as they were.
         """
         judge_statuses("Waitall", statuses)
         problem = None
@@ -170,7 +174,7 @@ class Request(LowerCase):
 
         Raises
         ------
-        Error
+        Error, ArgumentError
             As for `Waitall`.
         """
         judge_statuses("Testall", statuses)
@@ -195,8 +199,8 @@ class Request(LowerCase):
 
         Raises
         ------
-        Error
-            What its call raised.
+        Error, ArgumentError
+            What its call raised, or what is refused as by `Waitall`.
         """
         judge_status("Waitany", status)
         every = _checked("Waitany", requests)
@@ -227,8 +231,8 @@ class Request(LowerCase):
 
         Raises
         ------
-        Error
-            What its call raised.
+        Error, ArgumentError
+            What its call raised, or what is refused as by `Waitall`.
         """
         judge_status("Testany", status)
         active = False
@@ -257,8 +261,8 @@ class Request(LowerCase):
 
         Raises
         ------
-        Error
-            The error of the first of them whose call failed. All of them are as after `Wait` then.
+        Error, ArgumentError
+            As for `Waitall`; an error of those that have ended, which all are as after `Wait` then.
         """
         judge_statuses("Waitsome", statuses)
         every = _checked("Waitsome", requests)
@@ -285,7 +289,7 @@ class Request(LowerCase):
 
         Raises
         ------
-        Error
+        Error, ArgumentError
             As for `Waitsome`.
         """
         judge_statuses("Testsome", statuses)
@@ -355,6 +359,8 @@ class Prequest(Request):
         ------
         StateError
             As for `Start`. Those before the one that is named are begun then.
+        ArgumentError
+            If `requests` is no list of persistent requests. None is begun.
         """
         for request in _checked("Startall", requests, kind=Prequest):
             request.Start()

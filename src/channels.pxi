@@ -20,7 +20,7 @@ def _patience(timeout):
 
 def late(verb, ranks, timeout):
     """Return the message of a `TimeoutError`: which ranks did not come to what the user called."""
-    who = ranks if isinstance(ranks, str) else _ranks(ranks)
+    who = ranks if isinstance(ranks, str) else named(ranks)
     return (
         f"{verb}: {who} did not arrive within {timeout:g} s; all ranks must make the same calls, and NVCOLL_TIMEOUT "
         "sets a longer limit"

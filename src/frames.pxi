@@ -89,7 +89,8 @@ def _after_fork():
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _ranks(ranks):
+def named(ranks):
+    """Return "rank 3", or "ranks 1, 2": of many, the first and how many more."""
     names = [str(rank) for rank in ranks]
     if len(names) > 16:
         names[16:] = [f"{len(names) - 16} more"]

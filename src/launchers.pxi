@@ -170,7 +170,7 @@ def _duplicate(world, timeout):
     comm, request = _duplicates[0]
     if not _poll(request.Test, time.monotonic() + timeout):
         others = [rank for rank in range(world.Get_size()) if rank != world.Get_rank()]
-        raise TimeoutError(late("Init", _ranks(others) + (", or some of them," if len(others) > 1 else ""), timeout))
+        raise TimeoutError(late("Init", named(others) + (", or some of them," if len(others) > 1 else ""), timeout))
     _duplicates.clear()
     return comm
 

@@ -225,8 +225,9 @@ cdef class State:
 
 
 cdef enum:
-    MOST = 16384            # plans kept
+    MOST = 16384            # plans kept; a program whose sizes never repeat begins anew then
     ENTRIES = 256           # of the direct-mapped front of the table: the plans of a program's inner loop
+MOST_KEPT = MOST
 
 
 cdef struct Entry:
@@ -262,7 +263,7 @@ cdef class Plans:
 
     def add(self, int64_t code, int64_t nbytes, op, Plan plan):
         """Keep a plan for `run`, where `op` is known by identity: mpi4py's handles cannot be hashed."""
-        if len(self.table) >= MOST:  # a program whose sizes never repeat: begin anew rather than grow without end
+        if len(self.table) >= MOST:
             self.table.clear()
             memset(self.entries, 0, sizeof(self.entries))
         self.table[code, nbytes, <uintptr_t><void*>op] = (plan, op)

@@ -261,8 +261,8 @@ class RendezvousServer:
         # the verdict stays: who comes later hears the same, or that it is what the others have waited for
         session.verdict = kind, ranks
         session.deadline = math.inf
-        text = "; ".join(f"{_ranks([rank])} {session.gone[rank]}" for rank in ranks if rank in session.gone)
-        body = _join_all([_ranks(ranks).encode(), text.encode()])
+        text = "; ".join(f"{named([rank])} {session.gone[rank]}" for rank in ranks if rank in session.gone)
+        body = _join_all([named(ranks).encode(), text.encode()])
         for rank in list(session.waiting):
             del session.waiting[rank]
             self._say(session.members[rank], TOO_LATE if kind == LATE and rank in ranks else kind, body)

@@ -6,6 +6,8 @@ A local difference here is a deadlock, so nothing is read from the environment, 
 
 HARDWARE = ("host", "cuda")
 """What rules may be for: the kinds of planners."""
+LAUNCH = "launch"
+"""Where rules shape launches on GPUs."""
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256, 512)
 """Threads that a block on a GPU may have."""
 
@@ -136,7 +138,7 @@ def _check_choices(kind, listed, names, verbs):
 def check_launch(rules):
     """Raise ValueError, naming the rule, unless `rules` shape every launch."""
     known = {"threads", "blocks", "deep", "upto", "far", "note"}
-    for where, rule in _each_rule("launch", rules, ("threads",), known):
+    for where, rule in _each_rule(LAUNCH, rules, ("threads",), known):
         if not _is_number(rule["threads"], 1) or rule["threads"] not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ValueError(f"{where}: threads is {rule['threads']!r}, expected one of {sizes}")
@@ -146,10 +148,10 @@ def check_launch(rules):
             _check_truth(where, rule, key)
     for far in (False, True):
         if not any("upto" not in rule and rule.get("far", far) == far for rule in rules):
-            raise ValueError(f"launch: needs a rule without upto, for far {str(far).lower()}")
+            raise ValueError(f"{LAUNCH}: needs a rule without upto, for far {str(far).lower()}")
 
 
-def check_rules(rules, names, verbs=("allreduce",)):
+def check_rules(rules, names, verbs):
     """Raise ValueError, naming the rule, unless `rules` is a mapping of kinds of hardware to lists of rules.
 
     Under ``launch`` there may be rules for the shape of launches on GPUs.
@@ -166,9 +168,9 @@ def check_rules(rules, names, verbs=("allreduce",)):
     if not isinstance(rules, dict):
         raise ValueError("expected an object of lists, one for each kind of hardware")
     for kind, listed in rules.items():
-        if kind == "launch":
+        if kind == LAUNCH:
             check_launch(listed)
         elif kind in HARDWARE:
             _check_choices(kind, listed, names, verbs)
         else:
-            raise ValueError(f"{kind}: not known; known are {', '.join(HARDWARE)}, launch")
+            raise ValueError(f"{kind}: not known; known are {', '.join((*HARDWARE, LAUNCH))}")

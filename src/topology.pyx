@@ -28,8 +28,6 @@ cdef class Topology:
         World ranks at this rank's place in each node; -1 for a node that is too small to have one.
     node_sizes
         How many ranks each node has.
-    uniform
-        Whether all nodes have the same number of ranks.
     hosts
         How many hosts there are; fewer than nodes if ``ranks_per_node`` splits hosts.
     host_sizes
@@ -48,7 +46,7 @@ cdef class Topology:
 
     cdef readonly int rank, size, node, local_rank, hosts, host_rank, cores
     cdef readonly tuple nodes, members, owners, node_sizes, host_sizes, gpus, ranks_on_my_gpu
-    cdef readonly bint uniform, oversubscribed
+    cdef readonly bint oversubscribed
     cdef tuple identities
 
     def __repr__(self):
@@ -132,7 +130,6 @@ def _describe(rank, identities, hosts, nodes, by_host, gpus):
     self.rank, self.size, self.hosts = rank, len(identities), len(hosts)
     self.nodes = tuple(sorted(nodes))
     self.node_sizes = tuple(len(node) for node in self.nodes)
-    self.uniform = len(set(self.node_sizes)) == 1
     self.node = next(number for number, node in enumerate(self.nodes) if rank in node)
     self.members = self.nodes[self.node]
     self.local_rank = self.members.index(rank)

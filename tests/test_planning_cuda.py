@@ -7,13 +7,13 @@ import pytest
 
 import nvcoll
 from nvcoll import planning_cuda
-from nvcoll._selection import BLOCK_SIZES
+from nvcoll._selection import BLOCK_SIZES, LAUNCH
 from nvcoll.algorithms import ALGORITHMS, Shape
 from nvcoll.backends.device_area import SCRATCH, DeviceLayout
 from nvcoll.device.cuda.layout import BLOCKS
 from nvcoll.jit_cuda import THREADS as MOST_THREADS
 from nvcoll.ops import AVG, DATATYPES, FLOAT, SUM
-from nvcoll.planning import LAUNCH, candidates
+from nvcoll.planning import candidates
 from nvcoll.planning_cuda import PACK, DevicePlanner
 from tests.algorithms import schedule
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nvcoll
-from nvcoll._selection import HARDWARE, check_rules, choose, matches, shape_launch
-from nvcoll.planning import LAUNCH, Planner, candidates
+from nvcoll._selection import HARDWARE, LAUNCH, check_rules, choose, matches, shape_launch
+from nvcoll.planning import VERBS, Planner, candidates
 from nvcoll.planning_cuda import DevicePlanner
 
 NAMES = ["one_shot/low_latency", "ring/simple", "two_shot/simple"]
@@ -122,7 +122,7 @@ LIMITS = st.fixed_dictionaries(
     st.sets(st.sampled_from(NAMES), max_size=2),
 )
 def test_the_choice_can_always_serve_and_no_earlier_rule_could(rules, nbytes, ranks, nodes, crowded, refused):
-    check_rules({"host": rules}, NAMES)
+    check_rules({"host": rules}, NAMES, VERBS)
     reasons = {name: "no" if name in refused else None for name in NAMES}
     costs = {name: COSTS[name] for name in NAMES if name not in refused}
     use, why = choice(rules, nbytes, ranks, nodes, crowded, reasons, costs)
@@ -164,7 +164,7 @@ def test_the_choice_can_always_serve_and_no_earlier_rule_could(rules, nbytes, ra
 )
 def test_wrong_rules_are_refused(rules, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_rules(rules, NAMES)
+        check_rules(rules, NAMES, VERBS)
 
 
 def test_rules_are_for_what_there_are_planners_of():
@@ -175,7 +175,7 @@ def test_rules_are_for_what_there_are_planners_of():
 def test_the_package_s_rules_are_right_and_serve_every_size_on_one_node():
     rules = json.loads(Path(nvcoll.__file__).with_name("rules.json").read_text())
     names = candidates()
-    check_rules(rules, names)
+    check_rules(rules, names, VERBS)
     reasons, costs = dict.fromkeys(names), dict.fromkeys(names, 1e-6)
     for nbytes in (0, 1, 512, 513, 8192, 8193, 1 << 20, 1 << 40):
         for crowded in (False, True):
@@ -187,7 +187,7 @@ LAST = {"threads": 256, "deep": True}
 
 def test_launches_are_shaped_by_the_first_rule_that_matches():
     rules = [{"upto": 100, "threads": 64}, {"far": True, "threads": 512, "blocks": 8}, LAST]
-    check_rules({"launch": rules}, NAMES)
+    check_rules({"launch": rules}, NAMES, VERBS)
     assert shape_launch(rules, 100, True) == (64, None, False)
     assert shape_launch(rules, 101, True) == (512, 8, False)
     assert shape_launch(rules, 101, False) == (256, None, True)
@@ -219,4 +219,4 @@ def test_launches_are_shaped_by_the_first_rule_that_matches():
 )
 def test_launch_rules_that_are_wrong(rules, problem):
     with pytest.raises(ValueError, match=problem):
-        check_rules({"launch": rules}, NAMES)
+        check_rules({"launch": rules}, NAMES, VERBS)

@@ -36,7 +36,6 @@ def test_nodes(identities, ranks_per_node, nodes, hosts):
         assert found.nodes == nodes
         assert found.hosts == hosts
         assert found.node_sizes == tuple(map(len, nodes))
-        assert found.uniform == (len(set(map(len, nodes))) == 1)
         assert (found.rank, found.size) == (rank, len(identities))
         assert nodes[found.node][found.local_rank] == rank
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvcoll.errors import AllocationError, BootstrapError
+from nvcoll.settings import PAGE
 
 SHARE = 4
 """The ranks of a GPU take one part in so many of its memory, if NVCOLL_HEAP does not tell."""
@@ -100,7 +101,7 @@ def plan(everyone: Sequence[Facts], host_sizes: Sequence[int], heap: int | None)
         parts = [facts.total // SHARE // sharers[facts.gpu] for facts in everyone]
         extent = min([*parts, *(facts.limit for facts in everyone if facts.limit)]) // GRAIN * GRAIN
     else:
-        extent = heap // 4096 * 4096
+        extent = heap // PAGE * PAGE
     for rank, facts in enumerate(everyone):
         taken = extent * sharers[facts.gpu]
         if taken > facts.free and not facts.on_host:

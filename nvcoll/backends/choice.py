@@ -7,13 +7,8 @@ from nvcoll.backends import nvshmem
 from nvcoll.backends.agreement import uneven
 from nvcoll.errors import BootstrapError
 
-OPENS = ("shm", "nvshmem")
-"""Backends that worlds of processes can be opened on."""
 
-
-def choose(
-    wanted: str, reasons: Sequence[str | None], host_sizes: Sequence[int], opens: Sequence[str] = OPENS
-) -> tuple[str, str]:
+def choose(wanted: str, reasons: Sequence[str | None], host_sizes: Sequence[int]) -> tuple[str, str]:
     """Return the backend, and why. Pure: ranks with equal arguments come to the same.
 
     Parameters
@@ -24,8 +19,6 @@ def choose(
         Why each rank cannot use NVSHMEM; None where it can.
     host_sizes
         How many ranks each host has.
-    opens
-        Backends there are.
 
     Raises
     ------
@@ -34,7 +27,7 @@ def choose(
     """
     if wanted == "shm":
         return "shm", "NVCOLL_BACKEND asks for it"
-    problem = _problem(reasons, host_sizes, opens)
+    problem = _problem(reasons, host_sizes)
     if problem is None:
         return "nvshmem", "every rank can use a GPU and NVSHMEM"
     if wanted == "nvshmem":
@@ -46,7 +39,6 @@ def agree_on_backend(
     exchange: Any,
     wanted: str,
     host_sizes: Sequence[int],
-    opens: Sequence[str] = OPENS,
     usable: Callable[[], str | None] = nvshmem.usable,
 ) -> tuple[str, str]:
     """Ask all ranks what they can use, and `choose`. Collective, where more than one backend comes into question.
@@ -57,21 +49,19 @@ def agree_on_backend(
         Byte exchange among all ranks.
     wanted
         ``NVCOLL_BACKEND``, equal on all ranks.
-    host_sizes, opens
+    host_sizes
         As for `choose`.
     usable
         Tells why this rank cannot use NVSHMEM.
     """
     reasons: list[str | None] = []
-    if wanted != "shm" and "nvshmem" in opens:
+    if wanted != "shm":
         answers = exchange.allgather((usable() or "").encode())
         reasons = [answer.decode(errors="replace") or None for answer in answers]
-    return choose(wanted, reasons, host_sizes, opens)
+    return choose(wanted, reasons, host_sizes)
 
 
-def _problem(reasons: Sequence[str | None], host_sizes: Sequence[int], opens: Sequence[str]) -> str | None:
-    if "nvshmem" not in opens:
-        return f"this release opens worlds on {', '.join(opens)} only"
+def _problem(reasons: Sequence[str | None], host_sizes: Sequence[int]) -> str | None:
     for rank, reason in enumerate(reasons):
         if reason is not None:
             return f"rank {rank}: {reason}"

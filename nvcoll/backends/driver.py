@@ -96,8 +96,6 @@ class Device:
         All of its memory.
     multiprocessors : int
         How many it has.
-    max_threads_per_multiprocessor : int
-        Threads that one of them can hold.
 
     Raises
     ------
@@ -118,7 +116,6 @@ class Device:
         major, minor = (self.attribute(f"compute_capability_{part}") for part in ("major", "minor"))
         self.arch = f"sm_{major}{minor}"
         self.multiprocessors = self.attribute("multiprocessor_count")
-        self.max_threads_per_multiprocessor = self.attribute("max_threads_per_multiprocessor")
         self._lock = threading.Lock()
         self._context: Any = None
 
@@ -347,9 +344,9 @@ def load_module(image: bytes) -> Module:
     return Module(image)
 
 
-def occupancy(function: int, threads: int, shared: int = 0) -> int:
-    """Return how many blocks of a kernel fit on a multiprocessor, given threads and dynamic shared bytes a block."""
-    return int(_call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, shared))
+def occupancy(function: int, threads: int) -> int:
+    """Return how many blocks of a kernel fit on a multiprocessor, given the threads of a block."""
+    return int(_call("cuOccupancyMaxActiveBlocksPerMultiprocessor", function, threads, 0))
 
 
 @cache

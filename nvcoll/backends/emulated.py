@@ -11,6 +11,7 @@ from nvcoll import _bootstrap, _topology
 from nvcoll.backends import driver
 from nvcoll.backends.group import Member, physical_memory
 from nvcoll.errors import AllocationError, Error, PeerLostError, TimeoutError
+from nvcoll.settings import PAGE
 
 EXTENT = 1 << 30
 """Most address space an emulated rank gets by default."""
@@ -211,7 +212,7 @@ def open_ranks(hub: Hub, segment: Any, node_sizes: tuple[int, ...], build: Calla
 
 def reserve(size: int, extent: int | None) -> Any:
     """Reserve address space for the heaps of `size` emulated ranks, or raise AllocationError."""
-    each = (extent or min(EXTENT, physical_memory())) // 4096 * 4096
+    each = (extent or min(EXTENT, physical_memory())) // PAGE * PAGE
     try:
         return _bootstrap.anonymous(each * size)
     except OSError as exc:
@@ -292,5 +293,5 @@ def reserve_on(device: Any, size: int, extent: int | None) -> DeviceSegment:
     """Take a GPU's memory for the heaps of emulated ranks: by default half of what is free, 1 GiB each at most."""
     with device:
         free, _ = driver.memory_info()
-    each = (extent or min(EXTENT, free // (2 * size))) // 4096 * 4096
+    each = (extent or min(EXTENT, free // (2 * size))) // PAGE * PAGE
     return DeviceSegment(device, each * size)

@@ -10,6 +10,7 @@ from typing import Any
 
 from nvcoll import _bootstrap
 from nvcoll.backends.group import Member, agree, physical_memory
+from nvcoll.settings import PAGE
 
 SPACE = 1 << 45
 """Most bytes of address space for the heaps of a node: a quarter of what a process has."""
@@ -32,7 +33,7 @@ class SharedMemory(Member):
 
     def __init__(self, exchange: Any, topology: Any, extent: int | None) -> None:
         members = topology.members
-        size = (extent or min(physical_memory(), SPACE // len(members))) // 4096 * 4096
+        size = (extent or min(physical_memory(), SPACE // len(members))) // PAGE * PAGE
         self.segment = _map(exchange, topology.local_rank, members, size * len(members))
         super().__init__(exchange, members, topology.local_rank, size, self.segment.fd)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Self
 
+from nvcoll._bootstrap import named
 from nvcoll.cli._output import Lines, Outlet, outlets
 
 GRACE = 5.0
@@ -246,7 +247,7 @@ class Launcher:
     def _kill(self) -> None:
         slow = self._running()
         if slow:
-            _say(f"killed {_ranks(slow)}, which did not end in {GRACE:g} s")
+            _say(f"killed {named(slow)}, which did not end in {GRACE:g} s")
         self._signal(signal.SIGKILL)
         self.kill_at = None
 
@@ -311,10 +312,6 @@ def _how(status: int) -> str:
         return f"was killed by {signal.Signals(-status).name}"
     except ValueError:  # real-time signals have no names
         return f"was killed by signal {-status}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 def _say(text: str) -> None:

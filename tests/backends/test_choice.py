@@ -2,10 +2,8 @@
 
 import pytest
 
-from nvcoll.backends.choice import OPENS, agree_on_backend, choose
+from nvcoll.backends.choice import agree_on_backend, choose
 from nvcoll.errors import BootstrapError
-
-BOTH = ("shm", "nvshmem")
 
 
 class Exchange:
@@ -21,11 +19,11 @@ class Exchange:
 
 class TestChoose:
     def test_the_hosts_where_asked_for(self):
-        assert choose("shm", [None, None], [2], BOTH) == ("shm", "NVCOLL_BACKEND asks for it")
+        assert choose("shm", [None, None], [2]) == ("shm", "NVCOLL_BACKEND asks for it")
 
     @pytest.mark.parametrize("wanted", ["auto", "nvshmem"])
     def test_the_gpus_where_every_rank_can(self, wanted):
-        assert choose(wanted, [None] * 4, [2, 2], BOTH) == ("nvshmem", "every rank can use a GPU and NVSHMEM")
+        assert choose(wanted, [None] * 4, [2, 2]) == ("nvshmem", "every rank can use a GPU and NVSHMEM")
 
     @pytest.mark.parametrize(
         ("reasons", "hosts", "problem"),
@@ -39,40 +37,30 @@ class TestChoose:
         ],
     )
     def test_where_one_cannot(self, reasons, hosts, problem):
-        assert choose("auto", reasons, hosts, BOTH) == ("shm", problem)
+        assert choose("auto", reasons, hosts) == ("shm", problem)
         with pytest.raises(BootstrapError) as caught:
-            choose("nvshmem", reasons, hosts, BOTH)
+            choose("nvshmem", reasons, hosts)
         assert str(caught.value) == (
             f"NVCOLL_BACKEND=nvshmem: {problem}; or set NVCOLL_BACKEND=shm, and reduce on the hosts"
         )
-
-    def test_backends_that_cannot_be_opened_are_not_chosen(self):
-        assert choose("auto", [None], [1], ("shm",)) == ("shm", "this release opens worlds on shm only")
-        with pytest.raises(BootstrapError, match=r"^NVCOLL_BACKEND=nvshmem: this release opens worlds on shm only; or"):
-            choose("nvshmem", [None], [1], ("shm",))
 
 
 class TestAgree:
     def test_every_rank_tells(self):
         exchange = Exchange(b"no GPU", b"")
-        assert agree_on_backend(exchange, "auto", [3], BOTH, lambda: None) == ("shm", "rank 1: no GPU")
+        assert agree_on_backend(exchange, "auto", [3], lambda: None) == ("shm", "rank 1: no GPU")
         assert exchange.given == [b""]
         exchange = Exchange(b"", b"")
-        assert agree_on_backend(exchange, "auto", [3], BOTH, lambda: "mine") == ("shm", "rank 0: mine")
-        assert agree_on_backend(exchange, "auto", [3], BOTH, lambda: None)[0] == "nvshmem"
+        assert agree_on_backend(exchange, "auto", [3], lambda: "mine") == ("shm", "rank 0: mine")
+        assert agree_on_backend(exchange, "auto", [3], lambda: None)[0] == "nvshmem"
 
-    @pytest.mark.parametrize(("wanted", "opens"), [("shm", BOTH), ("auto", ("shm",))])
-    def test_nobody_is_asked_where_there_is_no_choice(self, wanted, opens):
+    def test_nobody_is_asked_where_there_is_no_choice(self):
         def usable():
             raise AssertionError
 
         exchange = Exchange()
-        assert agree_on_backend(exchange, wanted, [1], opens, usable)[0] == "shm"
+        assert agree_on_backend(exchange, "shm", [1], usable)[0] == "shm"
         assert exchange.given == []
-
-
-def test_the_host_can_always_be_opened():
-    assert "shm" in OPENS
 
 
 def test_every_rank_learns_that_the_gpus_cannot_be_had(run_ranks):

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from nvcoll import _selection
+from nvcoll._selection import LAUNCH
 from nvcoll.cli import tune
 from nvcoll.cli.tune import launch
 from nvcoll.errors import ArgumentError
-from nvcoll.planning import LAUNCH, Candidate, read_rules
+from nvcoll.planning import Candidate, read_rules
 from tests.cli import test_bench_gpu
 from tests.cli.test_tune import parsed
 from tests.gpu.devices import GPUS

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvcoll import _selection
+from nvcoll._selection import LAUNCH
 from nvcoll.cli.tune import launch, rulebook
 from nvcoll.cli.tune.ranges import choose, ranges
 from nvcoll.cli.tune.rulebook import Scope
 from nvcoll.errors import ArgumentError
-from nvcoll.planning import LAUNCH, candidates, read_rules
+from nvcoll.planning import candidates, read_rules
 
 SCOPE = Scope("host", "allreduce", 4, 1, oversubscribed=False)
 NAMES = ("a", "b", "c")

@@ -8,8 +8,8 @@ from nvcoll.cli.bench import report, run
 from nvcoll.cli.bench.measure import Budget
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import DATATYPES, OPS
+from nvcoll.planning import VERBS
 
-VERBS = ("allreduce",)
 size = of_kind("bytes")
 """Returns ``64K`` as 65536."""
 

@@ -12,7 +12,7 @@ from nvcoll.ops import Datatype, Op
 
 SMALL = 1 << 16  # elements up to which several checks are cheap
 Clock = Callable[[Ranks, Sequence[Contestant], Budget], list[Timing]]
-CHECKS = 4  # one more than the slots that low-latency protocols rotate
+CHECKS = 4  # both halves of the scratch memory, which calls use in turn, and each again when it is not new
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvcoll import _selection
+from nvcoll._selection import BLOCK_SIZES, LAUNCH, shape_launch
 from nvcoll.cli.bench.field import Field
 from nvcoll.cli.bench.gpu.contestants import Nvcoll
 from nvcoll.cli.bench.report import Row
@@ -12,9 +12,8 @@ from nvcoll.cli.bench.run import Workload
 from nvcoll.cli.tune.race import timed
 from nvcoll.cli.tune.rulebook import Rule, Rules, limited
 from nvcoll.errors import ArgumentError
-from nvcoll.planning import LAUNCH, read_rules
+from nvcoll.planning import read_rules
 
-THREADS = (8, 16, 32, 64, 128, 256, 512)
 MANY = 64
 """Least threads that have several packs under way: those are for large messages."""
 FEW = (8, 16, 32, 64)
@@ -39,8 +38,8 @@ class Form:
         return {"threads": self.threads} | ({"deep": True} if self.deep else {}) | limit
 
 
-_NEAR = [Form(threads, deep) for deep in (False, True) for threads in THREADS if threads >= MANY or not deep]
-_FAR = [*_NEAR, *(Form(THREADS[-1], deep, blocks) for deep in (False, True) for blocks in FEW)]
+_NEAR = [Form(threads, deep) for deep in (False, True) for threads in BLOCK_SIZES if threads >= MANY or not deep]
+_FAR = [*_NEAR, *(Form(BLOCK_SIZES[-1], deep, blocks) for deep in (False, True) for blocks in FEW)]
 FORMS = {far: {str(form): form for form in forms} for far, forms in ((False, _NEAR), (True, _FAR))}
 """Whether some ranks are far -> the shapes that are measured, by name."""
 
@@ -142,7 +141,7 @@ class Shapes:
 
 def _in_force(launches: list[Rule], nbytes: int, far: bool) -> str:
     """Return the shape that rules give; one whose blocks they limit may be none of those that are measured."""
-    threads, most, deep = _selection.shape_launch(launches, nbytes, far)
+    threads, most, deep = shape_launch(launches, nbytes, far)
     return str(Form(threads, deep, most))
 
 

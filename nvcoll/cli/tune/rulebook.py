@@ -10,7 +10,7 @@ from nvcoll import _selection
 from nvcoll.cli import _files
 from nvcoll.cli.bench.report import counted
 from nvcoll.errors import ArgumentError
-from nvcoll.planning import LAUNCH, VERBS, candidates, parse_rules, read_rules
+from nvcoll.planning import VERBS, candidates, parse_rules, read_rules
 
 Rules = dict[str, Any]
 Rule = dict[str, Any]
@@ -98,7 +98,7 @@ def read(output: Path, in_force: Path | None) -> Rules:
         raise ArgumentError(f"--output: {output} is there and is no rules file ({exc}); name another one") from exc
     rules = read_rules(in_force)
     if in_force is None:
-        del rules[LAUNCH]  # where a file has none the package's are in force, also when they have changed
+        del rules[_selection.LAUNCH]  # where a file has none the package's are in force, also when they have changed
     return rules
 
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import pytest
 
 from nvcoll import jit_cuda
+from nvcoll._selection import LAUNCH
 from nvcoll.algorithms import ALGORITHMS
 from nvcoll.jit import ENTRY
-from nvcoll.planning import LAUNCH, candidates, read_rules
+from nvcoll.planning import candidates, read_rules
 from tests.device.cuda.building import MOST_REGISTERS, building
 
 MAIN = [("float32", "SUM"), ("bfloat16", "SUM"), ("int32", "MAX")]

@@ -17,8 +17,9 @@ import time
 import traceback
 
 import nvcoll
+from nvcoll._selection import LAUNCH
 from nvcoll.ops import DATATYPES, OPS
-from nvcoll.planning import LAUNCH, candidates, read_rules
+from nvcoll.planning import candidates, read_rules
 from nvcoll.planning_cuda import launch_shape
 from nvcoll.settings import let_streams_run_side_by_side
 from tests.gpu.kernels import REACHING
