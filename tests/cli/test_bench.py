@@ -33,7 +33,7 @@ class Heap(np.ndarray):
 class Alone:
     """A communicator of one rank: what the benchmark uses of one, and no more."""
 
-    rank, size, target = 0, 1, "host"
+    rank, size, target, bootstrap = 0, 1, "host", "single"
     refuse = ()
 
     def Barrier(self):

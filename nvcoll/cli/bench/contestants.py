@@ -4,7 +4,6 @@ A peer is a small class: a `name`, a `version`, and `prepare(count)`, which sets
 write the class and put it into `PEERS`.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from nvcoll.buffers import IN_PLACE
-from nvcoll.cli import info
 from nvcoll.errors import ArgumentError
 from nvcoll.ops import Datatype, Op
 
@@ -160,8 +158,8 @@ class Mpi:
 
     def __init__(self, comm: Any, arrays: Arrays, op: Op) -> None:
         # A rank that somebody else started is a world of its own to MPI: told without starting MPI in it.
-        if comm.size > 1 and (kind := info.bootstrap(os.environ)["kind"]) != "mpi":
-            raise _not_of_mpi(f"these were started by {kind}", comm.size)
+        if comm.size > 1 and comm.bootstrap != "mpi":
+            raise _not_of_mpi(f"these were started by {comm.bootstrap}", comm.size)
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as exc:

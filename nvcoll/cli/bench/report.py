@@ -250,7 +250,7 @@ def document(verb: str, op: str, comm: Any, options: Mapping[str, Any], peers: M
         "verb": verb,
         "op": op,
         "ranks": comm.size,
-        "bootstrap": info.bootstrap(os.environ)["kind"],
+        "bootstrap": comm.bootstrap,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["nvcoll", *sys.argv[1:]],
         "settings": dict(options),
