@@ -20,8 +20,8 @@ from nvcoll.splitting import Splitting
 class Comm(Splitting):
     """A group of ranks that call collectives together: `COMM_WORLD`, `COMM_SELF`, and what is made from them.
 
-    Of those two the first use finds the other ranks, takes memory and is collective. `Dup`, `Split` and `Split_type`
-    make others.
+    Those two come to life at their first use: that of `COMM_WORLD` finds the other ranks and is collective, that of
+    `COMM_SELF` concerns this process alone. `Dup`, `Split` and `Split_type` make others.
 
     Parameters
     ----------
@@ -177,14 +177,16 @@ class Comm(Splitting):
             Before anything is sent: buffers of different counts, types or orders, read-only, with gaps, that overlap,
             or in memory that this communicator does not reach: a GPU's, or on GPUs the host's.
         StateError
-            The buffer was freed, an earlier call failed, or another thread is in a call of this communicator.
+            The buffer was freed, an earlier call failed, or another thread is in a call of this communicator; on GPUs
+            also if torch or CuPy captures a graph of which the call would not be a part: name the stream.
         MismatchError
             Another rank's call differs in count, datatype, operator or algorithm.
         TimeoutError
             A rank did not arrive within ``NVCOLL_TIMEOUT`` seconds.
         PeerLostError
             A rank ended, or failed; on GPUs that is a `TimeoutError`. After these three the communicator is unusable.
-            On GPUs, the call after the one that failed raises them.
+            On GPUs, the call after the one that failed raises them, and of floats whose count, datatype or operator
+            does not match it may be the next `Barrier` only, and results wrong until then.
 
         Notes
         -----
@@ -257,7 +259,8 @@ class Comm(Splitting):
         ArgumentError, DatatypeError
             At once, as `Allreduce`.
         StateError
-            The communicator is of no use any more, or another thread is in a blocking call.
+            The communicator is of no use any more, or another thread is in a blocking call; or, on GPUs, the stream is
+            being captured.
 
         Notes
         -----
@@ -299,6 +302,8 @@ class Comm(Splitting):
         ------
         ArgumentError, DatatypeError
             As `Allreduce`.
+        StateError
+            On GPUs, if the communicator is of no use any more, or the stream is being captured.
         """
         judge_info("Allreduce_init", info)
         return Prequest(self._begin("Allreduce_init", sendbuf, recvbuf, op, stream, algorithm))

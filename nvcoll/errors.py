@@ -98,8 +98,8 @@ def missing_name(owner: str, name: str, comm: type, request: type) -> AttributeE
         if hasattr(one, name):
             return AttributeError(f"{text}; {what} have it: {where}.{name}")
     text += (
-        f"; nvcoll's verbs are {', '.join(verbs)}, for arrays, which empty, zeros, full and array make, or others: "
-        "take mpi4py for all else, which may be used beside nvcoll on ranks that mpiexec or srun starts"
+        f"; nvcoll's verbs are {', '.join(verbs)}, and their data are arrays, which empty, zeros, full and array make, "
+        "or others: take mpi4py for all else, which may be used beside nvcoll on ranks that mpiexec or srun starts"
     )
     pickled = name in {verb.lower() for verb in verbs}
     return AttributeError(text, name=name) if pickled else AttributeError(text)

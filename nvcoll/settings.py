@@ -75,7 +75,8 @@ TABLE: tuple[Variable, ...] = (
         "ranks_per_node",
         "count",
         None,
-        "Split the ranks of a host into nodes of so many, which treat each other as different hosts.",
+        "Split the ranks of a host into nodes of so many, which treat each other as different hosts: "
+        "without GPUs, MPI must have started them.",
     ),
     Variable(
         "NVCOLL_SCRATCH", "scratch", "bytes", "8M", "Scratch memory per rank of a communicator; on GPUs at least 128M."

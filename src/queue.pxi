@@ -243,7 +243,10 @@ cdef class Queue:
     cdef object finalized(self):
         from nvcoll.errors import StateError
 
-        return StateError("the communicator was freed or finalized before this request was done; Wait for it before")
+        return StateError(
+            "Iallreduce: the communicator has ended before this call was done; Wait for every request before Finalize, or "
+            "before an emulated rank returns"
+        )
 
     cdef int drain(self) except -1:
         """Wait for all calls, whatever becomes of them; but not those that the calling thread itself runs."""

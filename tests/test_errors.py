@@ -64,7 +64,8 @@ def test_an_extension_that_does_not_load_tells_why():
 
 VERBS = (
     "; nvcoll's verbs are Abort, Allreduce, Allreduce_init, Barrier, Clone, Compare, Dup, Free, Iallreduce, "
-    "Split, Split_type, for arrays, which empty, zeros, full and array make, or others: take mpi4py for all else"
+    "Split, Split_type, and their data are arrays, which empty, zeros, full and array make, or others: take mpi4py for "
+    "all else"
 )
 
 

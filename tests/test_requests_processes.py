@@ -231,7 +231,8 @@ tell(sum=attempt(comm.Iallreduce(np.ones(4)).Wait)["kind"])
                 told = crew.told(0)
                 assert (told["kind"], told["seconds"] < SOON) == ("StateError", True)
                 assert told["text"] == (
-                    "the communicator was freed or finalized before this request was done; Wait for it before"
+                    "Iallreduce: the communicator has ended before this call was done; Wait for every request before "
+                    "Finalize, or before an emulated rank returns"
                 )
             assert "this communicator was freed or finalized" in crew.told(0)["text"]
             assert crew.told(0) == {"threads": 1}
