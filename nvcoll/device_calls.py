@@ -5,6 +5,7 @@ What fails on a GPU is known after the fact: the next call raises it.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,9 +27,9 @@ from nvcoll.buffers import (
     working_stream,
 )
 from nvcoll.buffers.refusals import BACK
-from nvcoll.device.common import STAMP_BITS
+from nvcoll.device_failures import failure, raise_unheard
 from nvcoll.device_requests import OnStream, sweep
-from nvcoll.errors import ArgumentError, Error, MismatchError, StateError, TimeoutError
+from nvcoll.errors import ArgumentError, MismatchError, StateError
 from nvcoll.ops import CODES, DATATYPES, MAX, Datatype, Op
 from nvcoll.planning import EMPTY, plan_meeting
 from nvcoll.requests import Pending
@@ -52,7 +53,6 @@ class DeviceCalls:
         self._kept: dict[tuple[str, int, str, str | None], DevicePlan] = {}
         self._fast: dict[str | None, DevicePlans] = {}
         self._meetings: dict[str, DevicePlan] = {}
-        self._raised = False
 
     def allocate(self, verb: str, dims: tuple[int, ...], datatype: Datatype) -> DeviceBuffer:
         """Allocate an array on the symmetric heap of the GPUs. Collective."""
@@ -62,9 +62,9 @@ class DeviceCalls:
         world = self._world
         sweep()
         allocation = world.heap.allocate(nbytes, verb)
-        return DeviceBuffer.on(
-            allocation, dims, datatype, world.device, driver, world.stream, world.planner.state.precede
-        )
+        precede, whole = world.planner.state.precede, weakref.ref(world.whole or world)
+        check = partial(_check, whole)  # a buffer may outlive them, and does not keep them
+        return DeviceBuffer.on(allocation, dims, datatype, world.device, driver, world.stream, precede, check)
 
     def barrier(self) -> None:
         """Wait until this rank's calls are done and every rank has come here, and see whether all calls matched."""
@@ -74,17 +74,17 @@ class DeviceCalls:
         owner = world.stream or working_stream(world.device.ordinal)  # where a library replays a graph, most likely
         stream = as_stream(owner, None, "Barrier")
         if not self._meeting("barrier").run(area.history, area.token, stream, owner):
-            raise self._failure("Barrier")
+            raise failure(self._world, "Barrier")
         try:
             same = area.same_history(stream)
         except KeyboardInterrupt:  # some ranks may pass this barrier, and some not
-            self._raised = True
-            self._world.give_up()
+            world.raised = True
+            world.give_up()
             raise
         self.check("Barrier")
         if not same:
             area.fail()
-            self._raised = True
+            world.raised = True
             number, rank = self._world.planner.state.sequence, f"{self._world.rank}{self._world.of}"
             raise MismatchError(
                 f"Barrier: in a call up to number {number} of rank {rank}, or a replay of one, the ranks have not "
@@ -112,7 +112,7 @@ class DeviceCalls:
             if stream is not None or self._world.stream:  # it need not be the stream on which the library works
                 keep_for(queue, send.owner, recv.owner)
         if not done:
-            raise self._failure(verb)
+            raise failure(self._world, verb)
 
     def begin(
         self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any, algorithm: str | None
@@ -133,7 +133,7 @@ class DeviceCalls:
             owners = (send.owner, recv.owner)
             pending = OnStream(self._world.device, lambda: self.end(verb), lambda: self._world.left, owners)
             if not plan.run(from_, to, queue, owner):
-                raise self._failure(verb)
+                raise failure(self._world, verb)
             pending.record(queue)
             return pending
 
@@ -147,11 +147,6 @@ class DeviceCalls:
                     "Allreduce"
                 )
 
-    def freed(self, failed: bool) -> None:
-        """Raise what has failed on a communicator that was freed, unless a call has raised it."""
-        if failed and not self._raised:
-            raise self._failure("Free")
-
     def end(self, verb: str) -> None:
         """Raise the failure of a request whose call has ended. That its communicator has ended, too, is none."""
         state = self._world.planner.state
@@ -164,7 +159,7 @@ class DeviceCalls:
         """Raise the failure of a call that has ended, or that the communicator has."""
         self._world.planner.state.demand()
         if self._world.planner.state.failed:
-            raise self._failure(verb)
+            raise failure(self._world, verb)
 
     def _judge(self, verb: str, sendbuf: Any, recvbuf: Any, op: Any, stream: Any) -> tuple[Spec, Spec, Op, int, Any]:
         """Check the arguments of an all-reduce.
@@ -235,34 +230,9 @@ class DeviceCalls:
         fast.add(recv.datatype.code, recv.nbytes, op, plan)
         return plan
 
-    def _failure(self, verb: str) -> Exception:
-        """Return the error of the call that failed on the GPU; once, for the communicator is of no use from then on."""
-        if self._raised:
-            return StateError(BROKEN)
-        world, state = self._world, self._world.planner.state
-        try:
-            boards = world.planner.area.boards()
-        except Error:  # the context is lost: what has happened is told, if not whose fault it is
-            boards = [None] * world.size
-        self._raised = True
-        tag = boards[world.rank] or 0
-        others = {rank: its for rank, its in enumerate(boards) if rank != world.rank and its is not None}
-        missing = [rank for rank, its in others.items() if its >> STAMP_BITS < tag >> STAMP_BITS]
-        odd = [rank for rank, its in others.items() if its >> STAMP_BITS == tag >> STAMP_BITS and its != tag]
-        calls = f"a call up to number {state.sequence}, or a replay of one,"
-        where = f"{verb}: {calls} failed on the GPU of rank {world.rank}{world.of}"
-        if odd:
-            return MismatchError(
-                f"{where}: rank {', rank '.join(map(str, odd))} calls something else (count, datatype, operator or "
-                "algorithm, or Barrier); make the calls agree"
-            )
-        if missing:
-            late = f"did not arrive: rank {', rank '.join(map(str, missing))}"
-        elif None not in boards:
-            late = "all have arrived by now"
-        else:
-            late = "those that can be seen from here have arrived by now" if others else "none can be seen from here"
-        return TimeoutError(
-            f"{where}: no answer within NVCOLL_TIMEOUT ({world.planner.timeout:g} s); {late}. See what those ranks do, "
-            "or raise NVCOLL_TIMEOUT if they are only slow"
-        )
+
+def _check(world: "weakref.ref[DeviceWorld]", verb: str) -> None:
+    """Raise what has failed in a call that may have used a buffer."""
+    alive = world()
+    if alive is not None:
+        raise_unheard(alive, verb)

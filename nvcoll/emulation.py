@@ -8,6 +8,7 @@ from typing import Any
 
 from nvcoll.backends.emulated import on_gpu
 from nvcoll.comm import Comm
+from nvcoll.device_failures import raise_unheard
 from nvcoll.device_requests import sweep
 from nvcoll.errors import ArgumentError, PeerLostError
 
@@ -51,6 +52,8 @@ class Emulation:
         Exception
             What `fn` raised on the first rank that failed by itself, with a note that names the rank. Ranks that
             failed only because that one did are not reported.
+        TimeoutError, MismatchError
+            A call on the GPU has failed, and the rank has not heard of it.
         """
         if not callable(fn):
             raise ArgumentError(
@@ -85,24 +88,32 @@ class Emulation:
             for thread in threads:
                 thread.join()
         except BaseException:  # Ctrl-C: ranks end at their next collective call, or with the process
-            for world in worlds:
-                world.exchange.abandon()
-                world.leave()
             begun = [thread for thread in threads if thread.ident is not None]
-            threading.Thread(target=self._retire, args=(worlds, begun), daemon=True, name="end of a run").start()
+            held = contextlib.ExitStack()
+            held.enter_context(self._on_gpu())  # until they have: what they wait for is not to wait for them
+            later = threading.Thread(target=self._retire, args=(worlds, begun, held), daemon=True, name="end of a run")
+            try:
+                for world in worlds:
+                    world.exchange.abandon()
+                    (world.leave if self.device is None else world.give_up)()
+            finally:  # also after another Ctrl-C
+                later.start()
             raise
         self._retire(worlds)
         if failures:
             raise _first(failures)
         return outcomes
 
-    def _retire(self, worlds: list[Any], threads: Sequence[threading.Thread] = ()) -> None:
-        """Give back what the ranks have, once these threads of theirs have ended."""
-        for thread in threads:
-            thread.join()
-        with self._on_gpu():
-            for world in worlds:
-                world.retire()
+    def _retire(
+        self, worlds: list[Any], threads: Sequence[threading.Thread] = (), held: contextlib.ExitStack | None = None
+    ) -> None:
+        """Give back what the ranks have, once these threads of theirs have ended; then leave what was entered."""
+        with held or contextlib.nullcontext():
+            for thread in threads:
+                thread.join()
+            with self._on_gpu():
+                for world in worlds:
+                    world.retire()
 
     def _open(self) -> list[Any]:
         """Open the worlds of all ranks."""
@@ -128,6 +139,10 @@ def _rank(
     comm._emulated = True
     try:
         outcomes[rank] = fn(comm, *args)
+        if world.target == "cuda":
+            world.leave()
+            if not failures:  # else the calls of this rank may have failed because of that one
+                raise_unheard(world, "run")
     except BaseException as exc:  # handed to the caller of run
         failures.append((rank, exc))
         world.exchange.abandon()

@@ -16,8 +16,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from nvcoll import settings
 from nvcoll.codecache import PACKAGE, CodeCache, digest_of
-from nvcoll.errors import BootstrapError
+from nvcoll.errors import ArgumentError, BootstrapError
 from nvcoll.jit import ENTRY
 from nvcoll.ops import DATATYPES
 
@@ -33,6 +34,13 @@ THREADS = 512
 """Most threads of a block: kernels are compiled so that their registers suffice for as many."""
 OVERLAPS = (9, 0)
 """First compute capability on which a kernel can be brought in while the one before it runs."""
+NUMBA_SETTINGS = {
+    "NUMBA_CUDA_DEBUGINFO": ("0",),
+    "NUMBA_ENABLE_CUDASIM": ("0",),
+    "NUMBA_FORCE_CUDA_CC": (),
+    "NUMBA_OPT": ("1", "2", "3", "max"),
+}
+"""Settings of Numba with which it makes no kernels, or none for the GPU that there is -> values that do no harm."""
 _numba = threading.Lock()
 
 
@@ -159,6 +167,7 @@ def compile_kernel(
     shim
         What `compile_shim` gives, for a kernel that reaches far ranks.
     """
+    _refuse_settings()
     kernel = assemble(kernel_ptx(algorithm, protocol, op, datatype, arch, deep, shim), arch)
     if deep and kernel.spilled:
         return compile_kernel(algorithm, protocol, op, datatype, arch, False, shim)
@@ -182,6 +191,17 @@ def compile_shim(arch: str) -> bytes:
         link_time_optimization=True,
     )  # fmt: skip
     return bytes(Program((PACKAGE / SHIM).read_text(), "c++", options).compile("ltoir").code)
+
+
+def _refuse_settings() -> None:
+    """Raise ArgumentError where Numba was told to make no kernels for GPUs, or other ones."""
+    for variable, harmless in NUMBA_SETTINGS.items():
+        value = settings.foreign(variable)
+        if value is not None and value not in harmless:
+            raise ArgumentError(
+                f"{variable} is {value}, expected it unset while nvcoll compiles its kernels; run the program once "
+                "without it, and they are kept"
+            )
 
 
 def assemble(ptx: str, arch: str) -> Kernel:

@@ -173,6 +173,11 @@ class Living:
         if world is None:
             return
         with contextlib.closing(world):
+            if world.target == "cuda" and not hasattr(sys, "last_value"):  # else the program ends by an exception
+                from nvcoll.device_failures import raise_unheard
+
+                world.leave()
+                raise_unheard(world, "Finalize")
             if between is not None:
                 world.queue.close()
                 between.close()

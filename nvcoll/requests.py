@@ -327,8 +327,7 @@ class Prequest(Request):
         Raises
         ------
         StateError
-            If the request is active or was freed, a buffer of it was, the communicator is of no use any more, or, on
-            GPUs, the stream is being captured.
+            If the request is active, freed, or on a stream being captured, or its buffers or communicator are gone.
         """
         if self._pending is not None:
             raise StateError("Start: the request is active, expected one whose call has ended; Wait for it first")

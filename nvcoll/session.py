@@ -46,6 +46,8 @@ def Finalize() -> None:
     ------
     StateError
         On GPUs, while torch or CuPy captures a graph on its current stream.
+    TimeoutError, MismatchError
+        On GPUs, if a call has failed, and nobody has heard of it.
     """
     if COMM_WORLD.alive and COMM_WORLD.target == "cuda":
         refuse_capture("Finalize")

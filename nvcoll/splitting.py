@@ -231,8 +231,10 @@ class Splitting(Allocating):
             finally:
                 if between is not None:
                     between.close(agreed=not failed)
-        if calls is not None:
-            calls.freed(failed)
+        if calls is not None and failed and not world.raised:
+            from nvcoll.device_failures import failure  # as for `DeviceCalls`
+
+            raise failure(world, "Free")
 
     def _made(self, verb: str, color: int, key: int, name: str) -> Self:
         """Make the communicator of the ranks of a color."""

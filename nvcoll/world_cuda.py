@@ -92,6 +92,7 @@ class DeviceWorld(Parted):
     """
 
     target = "cuda"
+    raised = False  # whether the user has heard that a call has failed
 
     def __init__(
         self, exchange: Any, topology: Any, planner: DevicePlanner, heap: Heap, common: DeviceCommon,
@@ -183,15 +184,13 @@ class DeviceWorld(Parted):
             self._end(failed, left)
             if failed or hasattr(sys, "last_value"):
                 self.exchange.timeout = min(self.exchange.timeout, PATIENCE)
-            if left:
-                for part in [*self._parts]:  # of which `Finalize` did not know: another thread has just made them
-                    part.planner.area.close()
-                self._close_area()
-            if left and self.opened:
-                self.heap.close()
-            else:
-                self.heap.retire()
-            self.exchange.close(failed)
+            with contextlib.ExitStack() as ends:  # from the last to the first, whatever one of them raises
+                ends.callback(self.exchange.close, failed)
+                ends.callback(self.heap.close if left and self.opened else self.heap.retire)
+                if left:
+                    ends.callback(self._close_area)
+                    for part in self._parts:  # of which `Finalize` did not know: another thread has just made them
+                        ends.callback(part.planner.area.close)
 
     def free(self) -> bool:
         """Leave a part, and give its memory to the whole. Collective. Returns whether a call has failed."""

@@ -80,6 +80,12 @@ class Planner:
         return self.plans[-1]
 
 
+class World(SimpleNamespace):
+    """Stands for a DeviceWorld."""
+
+    raised, whole, _parts = False, None, ()
+
+
 class NeverFast:
     """A fast route that knows no plan."""
 
@@ -97,7 +103,7 @@ def fake_world(monkeypatch):
     """Return a world of rank 1 of 4; what it is told of is in its `synchronized`, `capturing`, `places`, `settled`."""
     monkeypatch.setattr(device_calls, "DevicePlans", NeverFast)
     gpu = FakeGpu()
-    world = SimpleNamespace(rank=1, size=4, of="", device=gpu, stream=0, planner=Planner(), settled=0, left=False)
+    world = World(rank=1, size=4, of="", device=gpu, stream=0, planner=Planner(), settled=0, left=False)
     world.heap = SimpleNamespace(allocate=FakeAllocation)
     world.give_up = world.planner.fail
     world.synchronized = []

@@ -271,7 +271,7 @@ class TestAfterAFailedCall:
         state = SimpleNamespace(failed=True, sequence=3, demand=lambda: None)
         boards = [3 << STAMP_BITS, 2 << STAMP_BITS]
         planner = SimpleNamespace(state=state, area=SimpleNamespace(boards=lambda: boards), timeout=2.0)
-        world = SimpleNamespace(rank=0, size=2, of="", target="cuda", planner=planner)
+        world = SimpleNamespace(rank=0, size=2, of="", target="cuda", planner=planner, raised=False)
         comm = Comm(lambda: world, "on GPUs")
         comm.__dict__.update(_world=world, _calls=DeviceCalls(world))
         with pytest.raises(nvcoll.TimeoutError, match=f"^{verb}: a call up to number 3, .* did not arrive: rank 1"):

@@ -6,7 +6,7 @@ import pytest
 
 from nvcoll import _plan, codecache, jit_cuda
 from nvcoll.algorithms import ALGORITHMS
-from nvcoll.errors import BootstrapError
+from nvcoll.errors import ArgumentError, BootstrapError
 from nvcoll.jit import ENTRY
 from nvcoll.jit_cuda import SOURCES, CubinCache, Kernel
 
@@ -131,3 +131,15 @@ def test_numba_is_left_as_it_was():
     with jit_cuda._architecture("sm_103"):
         assert compiler.get_current_device().compute_capability == (10, 3)
     assert (compiler.get_current_device, dispatcher.get_current_device) == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("NUMBA_CUDA_DEBUGINFO", "1"), ("NUMBA_OPT", "0"), ("NUMBA_ENABLE_CUDASIM", "1"), ("NUMBA_FORCE_CUDA_CC", "8.0")],
+)
+def test_what_keeps_numba_from_making_kernels(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(
+        ArgumentError, match=f"^{variable} is {value}, expected it unset while nvcoll compiles its kernels; "
+    ):
+        jit_cuda.compile_kernel(*KEY)

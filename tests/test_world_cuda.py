@@ -238,6 +238,13 @@ class TestEnds:
         assert done[-2:] == [("retire heap",), ("leave", True)]
         assert ("close area",) not in done
 
+    def test_of_a_process_whose_memory_cannot_be_given_back(self, world, done):
+        one = world("nvshmem", 0)
+        one.heap.close = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            one.close()
+        assert done[-3:] == [("close area",), ("close footing",), ("leave", False)]
+
     @pytest.mark.parametrize("reported", [False, True])
     def test_of_a_part(self, world, done, reported):
         """Its memory goes with that of the whole, which hears of a failure."""

@@ -50,7 +50,7 @@ def available() -> str | None:
         return None if count() else f"the NVIDIA driver shows no GPU; {CURES['CUDA_ERROR_NO_DEVICE']}"
     except OSError as exc:
         return f"libcuda.so.1 does not load ({exc}); install the NVIDIA driver"
-    except DeviceError as exc:
+    except Error as exc:
         return str(exc)
 
 
@@ -183,7 +183,7 @@ def gpu_of(address: int) -> int | None:
         of_gpu = int(_call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)) == OF_GPU
         if not of_gpu or _call("cuPointerGetAttribute", attribute.CU_POINTER_ATTRIBUTE_IS_MANAGED, address):
             return None
-    except DeviceError:  # memory that the driver does not know may be the host's, where GPUs can use that
+    except Error:  # memory that the driver does not know may be the host's, where GPUs can use that
         return None
     # By ctypes: some versions of cuda-python answer 0 for every GPU (github.com/NVIDIA/cuda-python/issues/2928).
     ordinal = ctypes.c_int()

@@ -8,7 +8,6 @@ NVSHMEM's own collectives then end the process, so that none is called here but 
 import contextlib
 import ctypes
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from nvcoll import settings as settings_
 from nvcoll.backends import driver
 from nvcoll.backends.agreement import Facts, Start, plan, size_of
 from nvcoll.backends.group import Member, agree
-from nvcoll.errors import AllocationError, BootstrapError, Error, TimeoutError
+from nvcoll.backends.looking import within
+from nvcoll.errors import AllocationError, BootstrapError, DeviceError, Error, TimeoutError
 
 CLOSING = b"c" + bytes(8)
 """What ranks say that close; the heap's own messages have the same form, so that a rank which allocates notices."""
@@ -130,16 +130,14 @@ class SymmetricMemory(Member):
 
     def __init__(self, exchange: Any, topology: Any, settings: Any) -> None:
         self._base = 0
-        self._ours = False
+        self._ours = self._starting = False
         self.exchange = exchange
         self.device: driver.Device | None = None
         start = self._agree(topology, settings)
         super().__init__(exchange, tuple(range(exchange.size)), exchange.rank, start.extent, -1)
         with settings_.lend(start.variables):
             if start.stage < 2:
-                answers = self._together("NVSHMEM gives no unique id", lambda: _unique_id(exchange.rank, start.stage))
-                identity = answers[0]
-                self._together("NVSHMEM does not start", lambda: self._start(identity, settings.timeout))
+                self._start_together(start.stage, settings.timeout)
         try:
             self._together("NVSHMEM cannot be used", self._check_ranks)
             self._together("NVSHMEM has no memory", self._reserve, AllocationError)
@@ -176,9 +174,11 @@ class SymmetricMemory(Member):
         except Error:
             together = False
         if together:
-            with self.device:
-                _end(base, ours)
-            self.device.close()
+            try:
+                with self.device:
+                    _end(base, ours)
+            finally:
+                self.device.close()
 
     def _agree(self, topology: Any, settings: Any) -> Start:
         """Let every rank take its GPU and tell what it finds; return how NVSHMEM starts."""
@@ -206,6 +206,17 @@ class SymmetricMemory(Member):
             problem = str(exc) if isinstance(exc, Error) else f"{type(exc).__name__}: {exc}"
         return agree(self.exchange, data, problem, what, kind)
 
+    def _start_together(self, stage: int, timeout: float) -> None:
+        what = "NVSHMEM gives no unique id"
+        try:
+            identity = self._together(what, lambda: _unique_id(self.exchange.rank, stage))[0]
+            what = "NVSHMEM does not start"
+            self._together(what, lambda: self._start(identity, timeout))
+        except Error:
+            if not self._starting and self.device is not None:  # else a thread still uses the context
+                self.device.close()
+            raise
+
     def _start(self, identity: bytes, timeout: float) -> bytes:
         """Start NVSHMEM on a thread of its own: it pins the calling thread to the CPUs near the GPU, and may hang."""
 
@@ -229,7 +240,13 @@ class SymmetricMemory(Member):
                 except Exception as exc:  # its own class, or the bindings'
                     raise BootstrapError(f"{type(exc).__name__}: {exc}; NVSHMEM_DEBUG=INFO tells more") from exc
 
-        within(timeout, "NVSHMEM", start)
+        self._starting = True
+        try:
+            within(timeout, "NVSHMEM", start)
+        except Exception as exc:
+            self._starting = isinstance(exc, TimeoutError)
+            raise
+        self._starting = False
         self._ours = True
         return b""
 
@@ -344,35 +361,23 @@ def _end(base: int, ours: bool) -> None:
     from nvshmem import bindings
     from nvshmem import core as nvshmem
 
-    if base:
-        bindings.free(base)
-    if ours:
-        while _introduced:  # else the next start would write to where these modules were
-            with contextlib.suppress(Exception):  # the bindings' own class; it may be too late for one
-                bindings.cumodule_finalize(_introduced.pop())
-        nvshmem.finalize()
+    try:
+        with contextlib.ExitStack() as ends:  # the last goes first, and each does, whatever another one raises
+            if ours:
+                ends.callback(nvshmem.finalize)
+                ends.callback(_forget_modules)
+            if base:
+                ends.callback(bindings.free, base)
+    except Exception as exc:  # its own class, or the bindings'
+        raise DeviceError(
+            f"Finalize: NVSHMEM does not end ({type(exc).__name__}: {exc}); NVSHMEM_DEBUG=INFO tells more"
+        ) from exc
 
 
-def within(seconds: float, what: str, act: Callable[[], None]) -> None:
-    """Run a function on a thread of its own, and wait for it no longer than that.
+def _forget_modules() -> None:
+    """Let NVSHMEM forget the kernels that were loaded: else the next start would write to where they were."""
+    from nvshmem import bindings
 
-    Raises
-    ------
-    TimeoutError
-        It takes longer; its thread stays behind.
-    """
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            act()
-        except BaseException as exc:  # raised again by the caller's thread
-            raised.append(exc)
-
-    thread = threading.Thread(target=run, daemon=True, name=f"nvcoll: {what}")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"{what}: expected an answer within {seconds:g} s, none came; raise NVCOLL_TIMEOUT")
-    if raised:
-        raise raised[0]
+    while _introduced:
+        with contextlib.suppress(Exception):  # the bindings' own class; it may be too late for one
+            bindings.cumodule_finalize(_introduced.pop())

@@ -59,6 +59,7 @@ class DeviceBuffer(DeviceSpan):
         driver: Driver,
         stream: int = 0,
         precede: Callable[[int], None] = lambda stream: None,
+        check: Callable[[str], None] = lambda verb: None,
     ) -> "DeviceBuffer":
         """Make an array on an allocation, without touching its contents.
 
@@ -76,7 +77,7 @@ class DeviceBuffer(DeviceSpan):
             What copies: the module ``nvcoll.backends.driver``.
         stream
             Where copies go that name no stream: the legacy default stream, if not told otherwise.
-        precede
+        precede, check
             As for `DeviceOwner`.
 
         Returns
@@ -86,10 +87,8 @@ class DeviceBuffer(DeviceSpan):
 
         Raises
         ------
-        ArgumentError
-            If the allocation is too small for the array.
-        DatatypeError
-            If the type is not supported.
+        ArgumentError, DatatypeError
+            If the allocation is too small for the array, or the type is not supported.
         """
         datatype = as_datatype(dtype, "DeviceBuffer.on", "dtype")
         dims = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
@@ -99,7 +98,7 @@ class DeviceBuffer(DeviceSpan):
                 f"DeviceBuffer.on: shape {dims} of {datatype.name} needs {needed} bytes, expected lengths of 0 or more "
                 f"and no more than the {allocation.nbytes} bytes of the allocation; allocate more"
             )
-        return cls(DeviceOwner(allocation, gpu, driver, stream, precede), 0, dims, datatype, whole=True)
+        return cls(DeviceOwner(allocation, gpu, driver, stream, precede, check), 0, dims, datatype, whole=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -245,10 +244,7 @@ class DeviceBuffer(DeviceSpan):
             if known > 0:
                 dims[dims.index(-1)] = self.size // known
         if min(dims, default=0) < 0 or math.prod(dims) != self.size:
-            raise ArgumentError(
-                f"reshape: shape is {tuple(given)}, expected one of {self.size} elements; keep the product of the "
-                "lengths"
-            )
+            raise ArgumentError(f"reshape: shape is {tuple(given)}, expected one of {self.size} elements; keep that")
         self._refuse_freed("reshape")
         return DeviceBuffer(self._owner, self.offset, tuple(dims), self._datatype)
 
@@ -275,7 +271,7 @@ class DeviceBuffer(DeviceSpan):
             raise ArgumentError(
                 f"copy_from: host_array has the shape {source.shape}, expected {self._shape}; pass .reshape() of it"
             )
-        self._owner.copy(self.address, source.ctypes.data, self.nbytes, self._queue(stream, "copy_from"))
+        self._owner.copy(self.address, source.ctypes.data, self.nbytes, self._queue(stream, "copy_from"), "copy_from")
 
     def copy_to(self, host_array: np.ndarray[Any, Any] | None = None, stream: Any = None) -> np.ndarray[Any, Any]:
         """Copy this array to the host.
@@ -299,6 +295,8 @@ class DeviceBuffer(DeviceSpan):
             If `host_array` is not such an array.
         StateError
             If the buffer was freed, or torch or CuPy captures a graph on its current stream.
+        TimeoutError, MismatchError
+            If a call has failed, and nobody has heard of it: the array may hold anything. So do `copy_from` and `fill`.
         """
         to = np.empty(self._shape, self.dtype) if host_array is None else host_array
         fits = isinstance(to, np.ndarray) and (to.shape, to.dtype) == (self._shape, self.dtype)
@@ -308,7 +306,7 @@ class DeviceBuffer(DeviceSpan):
                 f"copy_to: host_array is {found}, expected a writable NumPy array in C order, {self._shape} of "
                 f"{self.dtype}; leave it out for a new one"
             )
-        self._owner.copy(to.ctypes.data, self.address, self.nbytes, self._queue(stream, "copy_to"))
+        self._owner.copy(to.ctypes.data, self.address, self.nbytes, self._queue(stream, "copy_to"), "copy_to")
         return to
 
     def fill(self, value: Any, stream: Any = None) -> None:
@@ -342,7 +340,7 @@ class DeviceBuffer(DeviceSpan):
         return {
             "shape": self._shape,
             "typestr": dtype.str,
-            "data": (self.address if self.size else 0, False),
+            "data": (self.address if self.size or self.freed else 0, False),
             "version": 3,
             "strides": None,
             "stream": None,
@@ -382,12 +380,13 @@ class DeviceBuffer(DeviceSpan):
         if copy:
             raise BufferError("__dlpack__: copy is True, expected False or None; copy the array that you get")
         if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
+            here = self.__dlpack_device__()
             raise BufferError(
-                f"__dlpack__: dl_device is {tuple(dl_device)}, expected {self.__dlpack_device__()}, where the buffer "
-                "is; move the array that you get"
+                f"__dlpack__: dl_device is {tuple(dl_device)}, expected {here}, where the buffer is; move it"
             )
-        if stream is not None and (isinstance(stream, bool) or not hasattr(type(stream), "__index__")):
-            raise BufferError(f"__dlpack__: stream is a {type(stream).__name__}, expected an integer; pass the handle")
+        if stream is not None and (isinstance(stream, bool) or not hasattr(type(stream), "__index__") or stream < -1):
+            raise BufferError(f"__dlpack__: stream is {stream!r}, expected an integer, -1 or more; pass the handle")
+        self._refuse_freed("__dlpack__")
         versioned = max_version is not None and max_version[0] >= DLPACK_VERSION[0]
         address = self.address if self.size else 0
         if stream != -1:

@@ -51,6 +51,8 @@ class DeviceOwner(DeviceMemory):
     precede
         ``precede(stream)`` lets what is queued on a stream from now on begin after the latest call that may use the
         memory.
+    check
+        ``check(verb)`` raises what has failed in a call that may have used the memory, unless somebody has heard of it.
     """
 
     allocation: Allocation
@@ -58,12 +60,20 @@ class DeviceOwner(DeviceMemory):
     driver: Driver
     stream: int
     precede: Callable[[int], None]
+    check: Callable[[str], None]
 
     def __new__(  # noqa: D102
-        cls, allocation: Allocation, gpu: Gpu, driver: Driver, stream: int, precede: Callable[[int], None]
+        cls,
+        allocation: Allocation,
+        gpu: Gpu,
+        driver: Driver,
+        stream: int,
+        precede: Callable[[int], None],
+        check: Callable[[str], None],
     ) -> Self:
         self = super().__new__(cls, allocation.address, allocation.nbytes, gpu.ordinal)
-        self.allocation, self.gpu, self.driver, self.stream, self.precede = allocation, gpu, driver, stream, precede
+        self.allocation, self.gpu, self.driver, self.stream = allocation, gpu, driver, stream
+        self.precede, self.check = precede, check
         remember(self)
         return self
 
@@ -72,12 +82,13 @@ class DeviceOwner(DeviceMemory):
         if not self.freed and not sys.is_finalizing():
             self.allocation.drop()
 
-    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+    def copy(self, to: int, source: int, nbytes: int, stream: int, verb: str) -> None:
         """Copy bytes between two addresses, one of which is here, after the calls made so far."""
         if nbytes:
             self.precede(stream)
             with self.gpu:
                 self.driver.copy(to, source, nbytes, stream)
+            self.check(verb)  # now these calls have ended, too
 
     def fill(self, address: int, value: np.ndarray[Any, Any], count: int, stream: int) -> None:
         """Write an array without axes `count` times from an address on."""
@@ -88,11 +99,12 @@ class DeviceOwner(DeviceMemory):
             self.precede(stream)
             with self.gpu:
                 self.driver.memset(address, pattern[0], nbytes, stream)
+            self.check("fill")
             return
         block = np.full(min(count, BLOCK // value.itemsize), value)
-        self.copy(address, block.ctypes.data, block.nbytes, stream)
+        self.copy(address, block.ctypes.data, block.nbytes, stream, "fill")
         done = block.nbytes
         while done < nbytes:
             part = min(done, nbytes - done)
-            self.copy(address + done, address, part, stream)
+            self.copy(address + done, address, part, stream, "fill")
             done += part

@@ -67,6 +67,10 @@ class TestAvailable:
         fake.fail["cuInit"] = Result.CUDA_ERROR_NO_DEVICE
         assert driver.available().startswith("cuInit: CUDA_ERROR_NO_DEVICE (100), words on it; look at `nvidia-smi`")
 
+    def test_no_memory_for_the_driver(self, fake):
+        fake.fail["cuInit"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+        assert driver.available().startswith("cuInit: CUDA_ERROR_OUT_OF_MEMORY")
+
 
 class TestDevice:
     def test_what_it_tells(self, fake):

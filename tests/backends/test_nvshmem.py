@@ -13,7 +13,7 @@ from nvcoll.backends import nvshmem
 from nvcoll.backends.emulated import Hub, LocalExchange
 from nvcoll.backends.heap import Heap
 from nvcoll.buffers import DeviceBuffer
-from nvcoll.errors import AllocationError, BootstrapError, PeerLostError, TimeoutError
+from nvcoll.errors import AllocationError, BootstrapError, DeviceError, PeerLostError, TimeoutError
 from tests.fake_nvshmem import FAR, FakeNvshmem, NVSHMEMError
 
 HEAP = 8 << 20
@@ -283,10 +283,11 @@ class TestProblems:
         ):
             open_memory(device=7)
 
-    def test_no_id(self, fake):
+    def test_no_id(self, fake, driver):
         fake.fail["get_unique_id"] = NVSHMEMError("Status code 7")
         with pytest.raises(BootstrapError, match=r"^NVSHMEM gives no unique id: rank 0: NVSHMEMError: Status code 7"):
             open_memory()
+        assert driver.contexts == []
 
     def test_no_start(self, fake, driver):
         fake.fail["init"] = NVSHMEMError("Status code 7")
@@ -294,7 +295,17 @@ class TestProblems:
             BootstrapError, match=r"^NVSHMEM does not start: rank 0: NVSHMEMError: Status code 7; .*DEBUG"
         ):
             open_memory()
-        assert driver.stack == []
+        assert (driver.stack, driver.contexts) == ([], [])
+
+    @pytest.mark.parametrize("name", ["free", "finalize"])
+    def test_no_end(self, fake, driver, name):
+        memory = open_memory()
+        fake.fail[name] = NVSHMEMError("Status code 7")
+        with pytest.raises(
+            DeviceError, match=r"^Finalize: NVSHMEM does not end \(NVSHMEMError: Status code 7\); NVSHMEM"
+        ):
+            memory.close()
+        assert driver.contexts == []
 
     def test_a_start_that_hangs(self, fake, monkeypatch):
         hangs = threading.Event()

@@ -230,17 +230,23 @@ def test_copies_come_after_the_calls():
 
 
 def test_dlpack_of_nothing_has_no_address():
-    assert DLPackTensor(empty_on_gpu((0, 3), "f4")[0].__dlpack__()).address == 0
+    buffer = empty_on_gpu((0, 3), "f4")[0]
+    assert DLPackTensor(buffer.__dlpack__()).address == 0
+    buffer.free()
+    for ask in (buffer.__dlpack__, lambda: buffer.__cuda_array_interface__):
+        with pytest.raises(StateError, match="freed"):
+            ask()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"copy": True}, "copy is True, expected False or None; copy"),
-        ({"dl_device": (1, 0)}, r"dl_device is \(1, 0\), expected \(2, 3\), where the buffer is; move"),
+        ({"dl_device": (1, 0)}, r"dl_device is \(1, 0\), expected \(2, 3\), where the buffer is; move it"),
         ({"dl_device": (2, 0)}, r"dl_device is \(2, 0\), expected"),
-        ({"stream": "high"}, "stream is a str, expected an integer; pass"),
-        ({"stream": True}, "stream is a bool"),
+        ({"stream": "high"}, "stream is 'high', expected an integer, -1 or more; pass"),
+        ({"stream": -5}, "stream is -5, expected an integer, -1 or more"),
+        ({"stream": True}, "stream is True"),
     ],
 )
 def test_dlpack_refuses(options, message):

@@ -147,6 +147,47 @@ def test_a_rank_that_does_not_come(monkeypatch, algorithm):
         assert 1 < seconds < 6
 
 
+@pytest.mark.parametrize("verb", ["copy_to", "run"])
+def test_who_makes_no_other_call_hears_of_a_failure(monkeypatch, verb):
+    monkeypatch.setenv("NVCOLL_TIMEOUT", "1.5")
+
+    def main(comm):
+        x = comm.array(np.ones(100, np.int32))
+        comm.Allreduce(x)
+        x.copy_to()
+        if comm.rank == 0:
+            comm.Allreduce(x)
+            if verb == "copy_to":
+                x.copy_to()
+
+    with pytest.raises(nvcoll.TimeoutError, match=rf"^{verb}: a call up to number .* did not arrive: rank 1\. "):
+        nvcoll.emulate(2, device=0).run(main)
+
+
+def test_ctrl_c_ends_kernels_that_wait(run_command):
+    program = """
+import os, signal, threading, time
+import numpy as np, nvcoll
+
+def main(comm):
+    x = comm.array(np.ones(1000, np.float32))
+    comm.Allreduce(x)
+    comm.Barrier()
+    if comm.rank == 1:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        return time.sleep(2)
+    comm.Allreduce(x)
+    x.copy_to()
+
+try:
+    nvcoll.emulate(3, device=0).run(main)
+except KeyboardInterrupt:
+    print("interrupted", nvcoll.emulate(2, device=0).run(lambda comm: comm.rank))
+"""
+    status, output = run_command([sys.executable, "-c", program], timeout=60, env={"NVCOLL_TIMEOUT": "300"})
+    assert (status, output) == (0, "interrupted [0, 1]\n")
+
+
 @pytest.mark.parametrize("algorithm", ["one_shot/low_latency", "one_shot/simple", "ring/low_latency"])
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_calls_that_a_rank_has_queued_when_it_fails_send_nothing(monkeypatch, algorithm, dtype):
@@ -165,7 +206,8 @@ def test_calls_that_a_rank_has_queued_when_it_fails_send_nothing(monkeypatch, al
         with comm._world.device:
             driver.stream_synchronize(comm.stream)
         failed.set()
-        return small.copy_to()[0], set(large.copy_to().tolist()), end_of(comm.Allreduce, small, algorithm=algorithm)
+        told = end_of(comm.Allreduce, small, algorithm=algorithm)
+        return small.copy_to()[0], set(large.copy_to().tolist()), told
 
     (_, others, told), (sent, late, told_late) = nvcoll.emulate(2, device=0).run(main)
     assert sent == 4  # what was sent before the deadline is good

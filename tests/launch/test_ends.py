@@ -151,3 +151,48 @@ while left() and time.monotonic() < deadline:
     time.sleep(0.1)
 assert not left(), left()
 """)
+
+
+def test_ctrl_c_ends_kernels_that_wait_for_a_rank(emulated):
+    """A stream is waited for until its rank gives up, as if a kernel on it waited for a rank that does not come."""
+    emulated("""
+import os, signal
+from nvcoll.backends import emulated
+from nvcoll.backends.device_area import DeviceArea
+
+gave_up, mark, marked = threading.Event(), DeviceArea._mark, []
+synchronize, stalling, stalled = world_cuda.driver.stream_synchronize, set(), []
+
+def note(area):
+    mark(area)
+    marked.append(area)
+    if len(marked) == 3:
+        gave_up.set()
+
+def wait(stream):
+    if stream in stalling:
+        stalled.append(stream)
+        gave_up.wait(20)
+    synchronize(stream)
+
+def main(comm):
+    comm.empty(4)
+    stalling.add(comm.stream)
+    if comm.rank == 1:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    comm._world.finish()
+
+DeviceArea._mark = note
+patch.setattr(world_cuda.driver, "stream_synchronize", wait)
+started = time.monotonic()
+try:
+    nvcoll.emulate(3, device=0).run(main)
+except KeyboardInterrupt:
+    seconds = time.monotonic() - started
+assert seconds < 15 and len(marked) == 3 and len(stalled) >= 3
+assert nvcoll.emulate(2, device=0).run(lambda comm: comm.rank) == [0, 1]
+while emulated._running:
+    time.sleep(0.01)
+marked.clear()
+assert not left(), left()
+""")
