@@ -244,8 +244,8 @@ cdef class Queue:
         from nvcoll.errors import StateError
 
         return StateError(
-            "Iallreduce: the communicator has ended before this call was done; Wait for every request before Finalize, or "
-            "before an emulated rank returns"
+            "Iallreduce: the communicator has ended before this call was done; Wait for every request before Finalize, "
+            "or before an emulated rank returns"
         )
 
     cdef int drain(self) except -1:
