@@ -77,7 +77,7 @@ class Buffer(np.ndarray):
 class Alone:
     """A communicator of one rank on a GPU: what the benchmark uses of one, and no more."""
 
-    rank, size, target = 0, 1, "cuda"
+    rank, size, target, bootstrap = 0, 1, "cuda", "single"
 
     def __init__(self):
         exchange = types.SimpleNamespace(allgather=lambda data: [data])
