@@ -298,9 +298,11 @@ def run_group(command, timeout, env=None, cwd=None):
     ) as process:
         try:
             output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # Ctrl-C too, of which a session of its own does not hear
             kill([process.pid, *processes(run)])  # a launcher may give its ranks process groups of their own
             output, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return None, output
     return process.returncode, output
 
